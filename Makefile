@@ -1,0 +1,81 @@
+# One command per chore, the same ones CI calls. `make` lists them.
+# A fresh machine needs Python 3.11 or newer and make; the rest comes into .venv and the model cache.
+
+PYTHON ?= python3
+MODEL  ?= smollm2-135m
+ARGS   ?=
+
+BIN := .venv/bin
+# The environment is ready when a stamp of this very content exists: what was asked for, and where.
+KEY   := $(shell { cat pyproject.toml constraints.txt; pwd; } | cksum | tr ' ' '-')
+STAMP := .venv/.ready-$(KEY)
+ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
+.PHONY: $(STAMP)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test test-nightly test-gpu lint types format proto pins bench-overhead clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## make .venv with everything pinned in constraints.txt (once; then it costs nothing)
+	@:
+
+$(STAMP):
+	@command -v "$(PYTHON)" >/dev/null || \
+	  { echo "Baton needs Python 3.11 or newer, and there is no '$(PYTHON)': name one, as in make setup PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Baton needs Python 3.11 or newer, and '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1): name another, as in make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv: a few minutes, once"
+	@# A copied or moved .venv has the old place written into its programs: then it is made anew.
+	@grep -qsF "$(CURDIR)/.venv/" $(BIN)/pip && test -x $(BIN)/python || "$(PYTHON)" -m venv --clear .venv || \
+	  { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --upgrade pip
+	@$(BIN)/python -m pip install -qq -c constraints.txt --build-constraint constraints.txt --editable . --group dev
+	@rm -f .venv/.ready-* && touch $@
+
+model: $(STAMP) ## fetch the embedded model into the cache (94 MB, once)
+	@$(BIN)/baton model fetch $(MODEL)
+
+demo: model ## start a cluster of one prefill and one decode worker and answer three prompts
+	@$(BIN)/baton demo
+
+test: model ## all tests that need neither a GPU nor a night; ARGS="-k name" selects
+	$(BIN)/python -m pytest -m "not nightly and not gpu" $(ARGS)
+
+test-nightly: model ## the long tests
+	$(BIN)/python -m pytest -m "nightly and not gpu" $(ARGS)
+
+test-gpu: model ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(STAMP) ## style, import layers, and the wire contract with its generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python scripts/stubs.py --check
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+	$(BIN)/mypy scripts
+
+format: $(STAMP) ## let the formatters rewrite the sources and the wire contract
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+proto: $(STAMP) ## regenerate the stubs in baton/v1 from proto/
+	@$(BIN)/python scripts/stubs.py
+
+pins: $(STAMP) ## write constraints.txt from what .venv has now
+	@$(BIN)/python scripts/pins.py
+
+bench-overhead: model ## what the cluster adds to the engine's own time to first token
+	$(BIN)/python -m tests.bench.overhead $(ARGS)
+
+clean: ## remove caches and build output; .venv and the model stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
