@@ -1,0 +1,119 @@
+"""Between the wire's messages and the plain dataclasses; the only place that knows both."""
+
+from __future__ import annotations
+
+from baton.errors import InvalidArgument
+from baton.spec import HandoffKey, Objectives, ProcessRef, Sampling, SequenceSpec, TokenLogprobs
+from baton.v1 import generation_pb2 as gen
+from baton.v1 import worker_pb2 as wire
+
+
+def process_to_wire(process: ProcessRef) -> wire.ProcessId:
+    """See `ProcessRef`."""
+    return wire.ProcessId(name=process.name, incarnation=process.incarnation, address=process.address)
+
+
+def process_from_wire(message: wire.ProcessId) -> ProcessRef:
+    """See `ProcessRef`."""
+    return ProcessRef(message.name, message.incarnation, message.address)
+
+
+def handoff_from_wire(message: object) -> HandoffKey:
+    """The key of any message that has `attempt` and `handoff`."""
+    return HandoffKey(message.attempt, message.handoff)  # type: ignore[attr-defined]
+
+
+def sampling_to_wire(sampling: Sampling) -> wire.SamplingParams:
+    """See `Sampling`."""
+    return wire.SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logprobs=sampling.logprobs,
+    )
+
+
+def sampling_from_wire(message: wire.SamplingParams) -> Sampling:
+    """See `Sampling`."""
+    return Sampling(
+        message.temperature,
+        message.top_k,
+        message.top_p,
+        message.min_p,
+        message.seed,
+        message.repetition_penalty,
+        message.presence_penalty,
+        message.frequency_penalty,
+        message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def spec_to_wire(spec: SequenceSpec, deadline_s: float | None) -> wire.SequenceSpec:
+    """`deadline_s` is what is left now, which the spec itself can't know."""
+    return wire.SequenceSpec(
+        attempt=spec.attempt,
+        request_id=spec.request_id,
+        prompt_tokens=spec.prompt,
+        output_tokens=spec.output,
+        sampling=sampling_to_wire(spec.sampling),
+        max_tokens=spec.max_tokens,
+        stop_token_ids=sorted(spec.stop_token_ids),
+        eos_token_ids=sorted(spec.eos_token_ids),
+        slo=gen.Slo(ttft_ms=spec.objectives.ttft_ms, tpot_ms=spec.objectives.tpot_ms),
+        priority=spec.priority,
+        deadline_ms=None if deadline_s is None else deadline_s * 1e3,
+        router=process_to_wire(spec.router),
+        tenant_salt=spec.tenant_salt,
+    )
+
+
+def spec_from_wire(message: wire.SequenceSpec) -> SequenceSpec:
+    """See `SequenceSpec`. Raises InvalidArgument for what no router of ours sends."""
+    if len(message.attempt) != 16:
+        raise InvalidArgument("spec.attempt", f"has {len(message.attempt)} bytes, not 16")
+    if not message.prompt_tokens:
+        raise InvalidArgument("spec.prompt_tokens", "is empty")
+    if message.max_tokens <= len(message.output_tokens):
+        raise InvalidArgument("spec.max_tokens", f"{message.max_tokens} leaves nothing to generate")
+    return SequenceSpec(
+        attempt=message.attempt,
+        request_id=message.request_id,
+        prompt=tuple(message.prompt_tokens),
+        sampling=sampling_from_wire(message.sampling),
+        max_tokens=message.max_tokens,
+        router=process_from_wire(message.router),
+        output=tuple(message.output_tokens),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        eos_token_ids=frozenset(message.eos_token_ids),
+        objectives=Objectives(
+            message.slo.ttft_ms if message.slo.HasField("ttft_ms") else None,
+            message.slo.tpot_ms if message.slo.HasField("tpot_ms") else None,
+        ),
+        priority=message.priority,
+        deadline_s=message.deadline_ms / 1e3 if message.HasField("deadline_ms") else None,
+        tenant_salt=message.tenant_salt,
+    )
+
+
+def logprobs_to_wire(logprobs: TokenLogprobs) -> gen.TokenLogprobs:
+    """See `TokenLogprobs`."""
+    return gen.TokenLogprobs(
+        logprob=logprobs.logprob, top=[gen.Alternative(id=token, logprob=value) for token, value in logprobs.top]
+    )
+
+
+def logprobs_from_wire(message: gen.TokenLogprobs) -> TokenLogprobs:
+    """See `TokenLogprobs`."""
+    return TokenLogprobs(message.logprob, tuple((entry.id, entry.logprob) for entry in message.top))
+
+
+def run_to_wire(
+    attempt: bytes, position: int, ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]
+) -> wire.TokenRun:
+    """Consecutive tokens of one sequence; `position` is that of ids[0]."""
+    return wire.TokenRun(attempt=attempt, position=position, ids=ids, logprobs=map(logprobs_to_wire, logprobs))

@@ -1,0 +1,36 @@
+"""Load reports: at once when something changed, but no more often than the router can use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from baton.rpc.worker_service import WorkerService
+from baton.v1 import worker_pb2 as wire
+
+INTERVAL_S = 0.05
+
+
+class LoadReporter:
+    """Sends one report to every attached router after a change; changes within `INTERVAL_S` share one."""
+
+    def __init__(self, worker: WorkerService, report: Callable[[], wire.LoadReport]) -> None:
+        self._worker = worker
+        self._report = report
+        self._timer: asyncio.TimerHandle | None = None
+
+    def changed(self) -> None:
+        """Something that a router places by is different now."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._flush)
+
+    def close(self) -> None:
+        """Sends nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _flush(self) -> None:
+        self._timer = None
+        report = self._report()
+        for session in self._worker.sessions:
+            session.send(load=report)

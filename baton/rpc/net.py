@@ -1,0 +1,156 @@
+"""Addresses, channels and servers: the settings that every gRPC endpoint of ours shares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.errors import ConfigError
+from baton.v1 import admin_pb2, generation_pb2, transfer_pb2, worker_pb2
+
+MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
+"""What gRPC itself takes; requests are held to less by validation, which can name the field."""
+OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    # A peer that is gone without a word is noticed within seconds, also on an idle stream.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # A worker that comes back must be found at once, not after gRPC's two-minute backoff.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Two processes on one port would share its connections by chance; the second must fail instead.
+    ("grpc.so_reuseport", 0),
+    ("grpc.enable_http_proxy", 0),
+]
+LIVENESS, READINESS = "liveness", "readiness"
+
+
+def parse_address(text: str, what: str = "address") -> tuple[str, int]:
+    """`HOST:PORT`, with an IPv6 host in brackets. Raises ConfigError naming `what`."""
+    host, separator, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535 or (":" in host and not bracketed):
+        raise ConfigError(f"{what}: expected HOST:PORT (an IPv6 host in brackets), not {text!r}")
+    return host.strip("[]"), int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """The inverse of `parse_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel of its own, never shared behind our back with another one to the same address."""
+    return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+
+
+async def listens(address: str, timeout: float = 1.0) -> bool:
+    """Whether something accepts connections there. False is certain (refused); a time-out counts as True."""
+    host, port = parse_address(address)
+    try:
+        async with asyncio.timeout(timeout):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return False
+    except (TimeoutError, OSError):
+        return True
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A servicer, the generated function that adds it to a server, and its full name."""
+
+    add: Callable[[Any, grpc.aio.Server], None]
+    servicer: object
+    full_name: str
+
+
+def service(add: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str) -> Service:
+    """`name` as in the proto, without the package."""
+    for module in (generation_pb2, worker_pb2, transfer_pb2, admin_pb2):
+        if name in module.DESCRIPTOR.services_by_name:
+            return Service(add, servicer, module.DESCRIPTOR.services_by_name[name].full_name)
+    raise AssertionError(f"no service {name}")
+
+
+class Server:
+    """A gRPC server with health and reflection. Serving from `start` on; ready when `set_ready` says so."""
+
+    def __init__(
+        self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer, names: Sequence[str]
+    ) -> None:
+        self._server, self._health, self._names = server, health_servicer, names
+        self.address = ""
+
+    async def set_ready(self, ready: bool) -> None:
+        """What load balancers see under ``, `readiness` and each service's name."""
+        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", READINESS, *self._names):
+            await self._health.set(name, state)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls at once, and ends those in progress after `grace_s`."""
+        await self._server.stop(grace_s)
+
+
+async def start_server(listen: str, services: Sequence[Service]) -> Server:
+    """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours."""
+    host, port = parse_address(listen, "listen")
+    _check_free(host, port)
+    raw = grpc.aio.server(options=OPTIONS)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, raw)
+    for entry in services:
+        entry.add(entry.servicer, raw)
+    names = [entry.full_name for entry in services]
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], raw)
+    try:
+        bound = raw.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError(f"cannot listen on {listen}: the address is in use or not available here") from None
+    await raw.start()
+    server = Server(raw, health_servicer, names)
+    server.address = format_address(host, bound)
+    await health_servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+    await server.set_ready(False)
+    return server
+
+
+def _check_free(host: str, port: int) -> None:
+    """Says why an address can't be bound, which gRPC tells only in its own log."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"cannot listen on {format_address(host, port)}: {reason}") from None
+
+
+@contextlib.asynccontextmanager
+async def cancelling(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
+    """Cancels the tasks at the end of the block and waits for them."""
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

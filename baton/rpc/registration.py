@@ -1,0 +1,92 @@
+"""How a worker joins a router and stays: it registers itself, and renews its lease until told to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import structlog
+
+from baton import errors
+from baton.rpc.net import open_channel
+from baton.rpc.status import call
+from baton.v1 import worker_pb2 as wire
+from baton.v1.worker_pb2_grpc import RegistryStub
+
+CALL_TIMEOUT_S = 2.0
+BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
+log = structlog.get_logger(__name__)
+
+
+class Registration:
+    """Keeps one worker registered with one router. `request` is sent again whenever the router has forgotten it."""
+
+    def __init__(
+        self,
+        router_address: str,
+        request: Callable[[], wire.RegisterRequest],
+        on_router: Callable[[wire.ProcessId], None],
+    ) -> None:
+        """`on_router` hears which router answered, at every registration."""
+        self._address = router_address
+        self._request = request
+        self._on_router = on_router
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Returns after `stop`, having left. Raises Mismatch or InvalidArgument where the router refuses the worker:
+        trying again would not help."""
+        channel = open_channel(self._address)
+        stub: RegistryStub = RegistryStub(channel)
+        try:
+            while not stop.is_set():
+                lease_s, incarnation = await self._register(stub, stop)
+                await self._renew_until_forgotten(stub, stop, lease_s, incarnation)
+            await self._leave(stub)
+        finally:
+            await channel.close(0)
+
+    async def _register(self, stub: RegistryStub, stop: asyncio.Event) -> tuple[float, str]:
+        attempt = 0
+        while not stop.is_set():
+            try:
+                answer = await call(stub.Register(self._request()), CALL_TIMEOUT_S)
+            except (errors.Unavailable, errors.DeadlineExceeded) as error:
+                if attempt % 20 == 0:
+                    log.warning("waiting for the router", router=self._address, error=str(error))
+                await _pause(stop, BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
+                attempt += 1
+                continue
+            self._on_router(answer.router)
+            log.info("registered", router=answer.router.name, lease_ms=answer.lease_ms)
+            return answer.lease_ms / 1e3, answer.router.incarnation
+        return 0.0, ""
+
+    async def _renew_until_forgotten(
+        self, stub: RegistryStub, stop: asyncio.Event, lease_s: float, incarnation: str
+    ) -> None:
+        """A router that is unreachable for a moment keeps us registered; one that restarted does not know us."""
+        while not await _pause(stop, lease_s / 3):
+            try:
+                answer = await call(stub.Renew(wire.RenewRequest(worker=self._request().worker)), CALL_TIMEOUT_S)
+            except errors.NotFound:
+                log.info("the router forgot this worker; registering again")
+                return
+            except (errors.Unavailable, errors.DeadlineExceeded) as error:
+                log.warning("lease not renewed", router=self._address, error=str(error))
+                continue
+            if answer.router.incarnation != incarnation:
+                return
+
+    async def _leave(self, stub: RegistryStub) -> None:
+        with contextlib.suppress(errors.BatonError):  # a router that is gone already needs no goodbye
+            await call(stub.Deregister(wire.DeregisterRequest(worker=self._request().worker)), CALL_TIMEOUT_S)
+
+
+async def _pause(stop: asyncio.Event, seconds: float) -> bool:
+    """Waits; True when `stop` came meanwhile."""
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,183 @@
+"""The Worker service: one multiplexed stream per router, and the model card's files.
+
+A router's session outlives its stream by the grace time. When it is lost for good, everything that the router had
+placed here is freed: `RoleHandler.on_router_lost`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import structlog
+
+from baton import errors
+from baton.rpc.convert import process_from_wire, process_to_wire
+from baton.rpc.lanes import FRAGMENT_BYTES
+from baton.rpc.link import GRACE_S, SILENCE_S, Session, read_frames
+from baton.rpc.net import cancelling
+from baton.rpc.status import abort
+from baton.spec import ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import worker_pb2 as wire
+from baton.v1.worker_pb2_grpc import WorkerServicer
+
+log = structlog.get_logger(__name__)
+
+
+class RouterSession:
+    """A router as a worker sees it: somewhere to send frames to, until it is lost."""
+
+    def __init__(self, router: ProcessRef, session_id: str, on_frame: Callable[[wire.RouterFrame], None]) -> None:
+        self.router = router
+        self.session_id = session_id
+        self.link: Session[wire.WorkerFrame, wire.RouterFrame] = Session(
+            wire.WorkerFrame, wire.RouterFrame, f"to {router.name}", on_frame
+        )
+        self.streams = 0
+        self.grace: asyncio.TimerHandle | None = None
+
+    def send(self, **body: Any) -> None:
+        """Queues one frame, as in `send(freed=Freed(...))`. Dropped when the router is lost."""
+        self.link.send(wire.WorkerFrame(**body))
+
+
+class RoleHandler(Protocol):
+    """What a role does with a router's commands. Called on the event loop; must not block."""
+
+    def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
+        """A command, exactly once and in order."""
+
+    def on_router_lost(self, router: RouterSession) -> None:
+        """Nobody waits for this router's sequences any more."""
+
+
+class WorkerService(WorkerServicer):
+    """Serves `Worker`. `artifacts` maps SHA-256 (hexadecimal) to bytes."""
+
+    def __init__(self, process: Callable[[], ProcessRef], artifacts: dict[str, bytes], counts: Counts) -> None:
+        self._process = process
+        self._artifacts = artifacts
+        self._counts = counts
+        self._sessions: dict[str, RouterSession] = {}
+        self._handlers: list[RoleHandler] = []
+        self.attached = asyncio.Event()
+
+    def add_handler(self, handler: RoleHandler) -> None:
+        """Every handler hears every command and takes those that are its own."""
+        self._handlers.append(handler)
+
+    def session(self, router: ProcessRef) -> RouterSession | None:
+        """The session of exactly this incarnation, if it is known here."""
+        return self._sessions.get(router.incarnation)
+
+    @property
+    def sessions(self) -> list[RouterSession]:
+        """All routers that are attached or within their grace time."""
+        return list(self._sessions.values())
+
+    async def Attach(
+        self, request_iterator: AsyncIterator[wire.RouterFrame], context: Any
+    ) -> AsyncIterator[wire.WorkerFrame]:
+        """See the proto."""
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                first = await anext(request_iterator)
+        except (StopAsyncIteration, TimeoutError):
+            await abort(context, errors.InvalidArgument("hello", "a stream starts with a hello"))
+        if first.WhichOneof("body") != "hello" or not first.hello.process.incarnation or not first.hello.session:
+            await abort(context, errors.InvalidArgument("hello", "must name the process, its incarnation, the session"))
+        record, resumed = self._enter(first.hello)
+        yield wire.WorkerFrame(
+            hello=wire.Hello(
+                process=process_to_wire(self._process()),
+                session=record.session_id,
+                received=record.link.received,
+                resumed=resumed,
+            )
+        )
+        reader = asyncio.create_task(self._read(record, request_iterator))
+        try:
+            async with cancelling(reader):
+                async for frame in record.link.outgoing():
+                    yield frame
+        finally:
+            self._leave(record)
+
+    async def FetchArtifact(
+        self, request: wire.FetchArtifactRequest, context: Any
+    ) -> AsyncIterator[wire.FetchArtifactResponse]:
+        """See the proto."""
+        data = self._artifacts.get(request.sha256)
+        if data is None:
+            await abort(context, errors.NotFound(f"no artifact with SHA-256 {request.sha256!r} here"))
+        for start in range(0, len(data), FRAGMENT_BYTES):
+            yield wire.FetchArtifactResponse(data=data[start : start + FRAGMENT_BYTES])
+
+    def close(self) -> None:
+        """Gives up every session."""
+        for record in self.sessions:
+            self._lose(record, "this worker stops")
+
+    def _enter(self, hello: wire.Hello) -> tuple[RouterSession, bool]:
+        router = process_from_wire(hello.process)
+        for other in self.sessions:
+            if other.router.name == router.name and other.router.incarnation != router.incarnation:
+                self._lose(other, "the router restarted")
+        record = self._sessions.get(router.incarnation)
+        resumed = record is not None and record.session_id == hello.session
+        if record is not None and not resumed:
+            self._lose(record, "the router started a new session")
+        if record is None or not resumed:
+            record = RouterSession(router, hello.session, lambda frame: self._dispatch(router.incarnation, frame))
+            self._sessions[router.incarnation] = record
+        if record.grace is not None:
+            record.grace.cancel()
+            record.grace = None
+        record.streams += 1
+        record.link.attach(hello.received)
+        self.attached.set()
+        log.info("router attached", router=router.name, resumed=resumed)
+        return record, resumed
+
+    async def _read(self, record: RouterSession, source: AsyncIterator[wire.RouterFrame]) -> None:
+        try:
+            await read_frames(record.link, source)
+        except TimeoutError:
+            log.warning("router is silent; stream broken off", router=record.router.name)
+        except errors.TransferError as error:
+            log.warning("stream broken off", router=record.router.name, error=str(error))
+        finally:
+            record.link.detach()
+
+    def _leave(self, record: RouterSession) -> None:
+        record.streams -= 1
+        if record.streams or record.link.closed:
+            return
+        record.link.detach()
+        loop = asyncio.get_running_loop()
+        record.grace = loop.call_later(GRACE_S, self._lose, record, "it did not come back within the grace time")
+
+    def _dispatch(self, incarnation: str, frame: wire.RouterFrame) -> None:
+        record = self._sessions[incarnation]
+        for handler in self._handlers:
+            handler.on_command(record, frame)
+
+    def _lose(self, record: RouterSession, reason: str) -> None:
+        if record.grace is not None:
+            record.grace.cancel()
+        self._sessions.pop(record.router.incarnation, None)
+        record.link.close()
+        self._counts.add("routers_lost")
+        log.info("router lost", router=record.router.name, reason=reason)
+        for handler in self._handlers:
+            handler.on_router_lost(record)
+        if not self._sessions:
+            self.attached.clear()
+
+
+def artifact_table(*artifacts: bytes) -> dict[str, bytes]:
+    """The artifacts by their SHA-256."""
+    return {hashlib.sha256(data).hexdigest(): data for data in artifacts if data}

@@ -1,0 +1,142 @@
+"""What a sequence is, wherever it goes: the plain side of the wire's SequenceSpec.
+
+Protobuf stops at the edge (`baton.rpc.convert`); schedulers, engines and policies see these.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+AttemptKey = bytes
+"""16 random bytes that the router mints for each attempt at a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRef:
+    """A process: its name, the incarnation minted when it started, and where its gRPC services answer."""
+
+    name: str
+    incarnation: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffKey:
+    """One attempt's n-th handoff; the number starts at 1 and grows with each rebinding."""
+
+    attempt: AttemptKey
+    handoff: int
+
+    def __str__(self) -> str:
+        return f"{self.attempt.hex()[:12]}/{self.handoff}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn. `temperature` 0 is greedy; `top_k` 0 keeps all; `logprobs` None reports none."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own distribution at one position: the chosen token's, and the best ones."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """The latencies a client asks for, in milliseconds; None where it asks for none."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """Everything about a sequence; travels whole wherever it goes.
+
+    `output` are the tokens of earlier attempts, kept apart from `prompt` because penalties, `max_tokens` and usage
+    depend on it. `max_tokens` counts all output, that of earlier attempts included. `deadline_s` is the time left
+    when the spec was received.
+    """
+
+    attempt: AttemptKey
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    router: ProcessRef
+    output: tuple[int, ...] = ()
+    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+    objectives: Objectives = Objectives()
+    priority: int = 0
+    deadline_s: float | None = None
+    tenant_salt: str = ""
+
+    def __post_init__(self) -> None:
+        assert len(self.attempt) == 16, "an attempt key has 16 bytes"
+        assert self.prompt, "a sequence has at least one prompt token"
+        assert self.max_tokens > len(self.output), "nothing left to generate"
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens there are before anything is computed."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def total_tokens(self) -> int:
+        """The longest this sequence can become."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions whose KV may be needed: the very last token is never fed back."""
+        return self.total_tokens - 1
+
+
+class FinishReason(enum.IntEnum):
+    """Why a sequence ended; the numbers are those of the wire's FinishReason."""
+
+    EOS = 1
+    STOP_TOKEN = 2
+    STOP_STRING = 3
+    LENGTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """What a worker itself checks after each token. Stop strings are the router's: they need text."""
+
+    stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
+    max_tokens: int
+
+    @classmethod
+    def of(cls, spec: SequenceSpec) -> StopRule:
+        """The rule that a spec asks for."""
+        return cls(spec.stop_token_ids, spec.eos_token_ids, spec.max_tokens)
+
+    def reason(self, token: int, output_tokens: int) -> FinishReason | None:
+        """Why the sequence ends with `token`, its `output_tokens`-th; None if it goes on."""
+        if token in self.stop_token_ids:
+            return FinishReason.STOP_TOKEN
+        if token in self.eos_token_ids:
+            return FinishReason.EOS
+        return FinishReason.LENGTH if output_tokens >= self.max_tokens else None
+
+
+NEVER_STOP = StopRule(frozenset(), frozenset(), 2**62)
+"""Goes on for ever; whoever uses it counts for himself."""

@@ -1,0 +1,42 @@
+"""Logs, and counts of what happened. One line per event, JSON unless a person is watching."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+
+import structlog
+
+
+def configure_logs(role: str, *, level: str = "info", json: bool | None = None) -> None:
+    """Sends structlog to stderr. `json` None: JSON unless stderr is a terminal. Prompts are never logged."""
+    as_json = not sys.stderr.isatty() if json is None else json
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(role=role)
+
+
+class Counts:
+    """Event counts of one process, by name. What is counted here appears in `Admin.GetStatus`."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """One more of these happened."""
+        self._counts[name] += amount
+
+    def snapshot(self) -> dict[str, int]:
+        """All counts since start."""
+        return dict(self._counts)
