@@ -1,0 +1,30 @@
+"""Which number format to compute and keep KV in; torch-free, so that a card can be read without it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from baton.errors import ConfigError
+from kvtransfer.layout import DTYPE_BYTES
+
+_BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def resolve_dtype(name: str, device: str) -> str:
+    """A dtype of `KvLayout`. "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    if name == "auto":
+        return "bfloat16" if device.startswith("cuda") or _cpu_has_bf16() else "float32"
+    if name not in DTYPE_BYTES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPE_BYTES)}, not {name!r}")
+    return name
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False  # no Linux: float32 is right everywhere
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return not _BF16_INSTRUCTIONS.isdisjoint(flags.split())

@@ -1,0 +1,72 @@
+"""The engine's view of the block pool: paged keys and values."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from kvtransfer.layout import KvLayout
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+Buffer = memoryview | mmap.mmap | bytearray
+"""Memory that the caller owns and that can be written."""
+
+
+class KvPool:
+    """Blocks of keys and values, `[block][layer][key|value][kv head][token][dim]`, contiguous.
+
+    Rows of whole head shares (16 tokens of one head) are gathered by one indexed read, so that keys come out
+    head-major and ready for attention with a single copy.
+    """
+
+    def __init__(self, blocks: torch.Tensor, layout: KvLayout) -> None:
+        """`blocks` is [blocks, *layout.shape] and stays the caller's memory."""
+        assert blocks.shape[1:] == layout.shape, "the pool has the layout's shape"
+        self.layout = layout
+        self.blocks = blocks
+        self._shares = blocks.view(-1, layout.block_tokens * layout.head_dim)
+        kinds = torch.arange(2, device=blocks.device)[:, None] * layout.kv_heads
+        self._share_offsets = kinds + torch.arange(layout.kv_heads, device=blocks.device)
+
+    @classmethod
+    def over(cls, buffer: Buffer, layout: KvLayout) -> KvPool:
+        """A pool in the caller's writable memory (a memoryview, an mmap): as many whole blocks as fit.
+
+        The tensor keeps the buffer exported: an mmap can be closed only after the pool is dropped.
+        """
+        memory = memoryview(buffer).cast("B")
+        count = len(memory) // layout.block_bytes
+        assert count > 0, "the pool's memory holds at least one block"
+        assert not memory.readonly, "the pool's memory is writable"
+        flat = torch.frombuffer(memory[: count * layout.block_bytes], dtype=TORCH_DTYPES[layout.dtype])
+        return cls(flat.view(count, *layout.shape), layout)
+
+    @classmethod
+    def allocate(cls, count: int, layout: KvLayout, device: torch.device) -> KvPool:
+        """A pool of the engine's own memory."""
+        return cls(torch.zeros((count, *layout.shape), dtype=TORCH_DTYPES[layout.dtype], device=device), layout)
+
+    @property
+    def count(self) -> int:
+        """Blocks there are."""
+        return self.blocks.shape[0]
+
+    def write(self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, kv: torch.Tensor) -> None:
+        """Stores `kv` [T, 2, kv_heads, head_dim] at token `offsets` [T] of `blocks` [T] (int64)."""
+        self.blocks[:, layer][blocks, :, :, offsets] = kv
+
+    def shares(self, tables: torch.Tensor) -> torch.Tensor:
+        """Where layer 0 of the blocks in `tables` [S, blocks] lies, for `gather`: [2, S, kv_heads, blocks]."""
+        per_block = self.layout.layers * 2 * self.layout.kv_heads
+        return tables[None, :, None] * per_block + self._share_offsets[:, None, :, None]
+
+    def gather(self, layer: int, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the blocks behind `shares`, a copy: each [S, kv_heads, blocks * 16, head_dim]."""
+        _, sequences, heads, blocks = shares.shape
+        rows = (shares + layer * 2 * heads).view(-1)
+        found = self._shares.index_select(0, rows)
+        keys, values = found.view(2, sequences, heads, blocks * self.layout.block_tokens, self.layout.head_dim)
+        return keys, values

@@ -1,0 +1,115 @@
+"""Typed reading of what a model file says about itself, with errors that name the file and the key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from baton.errors import ModelFileError
+
+
+class Metadata:
+    """Keys and values of one file: a config.json, or the header of a GGUF file.
+
+    Every getter raises ModelFileError, naming file and key, when the value is of another type, or when it is absent
+    and there is no default. An explicit null counts as absent.
+    """
+
+    def __init__(self, source: str, values: Mapping[str, object]) -> None:
+        self.source = source
+        self._values = values
+
+    def get(self, key: str) -> object:
+        """The raw value, or None."""
+        return self._values.get(key)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._need(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(f"{key} must be an integer, not {value!r}")
+        return value
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.integer(key, default)
+        if value < 1:
+            raise self.error(f"{key} must be at least 1, not {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._need(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(f"{key} must be a number, not {value!r}")
+        return float(value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._need(key, default)
+        if not isinstance(value, str):
+            raise self.error(f"{key} must be text, not {type(value).__name__}")
+        return value
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        value = self._need(key, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{key} must be true or false, not {value!r}")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        value = self._need(key, None)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f"{key} must be a list of texts")
+        return value
+
+    def numbers(self, key: str) -> list[float]:
+        value = self._need(key, None)
+        if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
+            raise self.error(f"{key} must be a list of numbers")
+        return value
+
+    def section(self, key: str) -> Metadata:
+        """The object under `key`; empty where there is none."""
+        value = self._values.get(key)
+        if value is None:
+            return Metadata(self.source, {})
+        if not isinstance(value, dict):
+            raise self.error(f"{key} must be an object, not {type(value).__name__}")
+        return Metadata(self.source, value)
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One token id or a list of them; empty where there is none."""
+        value = self._values.get(key)
+        if value is None:
+            return ()
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+            raise self.error(f"{key} must be token ids, not {value!r}")
+        return tuple(items)
+
+    def error(self, message: str) -> ModelFileError:
+        return ModelFileError(f"{self.source}: {message}")
+
+    def _need(self, key: str, default: object) -> object:
+        value = self._values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(f"{key} is missing")
+        return value
+
+
+def read_json(path: Path) -> Metadata:
+    """The object in a JSON file; ModelFileError when it can't be read or holds something else."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ModelFileError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelFileError(f"{path}: must hold an object, not {type(values).__name__}")
+    return Metadata(str(path), values)
+
+
+def read_json_if_there(path: Path) -> Metadata:
+    """As `read_json`, but empty where there is no such file."""
+    return read_json(path) if path.exists() else Metadata(str(path), {})

@@ -1,0 +1,62 @@
+"""The shape of a KV block.
+
+A block holds all layers' keys and values of `block_tokens` tokens in one contiguous span, so that a block is one copy
+or one send, and so is a layer's share of it: `[layer][key|value][head][token][dim]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+LAYOUT_VERSION = 1
+BLOCK_TOKENS = 16
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Two workers can hand blocks over only if every field is equal."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    block_tokens: int = BLOCK_TOKENS
+    version: int = LAYOUT_VERSION
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "kv_heads", "head_dim", "block_tokens", "ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(layer, key|value, head, token, dim) of one block."""
+        return (self.layers, 2, self.kv_heads, self.block_tokens, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layers * self.layer_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """One layer's keys and values in one block."""
+        return 2 * self.kv_heads * self.block_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """All layers' KV of one token."""
+        return self.block_bytes // self.block_tokens
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens, the last perhaps in part."""
+        return -(-tokens // self.block_tokens)
+
+    def difference(self, other: KvLayout) -> tuple[str, str, str] | None:
+        """The first field that differs, with both values, or None when blocks can be handed over."""
+        mine, theirs = asdict(self), asdict(other)
+        return next(((name, str(mine[name]), str(theirs[name])) for name in mine if mine[name] != theirs[name]), None)
