@@ -1,0 +1,112 @@
+"""What the two sides of a handoff say to each other, as plain values; the workers translate to and from protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from baton.spec import HandoffKey
+
+WRITE_TOKEN_BYTES = 16
+
+
+class RefusalReason(Enum):
+    """Why a decode worker takes no sequence, or gave one up. Names as in `baton.v1.RefusalReason`."""
+
+    NO_CAPACITY = auto()
+    CANCELLED = auto()
+    UNKNOWN_ROUTER = auto()
+    MISMATCH = auto()
+    UNREACHABLE = auto()
+    DRAINING = auto()
+    TOO_LARGE = auto()
+    EXPIRED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to write one grant's blocks. `writer` is the incarnation that it was given to.
+
+    Block `index` of the sequence goes to `blocks[index]`. The first `cached_blocks` are the receiver's already and
+    must not be written.
+    """
+
+    key: HandoffKey
+    generation: int
+    write_token: bytes = field(repr=False)
+    blocks: tuple[int, ...]
+    cached_blocks: int
+    writer: str
+
+    def __post_init__(self) -> None:
+        if len(self.write_token) != WRITE_TOKEN_BYTES:
+            raise ValueError(f"write_token has {len(self.write_token)} bytes, not {WRITE_TOKEN_BYTES}")
+        if not 0 <= self.cached_blocks <= len(self.blocks):
+            raise ValueError(f"cached_blocks is {self.cached_blocks} of {len(self.blocks)} blocks")
+
+    @property
+    def writable(self) -> range:
+        """The indices that the writer has to write."""
+        return range(self.cached_blocks, len(self.blocks))
+
+    def destination(self, index: int) -> int | None:
+        """Where block `index` goes; None where this ticket allows no write."""
+        return self.blocks[index] if index in self.writable else None
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Room for one whole sequence on the receiver: its prompt's blocks, and reserved growth that nobody else writes."""
+
+    ticket: Ticket
+    growth: tuple[int, ...]
+
+    @property
+    def key(self) -> HandoffKey:
+        return self.ticket.key
+
+    @property
+    def generation(self) -> int:
+        return self.ticket.generation
+
+    @property
+    def writer(self) -> str:
+        return self.ticket.writer
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        """The sequence's block table, growth included."""
+        return self.ticket.blocks + self.growth
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """Leading blocks that the receiver held already: pinned, never written, never quarantined."""
+        return self.ticket.blocks[: self.ticket.cached_blocks]
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The blocks that the writer may write."""
+        return self.ticket.blocks[self.ticket.cached_blocks :]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The answer to an Open that gets no room. `retry_after_s` only where trying again can help."""
+
+    key: HandoffKey
+    reason: RefusalReason
+    message: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """A grant that the receiver gave up. The worker tells the writer, and asks the transport to revoke the ticket.
+
+    `proven`: the writer is known to be gone, or has closed, so that no quarantine was needed.
+    """
+
+    grant: Grant
+    reason: RefusalReason
+    message: str
+    proven: bool

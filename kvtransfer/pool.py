@@ -1,0 +1,226 @@
+"""The blocks of one KV pool, and which of them hold a known prefix.
+
+    FREE ──allocate──> HELD(count) ──release, no digest──> FREE
+                         │  ^   └────release, digest──────> CACHED ──evicted by allocate──> HELD
+                         │  └──────────────match, hold────────┘
+                         └─quarantine─> QUARANTINED ─unquarantine─> FREE
+
+Every block is in exactly one of the four states. A holder gives back exactly the holds that it took; whoever wrote a
+complete block may `insert` its digest, which makes it findable while held and keeps it CACHED after the last release.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class CacheChange(Enum):
+    INSERTED = "inserted"
+    EVICTED = "evicted"
+
+
+CacheListener = Callable[[CacheChange, bytes], None]
+"""Called at once, on the pool's own thread, with each digest that enters or leaves the prefix index."""
+
+
+class PoolCorrupt(AssertionError):
+    """The pool's books do not add up: a fault of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """A snapshot, in blocks. `free + held + cached + quarantined == total`."""
+
+    total: int
+    free: int
+    held: int
+    cached: int
+    quarantined: int
+    evictions: int
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that sequences can use: quarantined ones are outside."""
+        return self.total - self.quarantined
+
+
+class BlockPool:
+    """Hands out the block numbers [0, blocks). Not thread-safe: one asyncio loop owns it. O(1) per block."""
+
+    def __init__(self, blocks: int) -> None:
+        if blocks < 1:
+            raise ValueError(f"blocks must be at least 1, not {blocks}")
+        self.blocks = blocks
+        self.listeners: list[CacheListener] = []
+        self._free = list(range(blocks - 1, -1, -1))
+        self._holds = [0] * blocks
+        self._held = 0
+        self._digest: list[bytes | None] = [None] * blocks
+        self._index: dict[bytes, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._quarantined: set[int] = set()
+        self._evictions = 0
+
+    @property
+    def available(self) -> int:
+        """How many blocks `allocate` could hand out now: free and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks of unknown content, each with one hold of the caller's; None, and no change, without room.
+
+        Takes free blocks first, then evicts the least recently used cached ones.
+        """
+        assert count >= 0, "a negative number of blocks"
+        if count > self.available:
+            return None
+        return [self._take() for _ in range(count)]
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """One more hold on each block, all of which must be HELD or CACHED."""
+        for block in blocks:
+            if self._holds[block] == 0:
+                assert block in self._cached, f"block {block} is neither held nor cached"
+                del self._cached[block]
+                self._held += 1
+            self._holds[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give one hold of each block back; the last one makes it CACHED when it carries a digest, else FREE.
+
+        `blocks` are in the order of their sequence: later ones become the older in the eviction order, since a block
+        of a chain is found only through those before it.
+        """
+        for block in reversed(blocks):
+            if not self._drop_hold(block):
+                continue
+            if self._digest[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
+
+    def match(self, digests: Iterable[bytes]) -> list[int]:
+        """The longest leading run of `digests` that the pool has, pinned by one hold each of the caller's."""
+        found: list[int] = []
+        for digest in digests:
+            block = self._index.get(digest)
+            if block is None:
+                break
+            self.hold((block,))
+            found.append(block)
+        return found
+
+    def peek(self, digests: Iterable[bytes]) -> int:
+        """How many leading blocks `match` would find; pins nothing."""
+        count = 0
+        for digest in digests:
+            if digest not in self._index:
+                break
+            count += 1
+        return count
+
+    def insert(self, block: int, digest: bytes) -> bool:
+        """Make a complete, held block findable. False, and no change, when the digest or the block is known already:
+        the first one stays, and this block goes back to FREE with its last hold."""
+        assert self._holds[block] > 0, f"block {block} is not held"
+        if digest in self._index or self._digest[block] is not None:
+            return False
+        self._digest[block] = digest
+        self._index[digest] = block
+        self._tell(CacheChange.INSERTED, digest)
+        return True
+
+    def quarantine(self, blocks: Iterable[int]) -> list[int]:
+        """Turn the caller's hold on each block into quarantine; returns the blocks that are quarantined now.
+
+        A block that others hold too only loses the caller's hold: it was complete and proven before they could find it.
+        """
+        taken: list[int] = []
+        for block in blocks:
+            if self._drop_hold(block):
+                self._forget(block)  # somebody may still write it, so its content proves nothing
+                self._quarantined.add(block)
+                taken.append(block)
+        return taken
+
+    def unquarantine(self, blocks: Iterable[int]) -> None:
+        """There is proof that nobody writes these quarantined blocks any more: they become FREE."""
+        for block in blocks:
+            assert block in self._quarantined, f"block {block} is not quarantined"
+            self._quarantined.remove(block)
+            self._free.append(block)
+
+    def holds(self, block: int) -> int:
+        """How many holds there are on `block`."""
+        return self._holds[block]
+
+    def quarantined(self, block: int) -> bool:
+        return block in self._quarantined
+
+    def statistics(self) -> PoolStatistics:
+        return PoolStatistics(
+            total=self.blocks,
+            free=len(self._free),
+            held=self._held,
+            cached=len(self._cached),
+            quarantined=len(self._quarantined),
+            evictions=self._evictions,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount everything, in O(pool). Raises `PoolCorrupt`, naming the first thing that is wrong."""
+        free = set(self._free)
+        held = {block for block, holds in enumerate(self._holds) if holds > 0}
+        groups = (free, held, set(self._cached), self._quarantined)
+        self._require(len(free) == len(self._free), "a block is free twice")
+        self._require(len(held) == self._held, f"{len(held)} blocks are held, {self._held} are counted")
+        self._require(
+            sum(map(len, groups)) == self.blocks, f"states sum to {[len(g) for g in groups]} of {self.blocks}"
+        )
+        self._require(set().union(*groups) == set(range(self.blocks)), "a block is in two states")
+        self._require(min(self._holds) >= 0, "a block has fewer than no holds")
+        carried = {digest: block for block, digest in enumerate(self._digest) if digest is not None}
+        self._require(carried == self._index, "the prefix index differs from the blocks' digests")
+        self._require(all(self._digest[b] is not None for b in self._cached), "a cached block has no digest")
+        self._require(
+            not any(self._digest[b] is not None for b in free | self._quarantined), "a free block has a digest"
+        )
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+            self._evictions += 1
+        self._holds[block] = 1
+        self._held += 1
+        return block
+
+    def _drop_hold(self, block: int) -> bool:
+        """Whether it was the last hold."""
+        assert self._holds[block] > 0, f"block {block} is not held"
+        self._holds[block] -= 1
+        if self._holds[block]:
+            return False
+        self._held -= 1
+        return True
+
+    def _forget(self, block: int) -> None:
+        digest = self._digest[block]
+        if digest is not None:
+            self._digest[block] = None
+            del self._index[digest]
+            self._tell(CacheChange.EVICTED, digest)
+
+    def _tell(self, change: CacheChange, digest: bytes) -> None:
+        for listener in self.listeners:
+            listener(change, digest)
+
+    @staticmethod
+    def _require(condition: bool, message: str) -> None:
+        if not condition:
+            raise PoolCorrupt(message)

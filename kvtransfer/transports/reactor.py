@@ -1,0 +1,146 @@
+"""One thread that waits on all descriptors of a transport: no thread for each peer."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from kvtransfer.leases import LeaseTable
+
+log = logging.getLogger(__name__)
+
+JOIN_SECONDS = 30.0
+ACCEPT_PAUSE_SECONDS = 0.5
+
+
+class Reactor:
+    """Calls back on readiness and on deadlines. `call`, `listen`, `close` may come from any thread;
+    the rest from callbacks only.
+
+    A callback that raises has met a fault of ours: it is logged and its descriptor is no longer watched.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._watched: dict[int, tuple[Callable[[int], None], Callable[[], None] | None]] = {}
+        self._deadlines: LeaseTable[int] = LeaseTable()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[], None]) -> bool:
+        """Run `function` on the reactor's thread, after what was queued before. False, and never, once closed."""
+        with self._lock:
+            if self._closing:
+                return False
+            self._calls.append(function)
+            os.eventfd_write(self._wake, 1)
+        return True
+
+    def close(self, last: Callable[[], None]) -> None:
+        """Run what is queued, then `last`, and end the thread. Idempotent; not from a callback."""
+        assert threading.current_thread() is not self._thread, "the reactor can't wait for itself"
+        with self._lock:
+            if not self._closing:
+                self._closing = True
+                self._calls.append(last)
+                os.eventfd_write(self._wake, 1)
+        self._thread.join(JOIN_SECONDS)
+        assert not self._thread.is_alive(), "a transport's callback blocks"
+
+    def watch(
+        self,
+        fd: int,
+        ready: Callable[[int], None],
+        late: Callable[[], None] | None = None,
+        events: int = select.EPOLLIN,
+    ) -> None:
+        """Call `ready(epoll events)` while `fd` is ready, and `late` when a deadline that `limit` set passes."""
+        self._watched[fd] = (ready, late)
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def listen(self, listener: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+        """Accept on a non-blocking listener from now on; each connection is non-blocking and belongs to `accepted`.
+        Out of descriptors, it pauses instead of spinning. May be called from any thread."""
+        fd = listener.fileno()
+
+        def ready(_events: int) -> None:
+            try:
+                peer, _ = listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    log.warning("can't accept: %s; trying again in %g s", error, ACCEPT_PAUSE_SECONDS)
+                    self._epoll.modify(fd, 0)
+                    self.limit(fd, ACCEPT_PAUSE_SECONDS)
+                return  # otherwise the peer left again before we came
+            peer.setblocking(False)
+            accepted(peer)
+
+        self.call(partial(self.watch, fd, ready, partial(self._epoll.modify, fd, select.EPOLLIN)))
+
+    def limit(self, fd: int, seconds: float | None) -> None:
+        """`late` is due `seconds` from now; None: never."""
+        if seconds is None:
+            self._deadlines.drop(fd)
+        else:
+            self._deadlines.grant(fd, time.monotonic(), seconds)
+
+    def forget(self, fd: int) -> None:
+        """Watch `fd` no longer; to be called before it is closed."""
+        if self._watched.pop(fd, None) is not None:
+            self._deadlines.drop(fd)
+            self._epoll.unregister(fd)
+
+    def _run(self) -> None:
+        try:
+            while not self._turn():
+                pass
+        finally:
+            self._epoll.close()
+            with self._lock:
+                self._closing = True
+                os.close(self._wake)
+
+    def _turn(self) -> bool:
+        """Wait once and serve what is ready; whether it was the last time."""
+        soonest = self._deadlines.next_deadline()
+        timeout = None if soonest is None else max(0.0, soonest - time.monotonic())
+        for fd, events in self._epoll.poll(timeout):
+            watched = self._watched.get(fd)  # an earlier callback of this turn may have closed it
+            if watched is not None:
+                self._guard(fd, partial(watched[0], events))
+        for fd in self._deadlines.expire(time.monotonic()):
+            watched = self._watched.get(fd)
+            if watched is not None and watched[1] is not None:
+                self._guard(fd, watched[1])
+        return self._serve_calls()
+
+    def _serve_calls(self) -> bool:
+        with self._lock:
+            closing = self._closing
+            calls = list(self._calls)
+            self._calls.clear()
+            if calls:
+                os.eventfd_read(self._wake)
+        for function in calls:
+            self._guard(-1, function)
+        return closing
+
+    def _guard(self, fd: int, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception:  # the thread serves everybody: one fault must not end it
+            log.exception("a transport callback failed")
+            self.forget(fd)

@@ -1,0 +1,164 @@
+"""The writer's side of shared memory: map the receiver's pool once, then copy blocks straight into place."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import socket
+import struct
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
+from baton.spec import HandoffKey, ProcessRef
+from kvtransfer.handoff import Ticket
+from kvtransfer.memory import SEALS, PoolMemory
+from kvtransfer.transports import shm_wire as wire
+from kvtransfer.transports.base import BlockMove, WriteReceipt
+from kvtransfer.transports.check import plan
+from kvtransfer.transports.wire import pack_identity
+
+CLAIMS_REMEMBERED = 256
+RUN_BYTES = 16 * 2**20  # so that a deadline or a close is noticed within milliseconds
+
+
+class ShmChannel:
+    """Implements `Channel`. Raises from the constructor as `Transport.connect` says."""
+
+    def __init__(self, source: PoolMemory, incarnation: str, endpoint: str, peer: ProcessRef, deadline: float) -> None:
+        self._source = source
+        self._pin = source.block(0)  # keeps the mapping while a copy reads it
+        self._peer = peer
+        self._closing = False
+        self._busy = threading.Lock()  # held while the mapping is in use
+        self._claimed: OrderedDict[HandoffKey, Ticket] = OrderedDict()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._map: mmap.mmap | None = None
+        try:
+            self._handshake(incarnation, endpoint, deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> WriteReceipt:
+        started = time.monotonic()
+        plan(ticket, moves, self._source.blocks)
+        with self._busy:
+            if self._claimed.get(ticket.key) != ticket:
+                self._request(wire.Op.CLAIM, ticket, wire.table_digest(ticket), deadline)
+                self._claimed[ticket.key] = ticket
+                if len(self._claimed) > CLAIMS_REMEMBERED:
+                    self._claimed.popitem(last=False)
+            self._copy(moves, deadline)
+            indices = [move.index for move in moves]
+            for first in range(0, len(indices), wire.MAX_INDICES):
+                packed = wire.pack_indices(indices[first : first + wire.MAX_INDICES])
+                self._request(wire.Op.DONE, ticket, packed, deadline)
+        return WriteReceipt(len(moves) * self._source.layout.block_bytes, time.monotonic() - started)
+
+    def close(self) -> None:
+        self._closing = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a write that waits for an answer
+        with self._busy:  # a copy under way leaves the mapping at its next step
+            self._socket.close()
+            self._pin.release()
+            if self._map is not None:
+                self._map.close()
+                self._map = None
+
+    def _handshake(self, incarnation: str, endpoint: str, deadline: float) -> None:
+        size = self._source.layout.block_bytes
+        try:
+            self._set_timeout(deadline)
+            self._socket.connect("\0" + endpoint.removeprefix("@"))
+            uid = struct.unpack("iII", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            if uid != os.getuid():
+                raise PeerClosed(f"{self._peer.name} at {endpoint} belongs to another user")
+            started = wire.start_time(os.getpid())
+            self._socket.send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, size, started) + incarnation.encode())
+            data, fds, _flags, _address = socket.recv_fds(self._socket, wire.MAX_PACKET, 1)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{self._peer.name} did not answer at {endpoint}") from error
+        except OSError as error:
+            raise PeerClosed(f"{self._peer.name} at {endpoint}: {error}") from error
+        try:
+            self._map_pool(data, fds, size)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _map_pool(self, welcome: bytes, fds: list[int], block_bytes: int) -> None:
+        if len(welcome) != wire.WELCOME.size:
+            raise PeerClosed(f"{self._peer.name} refused the connection")
+        _magic, version, theirs, blocks = wire.WELCOME.unpack(welcome)
+        if version != wire.VERSION:
+            raise Mismatch("shm version", str(wire.VERSION), str(version))
+        if theirs != block_bytes:
+            raise Mismatch("block_bytes", str(block_bytes), str(theirs))
+        if not fds or fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & SEALS != SEALS:
+            raise PeerClosed(f"{self._peer.name} passed no sealed memory")
+        if os.fstat(fds[0]).st_size != blocks * theirs:
+            raise Mismatch("pool bytes", str(blocks * theirs), str(os.fstat(fds[0]).st_size))
+        self._map = mmap.mmap(fds[0], blocks * theirs, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._map.madvise(mmap.MADV_DONTFORK)  # a child must not outlive us as a writer
+        self._target = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._target_blocks = blocks
+
+    def _copy(self, moves: Sequence[BlockMove], deadline: float) -> None:
+        for source, target, size in self._runs(moves):
+            if self._closing:
+                raise PeerClosed("the channel is closed")
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"the write to {self._peer.name} did not end in time")
+            ctypes.memmove(target, source, size)  # releases the interpreter lock
+
+    def _runs(self, moves: Sequence[BlockMove]) -> Iterator[tuple[int, int, int]]:
+        """(source address, target address, bytes) of neighbouring blocks joined, up to about `RUN_BYTES`."""
+        size = self._source.layout.block_bytes
+        longest = max(1, RUN_BYTES // size)
+        position = 0
+        while position < len(moves):
+            first = moves[position]
+            if not 0 <= first.destination < self._target_blocks:
+                raise WriteRefused(f"block {first.destination} of {self._target_blocks}")
+            count = 1
+            while position + count < len(moves) and count < longest and _follows(first, moves[position + count], count):
+                count += 1
+            if first.destination + count > self._target_blocks:
+                raise WriteRefused(f"block {self._target_blocks} of {self._target_blocks}")
+            yield self._source.address + first.source * size, self._target + first.destination * size, count * size
+            position += count
+
+    def _request(self, op: wire.Op, ticket: Ticket, body: bytes, deadline: float) -> None:
+        if self._closing:
+            raise PeerClosed("the channel is closed")
+        try:
+            self._set_timeout(deadline)
+            self._socket.send(wire.OP.pack(op) + pack_identity(ticket) + body)
+            reply = self._socket.recv(wire.MAX_PACKET)
+        except TimeoutError as error:
+            self._closing = True  # a late answer would be taken for that of the next request
+            raise DeadlineExceeded(f"{self._peer.name} did not answer in time") from error
+        except OSError as error:
+            raise PeerClosed(f"{self._peer.name}: {error}") from error
+        if not reply:
+            raise PeerClosed(f"{self._peer.name} closed the connection")
+        if reply[0] != wire.Status.OK:
+            self._claimed.pop(ticket.key, None)
+            raise WriteRefused(f"{ticket.key}: {reply[1:].decode(errors='replace')}")
+
+    def _set_timeout(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+
+def _follows(first: BlockMove, move: BlockMove, count: int) -> bool:
+    return move.source == first.source + count and move.destination == first.destination + count

@@ -1,0 +1,113 @@
+"""Sender and receiver together, in one process, and what the package may import."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from baton.spec import HandoffKey
+from kvtransfer.delivery import Delivery
+from kvtransfer.grants import GrantLedger
+from kvtransfer.handoff import Grant, RefusalReason, Ticket
+from kvtransfer.outcomes import LedgerLimits, Outcome
+from kvtransfer.pool import BlockPool
+from kvtransfer.transports.reactor import Reactor
+
+
+def test_a_handoff_from_open_to_release() -> None:
+    pool = BlockPool(32)
+    ledger = GrantLedger(pool)
+    key = HandoffKey(bytes(16), 1)
+    delivery = Delivery(key, range(5), tokens=70, block_tokens=16)
+    grant = ledger.open(key, "w", [bytes([n]) * 16 for n in range(4)], 5, 9, 0.0)
+    assert isinstance(grant, Grant)
+    delivery.granted(grant.ticket)
+    outcome = Outcome.PENDING
+    for computed in (32, 64, 70):
+        delivery.computed(computed)
+        moves = delivery.take_moves(100)
+        outcome = ledger.landed(key, grant.generation, [move.index for move in moves], 0.0)
+        delivery.written(key, moves)
+    assert outcome is Outcome.PENDING
+    delivery.first_token()
+    blocks = delivery.take_commit()
+    assert blocks is not None
+    assert ledger.commit(key, grant.generation, blocks, "token", 0.0) is Outcome.RESIDENT
+    assert delivery.committed(key)
+    assert delivery.may_release
+    ledger.release(key, 1.0)
+    assert pool.statistics().cached == 4
+    ledger.check_integrity()
+
+
+def test_many_grants_leave_nothing_behind() -> None:
+    """Random aborts, restarts and extensions; the books and the memory stay flat."""
+    rng = random.Random(7)
+    pool = BlockPool(64)
+    ledger = GrantLedger(pool, LedgerLimits(lease_s=5, handoff_s=8, tombstone_s=10, tombstones=500))
+    live: list[Grant] = []
+    for step in range(20_000):
+        now = step / 50
+        writer = f"w{rng.randrange(3)}-{step // 4000}"
+        opened = ledger.open(HandoffKey(rng.randbytes(16), 1), writer, (), rng.randint(1, 4), 4, now)
+        if isinstance(opened, Grant):
+            live.append(opened)
+        ledger.renew(writer, now)
+        ledger.expire(now)
+        while len(live) > 8 or (live and rng.random() < 0.3):
+            grant = live.pop(rng.randrange(len(live)))
+            if rng.random() < 0.5:
+                ledger.landed(grant.key, grant.generation, grant.ticket.writable, now)
+                ledger.commit(grant.key, grant.generation, len(grant.ticket.writable), None, now)
+                ledger.release(grant.key, now)
+            ledger.abort(grant.key, rng.choice(list(RefusalReason)), now)
+            ledger.proved(grant.key)
+        if step % 4000 == 3999:
+            for n in range(3):
+                ledger.writer_gone(f"w{n}-{step // 4000}", now)
+            ledger.check_integrity()
+            assert ledger.statistics().tombstones <= 520
+    for grant in live:
+        ledger.closed(grant.key, 1e6, proof=True)
+    ledger.expire(1e7)
+    ledger.check_integrity()
+    assert pool.available == 64
+    assert ledger.next_deadline() is None
+    assert (ledger.statistics().tombstones, ledger.statistics().writers) == (0, 0)
+
+
+def test_a_ticket_checks_itself_and_hides_its_token() -> None:
+    key = HandoffKey(bytes(16), 1)
+    with pytest.raises(ValueError, match="write_token"):
+        Ticket(key, 1, b"short", (1,), 0, "w")
+    with pytest.raises(ValueError, match="cached_blocks"):
+        Ticket(key, 1, bytes(16), (1,), 2, "w")
+    assert "token" not in repr(Ticket(key, 1, b"secret-token-123", (1,), 0, "w"))
+
+
+def test_the_reactor_survives_a_callback_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError("a fault of ours")
+
+    reactor = Reactor("test")
+    ran: list[int] = []
+    reactor.call(fail)
+    reactor.call(lambda: ran.append(1))
+    reactor.close(lambda: ran.append(2))
+    reactor.close(lambda: ran.append(3))
+    assert ran == [1, 2]
+    assert not reactor.call(lambda: None)
+    assert "callback failed" in caplog.text
+
+
+def test_the_package_needs_no_torch_grpc_or_protobuf() -> None:
+    code = (
+        "import sys, pkgutil, importlib, kvtransfer\n"
+        "for m in pkgutil.walk_packages(kvtransfer.__path__, 'kvtransfer.'): importlib.import_module(m.name)\n"
+        "print([m for m in ('torch', 'grpc', 'google.protobuf') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "[]"
