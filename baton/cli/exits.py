@@ -1,0 +1,43 @@
+"""How a command ends: one line on stderr and a status, whatever went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from baton.errors import BatonError, ConfigError, FieldError
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+DEBUG = "BATON_DEBUG"
+"""An environment variable: when it is not empty, errors come with their traceback."""
+
+
+def status_of(error: BaseException) -> int:
+    """2 where another command line would help, 130 for Ctrl-C, else 1."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return USAGE if isinstance(error, (FieldError, ConfigError)) else FAILURE
+
+
+def line_of(error: BaseException) -> str:
+    """What a user needs to know, on one line."""
+    if isinstance(error, BatonError):
+        text = str(error) or type(error).__name__
+    elif isinstance(error, OSError):
+        text = ": ".join(filter(None, [str(error.filename or ""), (error.strerror or str(error)).lower()]))
+    else:
+        text = f"internal error: {type(error).__name__}: {error} ({DEBUG}=1 shows where)"
+    return " ".join(text.split())
+
+
+def report(error: BaseException) -> int:
+    """Prints the line, and the traceback when asked to; returns the exit status."""
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    if not isinstance(error, KeyboardInterrupt):
+        print(f"baton: {line_of(error)}", file=sys.stderr, flush=True)
+    return status_of(error)

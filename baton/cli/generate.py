@@ -1,0 +1,187 @@
+"""`baton generate`, `baton chat` and `baton tokenize`: what users send and get back."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import sys
+from typing import Annotated
+
+import uvloop
+from cyclopts import Parameter
+
+from baton.cli.exits import INTERRUPTED, OK, report
+from baton.cli.flags import DEFAULT_SERVER, Json, RequestFlags, Server, run
+from baton.cli.output import check_text, console, print_json, print_logprobs, read_text, show_stream, to_dict
+from baton.cli.picture import draw
+from baton.client import Client, Message, RequestOptions
+from baton.errors import BatonError, InvalidArgument
+
+OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+
+
+def _no_option(kind: object, value: str) -> None:
+    """A prompt may begin with a hyphen, but a mistyped option must not become one."""
+    if OPTION.fullmatch(value):
+        raise ValueError("It looks like an option; to send it, give - as the prompt and this on stdin.")
+
+
+Prompt = Annotated[str, Parameter(allow_leading_hyphen=True, validator=_no_option)]
+Raw = Annotated[bool, Parameter(negative=(), help="Send the text as it is, without the model's chat template.")]
+System = Annotated[str | None, Parameter(help="A system message before the chat.")]
+
+
+def generate(
+    prompt: Prompt,
+    /,
+    *,
+    server: Server = DEFAULT_SERVER,
+    raw: Raw = False,
+    system: System = None,
+    json: Json = False,
+    timeline: Annotated[bool, Parameter(negative=(), help="Draw where the time went, on stderr.")] = False,
+    request: RequestFlags = RequestFlags(),  # noqa: B008
+) -> None:
+    """Stream one answer to the terminal.
+
+    Parameters
+    ----------
+    prompt
+        The question, as a user's chat message; - reads it from stdin.
+    """
+    text, options = _request(prompt, raw, system, request)
+
+    async def main() -> None:
+        async with Client(server) as client:
+            events = client.generate(text, timeout=request.timeout, **options)
+            finished, runs = await show_stream(events, as_json=json, spoken=[])
+        if request.logprobs is not None and not json:
+            print_logprobs(runs)
+        if timeline:
+            console(sys.stderr).print(draw(finished))
+
+    run(main)
+
+
+def tokenize(
+    prompt: Prompt,
+    /,
+    *,
+    server: Server = DEFAULT_SERVER,
+    raw: Raw = False,
+    system: System = None,
+    model: str = "",
+    json: Json = False,
+) -> None:
+    """Print the token ids that `baton generate` would send for the same prompt.
+
+    Parameters
+    ----------
+    prompt
+        The question, as a user's chat message; - reads it from stdin.
+    model
+        A model from `baton models`; may be left out when there is only one.
+    """
+    text, options = _request(prompt, raw, system, RequestFlags())
+
+    async def main() -> None:
+        async with Client(server) as client:
+            result = await client.tokenize(text, messages=options.get("messages"), model=model)
+        if json:
+            print_json(to_dict(result))
+        else:
+            print(*result.ids)
+
+    run(main)
+
+
+def _request(prompt: str, raw: bool, system: str | None, flags: RequestFlags) -> tuple[str | None, RequestOptions]:
+    """The prompt as plain text, or None and the options with it as a chat."""
+    text, options = read_text(prompt), flags.options()
+    if raw:
+        if system is not None:
+            raise InvalidArgument("system", "belongs to a chat, so it does not go with --raw")
+        return text, options
+    options["messages"] = [*_opening(system), ("user", text)]
+    return None, options
+
+
+def _opening(system: str | None) -> list[Message]:
+    return [] if system is None else [("system", read_text(system, "system"))]
+
+
+def chat(
+    *,
+    server: Server = DEFAULT_SERVER,
+    system: System = None,
+    json: Json = False,
+    request: RequestFlags = RequestFlags(),  # noqa: B008
+) -> int:
+    """Talk with a model, turn by turn. Ctrl-C cancels an answer, Ctrl-D ends.
+
+    Without a terminal each line of stdin is a turn, and the first error ends it.
+    """
+    messages = _opening(system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  gives input() its line editing
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused with a message
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        client = runner.run(_connect(server))
+        try:
+            while (line := _read_turn(interactive)) is not None:
+                status = _turn(runner, client, messages, line, as_json=json, request=request) if line else 0
+                if status and not interactive:
+                    return status
+        finally:
+            runner.run(client.close())
+    return 0
+
+
+async def _connect(server: str) -> Client:
+    return Client(server)
+
+
+def _read_turn(interactive: bool) -> str | None:
+    """The next line, stripped; "" for a line to skip; None at the end."""
+    try:
+        return input("> " if interactive else "").strip()
+    except EOFError:
+        if interactive:
+            print()
+        return None
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print("\nCtrl-D ends.")
+        return ""
+
+
+def _turn(
+    runner: asyncio.Runner,
+    client: Client,
+    messages: list[Message],
+    line: str,
+    *,
+    as_json: bool,
+    request: RequestFlags,
+) -> int:
+    """One question and its answer, added to `messages` as far as it came. Returns 0 or an exit status."""
+    spoken: list[str] = []
+    try:
+        options: RequestOptions = {**request.options(), "messages": [*messages, ("user", check_text(line, "message"))]}
+        events = client.generate(timeout=request.timeout, **options)
+        runner.run(show_stream(events, as_json=as_json, spoken=spoken))
+    except KeyboardInterrupt:
+        print("(cancelled)", file=sys.stderr)
+        status = INTERRUPTED
+    except BatonError as error:
+        status = report(error)
+    else:
+        status = OK
+    if any(spoken):
+        messages += [("user", line), ("assistant", "".join(spoken))]
+    return status

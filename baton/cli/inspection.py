@@ -1,0 +1,133 @@
+"""`baton workers`, `status`, `health` and `models`: what operators look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from baton.cli.exits import FAILURE, OK
+from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
+from baton.cli.output import console, print_json, to_dict
+from baton.client import Client, ProcessStatus, WorkerInfo
+
+T = TypeVar("T")
+
+
+def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
+    """List the workers that the router knows."""
+    found = _ask(server, lambda client: client.workers())
+    if json:
+        print_json([to_dict(worker) for worker in found])
+        return
+    columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "transports"
+    _print_table(columns, [_worker_row(worker) for worker in found])
+
+
+def _worker_row(worker: WorkerInfo) -> list[str]:
+    load = worker.load
+    return [
+        worker.name,
+        ", ".join(worker.roles),
+        worker.model,
+        worker.address,
+        "yes" if worker.attached else "no",
+        f"{worker.lease_left_ms / 1e3:.1f} s",
+        str(load.waiting),
+        str(load.running),
+        f"{load.held_blocks + load.quarantined_blocks}/{worker.blocks}",
+        ", ".join(worker.transports),
+    ]
+
+
+def models(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
+    """List the models that the cluster serves."""
+    found = _ask(server, lambda client: client.models())
+    if json:
+        print_json([to_dict(model) for model in found])
+        return
+    rows = [
+        [
+            entry.name,
+            str(entry.context_tokens),
+            str(entry.prefill_workers),
+            str(entry.decode_workers),
+            entry.fingerprint,
+        ]
+        for entry in found
+    ]
+    _print_table(("name", "context", "prefill", "decode", "fingerprint"), rows)
+
+
+def status(address: str | None = None, /, *, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
+    """Show what a process holds, and whether its books balance.
+
+    Parameters
+    ----------
+    address
+        HOST:PORT of a router or a worker. Default: the server.
+    """
+    found = _ask(address or server, lambda client: client.status())
+    if json:
+        print_json(to_dict(found))
+    else:
+        _print_table(("what", "value"), _status_rows(found))
+
+
+def _status_rows(found: ProcessStatus) -> list[list[str]]:
+    rows = [
+        ["name", found.name],
+        ["address", found.address],
+        ["incarnation", found.incarnation],
+        ["roles", ", ".join(found.roles) or "router"],
+        ["resident memory", f"{found.resident_bytes / 1e6:.0f} MB"],
+    ]
+    if found.pool is not None:
+        pool = found.pool
+        states = f"{pool.free} free, {pool.held} held, {pool.cached} cached, {pool.quarantined} quarantined"
+        rows.append(["pool", f"{pool.blocks} blocks: {states}"])
+        rows.append(["pool integrity", pool.integrity_error or "ok"])
+    rows += [[f"live {name}", str(value)] for name, value in sorted(found.live.items())]
+    rows += [[f"count {name}", str(value)] for name, value in sorted(found.counters.items())]
+    return rows
+
+
+def health(
+    address: str,
+    /,
+    *,
+    service: Annotated[str, Parameter(help="liveness, readiness, or a service's full name.")] = "",
+    json: Json = False,
+) -> int:
+    """Ask a process how it is, over the gRPC health protocol; exit status 0 when it serves, else 1.
+
+    Parameters
+    ----------
+    address
+        HOST:PORT of a router or a worker.
+    """
+    state = _ask(address, lambda client: client.health(service))
+    if json:
+        print_json({"address": address, "service": service, "status": state})
+    else:
+        print(state)
+    return OK if state == "serving" else FAILURE
+
+
+def _ask(address: str, question: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+    """One call to one process."""
+
+    async def main() -> T:
+        async with Client(address) as client:
+            return await question(client)
+
+    return run(main)
+
+
+def _print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

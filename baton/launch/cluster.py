@@ -1,0 +1,260 @@
+"""A whole cluster on this machine: a router and its workers, each a process of its own.
+
+    starting -> ready -> stopping -> stopped      a failure while starting goes to stopping at once
+
+Every child dies with the thread that started it (PR_SET_PDEATHSIG), so enter a cluster in a thread that outlives it,
+as the main thread does. Workers that die are reported and not started again: that is an orchestrator's task, and a
+developer wants to see it. When the router dies, the cluster is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import baton
+from baton.config import DEFAULT_LISTEN, DEFAULT_MODEL, RoleName, TransportChoice, require
+from baton.errors import Unavailable
+from baton.launch.child import Child, Sink
+from baton.rpc.net import cancelling, format_address, parse_address
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "console", "json"]
+ROUTER = "router"
+PROGRAM = (sys.executable, "-P", "-m", "baton.cli")
+"""-P: the directory somebody happens to stand in is no place to import from."""
+STOP_S = 5.0
+"""From the first SIGTERM to SIGKILL."""
+ROUTER_STOP_S = 2.0
+"""How long the router stays for workers that are leaving."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """A local cluster; each worker gets the same settings."""
+
+    prefill: int = 1
+    """Prefill workers."""
+    decode: int = 1
+    """Decode workers."""
+    model: str = DEFAULT_MODEL
+    """A built-in name, a Hugging Face folder, a GGUF file, or a hub name."""
+    transport: TransportChoice = "auto"
+    """How KV blocks move; auto prefers shared memory."""
+    listen: str = DEFAULT_LISTEN
+    """HOST:PORT of the router; port 0 takes any free one."""
+    pin: bool = False
+    """Keep each worker on one core: prefill workers from the first core on, decode workers from the last back."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the device is good at."""
+    pool_tokens: int = 32_768
+    """Tokens whose KV each worker's block pool holds."""
+    chunk_tokens: int = 512
+    """Prompt tokens computed in one prefill step."""
+    max_sequences: int = 64
+    """Sequences in one decode step."""
+    threads: int = 1
+    """Threads of each worker's arithmetic."""
+    start_s: float = 60.0
+    """Seconds until every process must be ready."""
+    log_level: LogLevel = "warning"
+    """The least severe events that the processes log."""
+    log_format: LogFormat = "auto"
+    """json, console, or auto: json unless stderr is a terminal."""
+
+    def __post_init__(self) -> None:
+        for field in ("prefill", "decode"):
+            require(getattr(self, field) >= 1, field, f"at least 1, not {getattr(self, field)}")
+        require(self.start_s > 0, "start_s", "must be positive")
+        require(not (self.pin and self.threads > 1), "threads", "with --pin each worker has one core, so 1")
+        parse_address(self.listen, "listen")
+
+
+class LocalCluster:
+    """`async with LocalCluster(ClusterConfig(...)) as cluster`: ready inside the block, gone after it.
+
+    Entering raises ConfigError or Unavailable with the reason of the first process that failed. Leaving stops every
+    process within `STOP_S`, also when it is cancelled. `sink` gets the processes' output, line by line; each worker
+    gets `worker_flags` besides those of the config. `program` is what runs a role, its name and flags following.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        sink: Sink | None = None,
+        worker_flags: Sequence[str] = (),
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        self.config = config
+        self.address = ""
+        self._sink = sink or _to_stderr
+        self._worker_flags = tuple(worker_flags)
+        self._program = tuple(program)
+        self._children: list[Child] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._router_gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def processes(self) -> tuple[Child, ...]:
+        """The router and then the workers, each with name, role, pid and address, dead or alive."""
+        return tuple(self._children)
+
+    async def __aenter__(self) -> Self:
+        try:
+            async with asyncio.timeout(self.config.start_s):
+                await self._start()
+        except TimeoutError:
+            late = [child.name for child in self._children if not child.address]
+            await self.stop()
+            raise Unavailable(f"{', '.join(late)} not ready within {self.config.start_s:g} s") from None
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def wait(self) -> None:
+        """Lasts as long as the router; then raises Unavailable with what ended it."""
+        raise Unavailable(f"the router {await asyncio.shield(self._router_gone)}")
+
+    async def stop(self) -> None:
+        """SIGTERM to the workers, then to the router, SIGKILL to what is left after `STOP_S`. Idempotent."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        workers = [child for child in self._children if child.role != ROUTER]
+        try:
+            async with asyncio.timeout(STOP_S):
+                await _terminate(workers, ROUTER_STOP_S)
+                await _terminate([child for child in self._children if child.role == ROUTER], None)
+                await _exited(workers, None)
+        except TimeoutError:
+            late = [child.name for child in self._children if child.running]
+            self._sink(f"baton: killed what did not stop within {STOP_S:g} s: {', '.join(late)}")
+        finally:
+            for child in self._children:
+                child.kill()
+            await _exited(self._children, STOP_S)
+
+    async def _start(self) -> None:
+        router = await self._spawn(ROUTER, ROUTER, ["--listen", self.config.listen])
+        self.address = dialable(await router.wait_ready())
+        workers = [
+            await self._spawn(f"{role}-{index}", role, self._flags_of(role, index))
+            for role, count in _counts(self.config)
+            for index in range(count)
+        ]
+        await _all_ready(router, workers)
+        self._watchers = [asyncio.create_task(self._watch(child)) for child in self._children]
+
+    async def _spawn(self, name: str, role: str, flags: Sequence[str]) -> Child:
+        command = [*self._program, role, "--name", name, *flags, *self._log_flags()]
+        command += ["--parent-pid", str(os.getpid())]
+        child = await Child.start(name, role, command, child_environment(), self._sink)
+        self._children.append(child)
+        return child
+
+    def _log_flags(self) -> list[str]:
+        chosen = self.config.log_format
+        if chosen == "auto":  # a child writes to a pipe, so it can't tell
+            chosen = "console" if sys.stderr.isatty() else "json"
+        return ["--log-level", self.config.log_level, "--log-format", chosen]
+
+    def _flags_of(self, role: RoleName, index: int) -> list[str]:
+        config = self.config
+        flags = ["--router", self.address]
+        for field in (
+            "model",
+            "transport",
+            "device",
+            "dtype",
+            "pool_tokens",
+            "chunk_tokens",
+            "max_sequences",
+            "threads",
+        ):
+            flags += [f"--{field.replace('_', '-')}", str(getattr(config, field))]
+        if config.pin:
+            flags += ["--pin", str(core_of(role, index, sorted(os.sched_getaffinity(0))))]
+        return [*flags, *self._worker_flags]
+
+    async def _watch(self, child: Child) -> None:
+        """Reports a death nobody asked for."""
+        await child.wait_exited()
+        how = child.describe_exit()
+        if child.role == ROUTER:
+            self._router_gone.set_result(how)
+        else:
+            self._sink(f"baton: {child.name} (pid {child.pid}) {how}; it is not started again")
+
+
+def _counts(config: ClusterConfig) -> list[tuple[RoleName, int]]:
+    return [("prefill", config.prefill), ("decode", config.decode)]
+
+
+def core_of(role: RoleName, index: int, cores: Sequence[int]) -> int:
+    """Prefill workers take the cores from the first on, decode workers from the last back, both round-robin."""
+    place = index % len(cores)
+    return cores[place] if role == "prefill" else cores[-1 - place]
+
+
+def dialable(address: str) -> str:
+    """Where to reach, from this machine, what listens on `address`: a wildcard is no destination."""
+    host, port = parse_address(address)
+    return format_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, in which a child finds this very Baton, also from an uninstalled checkout."""
+    environment = dict(os.environ)
+    root = str(Path(baton.__file__).parents[1])
+    if root != sysconfig.get_path("purelib"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
+    return environment
+
+
+async def _all_ready(router: Child, workers: Sequence[Child]) -> None:
+    """Raises the failure of the first worker, or of the router, that exits meanwhile."""
+    guard = asyncio.create_task(router.wait_exited())
+    waiting = {asyncio.create_task(worker.wait_ready()) for worker in workers}
+    async with cancelling(guard, *waiting):
+        while waiting:
+            done, _ = await asyncio.wait({guard, *waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if guard in done:
+                raise Unavailable(f"the router {router.describe_exit()}")
+            for task in done:
+                task.result()
+            waiting -= done
+
+
+async def _terminate(children: Sequence[Child], timeout: float | None) -> None:
+    """Asks them to stop and waits until they have; without a timeout the caller bounds it."""
+    for child in children:
+        child.terminate()
+    await _exited(children, timeout)
+
+
+async def _exited(children: Sequence[Child], timeout: float | None) -> None:
+    waits = [asyncio.create_task(child.wait_exited()) for child in children]
+    async with cancelling(*waits):
+        if waits:
+            await asyncio.wait(waits, timeout=timeout)
+
+
+def _to_stderr(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it; the cluster goes on
+        print(line, file=sys.stderr, flush=True)

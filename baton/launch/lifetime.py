@@ -1,0 +1,73 @@
+"""A role's process: how it starts, says that it is ready, stops on a signal, and dies with its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from baton.errors import ConfigError, Unavailable
+
+PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+Role = Callable[[Callable[[str], None], asyncio.Event], Awaitable[None]]
+"""Serves until the event is set; calls back with its address once it is ready."""
+
+
+def serve(role: Role, on_ready: Callable[[str], None]) -> None:
+    """Runs a role on uvloop until it ends or a signal stops it. Call it in the main thread."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_until_stopped(role, on_ready))
+
+
+async def _until_stopped(role: Role, on_ready: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    stop_on_signals(stop.set)
+    await role(on_ready, stop)
+
+
+def stop_on_signals(stop: Callable[[], object]) -> None:
+    """The first SIGTERM, SIGINT or SIGHUP calls `stop` in the running loop; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    signals: list[int] = []
+
+    def on_signal(number: int) -> None:
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        stop()
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+
+
+def announce(address: str, role: str, ready_fd: int | None) -> None:
+    """Writes the address and a newline to the descriptor and closes it; without one, a line to stdout."""
+    if ready_fd is None:
+        print(f"baton {role} ready: {address}", flush=True)
+        return
+    try:
+        with os.fdopen(ready_fd, "w") as pipe:
+            pipe.write(f"{address}\n")
+    except OSError as error:
+        raise ConfigError(f"ready-fd: cannot write to {ready_fd}: {(error.strerror or str(error)).lower()}") from None
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends; Unavailable if that has happened.
+
+    A parent that died before the call is noticed by its process id, so that no moment is left in which this process
+    could outlive it. Only Linux can; elsewhere this raises ConfigError.
+    """
+    if not sys.platform.startswith("linux"):
+        raise ConfigError("parent-pid: only on Linux")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise ConfigError(f"parent-pid: prctl failed: {os.strerror(ctypes.get_errno()).lower()}")
+    if os.getppid() != parent_pid:
+        raise Unavailable(f"the parent process {parent_pid} is gone")
