@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from typing import Any, Generic, TypeVar
 
-from baton.errors import TransferError
+from baton.errors import ResourceExhausted
 from baton.v1 import transfer_pb2, worker_pb2
 
 FRAGMENT_BYTES = 64 * 1024
@@ -84,11 +84,12 @@ class Assembler(Generic[Frame]):
         self._bytes = 0
 
     def add(self, fragment: worker_pb2.Fragment) -> Frame | None:
-        """The whole frame when this was its last piece. Raises TransferError past the limit."""
+        """The whole frame when this was its last piece. Raises ResourceExhausted past the limit; no piece can be
+        taken after that, since one is missing."""
         self._parts.setdefault(fragment.message_id, bytearray()).extend(fragment.data)
         self._bytes += len(fragment.data)
         if self._bytes > ASSEMBLY_LIMIT_BYTES:
-            raise TransferError(f"messages in pieces exceed {ASSEMBLY_LIMIT_BYTES} bytes")
+            raise ResourceExhausted(f"messages in pieces exceed {ASSEMBLY_LIMIT_BYTES} bytes")
         if not fragment.last:
             return None
         data = bytes(self._parts.pop(fragment.message_id))

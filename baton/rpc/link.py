@@ -68,8 +68,11 @@ class Session(Generic[Out, In]):
     def receive(self, frame: In) -> None:
         """Takes a frame from the wire: acknowledges ours, drops duplicates, assembles pieces, delivers the rest.
 
-        Raises TransferError on a gap: the stream has to be broken off and taken up again.
+        Raises TransferError on a gap: the stream has to be broken off and taken up again. Raises ResourceExhausted
+        when pieces exceed their limit: the session has to be given up. A closed session drops everything.
         """
+        if self.closed:
+            return
         while self._unacknowledged and self._unacknowledged[0].number <= frame.acknowledged:
             self._unacknowledged.popleft()
         if frame.number == 0 or frame.number <= self.received:
@@ -86,18 +89,22 @@ class Session(Generic[Out, In]):
         else:
             self._on_frame(frame)
 
-    def attach(self, received_by_peer: int) -> None:
-        """A (new) stream starts: what the peer has not received goes out again, ahead of everything else."""
+    def attach(self, received_by_peer: int) -> int:
+        """A (new) stream starts: what the peer has not received goes out again, ahead of everything else. Returns the
+        stream's number in this session; an older one is replaced."""
         while self._unacknowledged and self._unacknowledged[0].number <= received_by_peer:
             self._unacknowledged.popleft()
         self._resend = deque(self._unacknowledged)
         self._epoch += 1
         self._lanes.wake()
+        return self._epoch
 
-    def detach(self) -> None:
-        """The stream broke: `outgoing` ends; the session waits to be attached again or closed."""
-        self._epoch += 1
-        self._lanes.wake()
+    def detach(self, stream: int | None = None) -> None:
+        """The stream broke: `outgoing` ends; the session waits to be attached again or closed. Nothing happens when
+        `stream` has been replaced already."""
+        if stream is None or stream == self._epoch:
+            self._epoch += 1
+            self._lanes.wake()
 
     def close(self) -> None:
         """Nothing more is sent or kept. Idempotent."""
@@ -107,9 +114,10 @@ class Session(Generic[Out, In]):
         self._resend.clear()
         self._lanes.wake()
 
-    async def outgoing(self) -> AsyncIterator[Out]:
-        """Frames to write to the current stream, heartbeats among them, until it is detached, replaced or closed."""
-        epoch = self._epoch
+    async def outgoing(self, stream: int | None = None) -> AsyncIterator[Out]:
+        """Frames to write to `stream` (the current one), heartbeats among them, until it is detached, replaced or
+        closed."""
+        epoch = self._epoch if stream is None else stream
         while not self.closed and epoch == self._epoch:
             frame = self._take()
             if frame is not None:

@@ -18,14 +18,16 @@ class LoadReporter:
         self._worker = worker
         self._report = report
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
     def changed(self) -> None:
         """Something that a router places by is different now."""
-        if self._timer is None:
+        if self._timer is None and not self._closed:
             self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._flush)
 
     def close(self) -> None:
         """Sends nothing more."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
 

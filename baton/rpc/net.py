@@ -65,7 +65,7 @@ async def listens(address: str, timeout: float = 1.0) -> bool:
             _, writer = await asyncio.open_connection(host, port)
     except ConnectionRefusedError:
         return False
-    except (TimeoutError, OSError):
+    except (TimeoutError, OSError, UnicodeError):
         return True
     writer.close()
     with contextlib.suppress(OSError):
@@ -140,8 +140,8 @@ def _check_free(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, UnicodeError) as error:  # the latter for a host that no name can be
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ConfigError(f"cannot listen on {format_address(host, port)}: {reason}") from None
 
 

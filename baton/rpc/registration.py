@@ -16,6 +16,8 @@ from baton.v1.worker_pb2_grpc import RegistryStub
 
 CALL_TIMEOUT_S = 2.0
 BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
+TRANSIENT = (errors.Unavailable, errors.DeadlineExceeded, errors.Cancelled)
+"""A router that is away, slow, or stops in the middle of a call."""
 log = structlog.get_logger(__name__)
 
 
@@ -40,18 +42,21 @@ class Registration:
         stub: RegistryStub = RegistryStub(channel)
         try:
             while not stop.is_set():
-                lease_s, incarnation = await self._register(stub, stop)
-                await self._renew_until_forgotten(stub, stop, lease_s, incarnation)
+                registered = await self._register(stub, stop)
+                if registered is None:
+                    return
+                await self._renew_until_forgotten(stub, stop, *registered)
             await self._leave(stub)
         finally:
             await channel.close(0)
 
-    async def _register(self, stub: RegistryStub, stop: asyncio.Event) -> tuple[float, str]:
+    async def _register(self, stub: RegistryStub, stop: asyncio.Event) -> tuple[float, str] | None:
+        """The lease in seconds and the router's incarnation; None when `stop` came first."""
         attempt = 0
         while not stop.is_set():
             try:
                 answer = await call(stub.Register(self._request()), CALL_TIMEOUT_S)
-            except (errors.Unavailable, errors.DeadlineExceeded) as error:
+            except TRANSIENT as error:
                 if attempt % 20 == 0:
                     log.warning("waiting for the router", router=self._address, error=str(error))
                 await _pause(stop, BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
@@ -60,7 +65,7 @@ class Registration:
             self._on_router(answer.router)
             log.info("registered", router=answer.router.name, lease_ms=answer.lease_ms)
             return answer.lease_ms / 1e3, answer.router.incarnation
-        return 0.0, ""
+        return None
 
     async def _renew_until_forgotten(
         self, stub: RegistryStub, stop: asyncio.Event, lease_s: float, incarnation: str
@@ -72,7 +77,7 @@ class Registration:
             except errors.NotFound:
                 log.info("the router forgot this worker; registering again")
                 return
-            except (errors.Unavailable, errors.DeadlineExceeded) as error:
+            except TRANSIENT as error:
                 log.warning("lease not renewed", router=self._address, error=str(error))
                 continue
             if answer.router.incarnation != incarnation:
@@ -85,8 +90,6 @@ class Registration:
 
 async def _pause(stop: asyncio.Event, seconds: float) -> bool:
     """Waits; True when `stop` came meanwhile."""
-    try:
+    with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stop.wait(), seconds)
-    except TimeoutError:
-        return False
-    return True
+    return stop.is_set()

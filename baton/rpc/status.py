@@ -19,6 +19,11 @@ from grpc_status import rpc_status
 from baton import errors
 
 DOMAIN = "baton"
+KINDS: dict[str, type[errors.BatonError]] = {
+    kind.__name__: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.BatonError)
+}
 CODES: list[tuple[type[errors.BatonError], grpc.StatusCode]] = [
     (errors.InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.Unimplemented, grpc.StatusCode.UNIMPLEMENTED),
@@ -78,6 +83,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
 def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.BatonError:
     """The exception that a peer raised, as far as the status tells."""
     message = error.details() or error.code().name
+    kind = next((kind for kind, code in CODES if code == error.code()), errors.Internal)
     field, retry, metadata = "", None, {}
     try:
         status = rpc_status.from_call(error)
@@ -89,11 +95,11 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.BatonError:
             detail.Unpack(info)
             metadata = dict(info.metadata)
             field = metadata.get("field", "")
+            kind = KINDS.get(info.reason, kind) if info.domain == DOMAIN else kind  # it may say more than the code
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             info = error_details_pb2.RetryInfo()
             detail.Unpack(info)
             retry = info.retry_delay.ToNanoseconds() / 1e9
-    kind = next((kind for kind, code in CODES if code == error.code()), errors.Internal)
     return _rebuild(kind, message, field, retry, metadata)
 
 

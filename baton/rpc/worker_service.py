@@ -40,8 +40,13 @@ class RouterSession:
         self.grace: asyncio.TimerHandle | None = None
 
     def send(self, **body: Any) -> None:
-        """Queues one frame, as in `send(freed=Freed(...))`. Dropped when the router is lost."""
-        self.link.send(wire.WorkerFrame(**body))
+        """Queues one frame, as in `send(freed=Freed(...))`. Dropped when the router is lost. A router that does not
+        acknowledge is given up: its stream ends, and it is lost when that has been noticed."""
+        try:
+            self.link.send(wire.WorkerFrame(**body))
+        except errors.ResourceExhausted as error:
+            log.warning("router does not acknowledge; given up", router=self.router.name, error=str(error))
+            self.link.close()
 
 
 class RoleHandler(Protocol):
@@ -89,19 +94,19 @@ class WorkerService(WorkerServicer):
             await abort(context, errors.InvalidArgument("hello", "a stream starts with a hello"))
         if first.WhichOneof("body") != "hello" or not first.hello.process.incarnation or not first.hello.session:
             await abort(context, errors.InvalidArgument("hello", "must name the process, its incarnation, the session"))
-        record, resumed = self._enter(first.hello)
-        yield wire.WorkerFrame(
-            hello=wire.Hello(
-                process=process_to_wire(self._process()),
-                session=record.session_id,
-                received=record.link.received,
-                resumed=resumed,
-            )
-        )
-        reader = asyncio.create_task(self._read(record, request_iterator))
+        record, resumed, stream = self._enter(first.hello)
         try:
+            yield wire.WorkerFrame(
+                hello=wire.Hello(
+                    process=process_to_wire(self._process()),
+                    session=record.session_id,
+                    received=record.link.received,
+                    resumed=resumed,
+                )
+            )
+            reader = asyncio.create_task(self._read(record, stream, request_iterator))
             async with cancelling(reader):
-                async for frame in record.link.outgoing():
+                async for frame in record.link.outgoing(stream):
                     yield frame
         finally:
             self._leave(record)
@@ -121,49 +126,61 @@ class WorkerService(WorkerServicer):
         for record in self.sessions:
             self._lose(record, "this worker stops")
 
-    def _enter(self, hello: wire.Hello) -> tuple[RouterSession, bool]:
+    def _enter(self, hello: wire.Hello) -> tuple[RouterSession, bool, int]:
         router = process_from_wire(hello.process)
         for other in self.sessions:
             if other.router.name == router.name and other.router.incarnation != router.incarnation:
                 self._lose(other, "the router restarted")
         record = self._sessions.get(router.incarnation)
-        resumed = record is not None and record.session_id == hello.session
+        resumed = record is not None and record.session_id == hello.session and not record.link.closed
         if record is not None and not resumed:
             self._lose(record, "the router started a new session")
         if record is None or not resumed:
-            record = RouterSession(router, hello.session, lambda frame: self._dispatch(router.incarnation, frame))
-            self._sessions[router.incarnation] = record
+            record = self._sessions[router.incarnation] = self._begin(router, hello.session)
         if record.grace is not None:
             record.grace.cancel()
             record.grace = None
         record.streams += 1
-        record.link.attach(hello.received)
+        stream = record.link.attach(hello.received)
         self.attached.set()
         log.info("router attached", router=router.name, resumed=resumed)
-        return record, resumed
+        return record, resumed, stream
 
-    async def _read(self, record: RouterSession, source: AsyncIterator[wire.RouterFrame]) -> None:
+    def _begin(self, router: ProcessRef, session_id: str) -> RouterSession:
+        record: RouterSession = RouterSession(router, session_id, lambda frame: self._dispatch(record, frame))
+        return record
+
+    async def _read(self, record: RouterSession, stream: int, source: AsyncIterator[wire.RouterFrame]) -> None:
         try:
             await read_frames(record.link, source)
         except TimeoutError:
             log.warning("router is silent; stream broken off", router=record.router.name)
         except errors.TransferError as error:
             log.warning("stream broken off", router=record.router.name, error=str(error))
+        except errors.ResourceExhausted as error:
+            log.warning("router given up", router=record.router.name, error=str(error))
+            record.link.close()
         finally:
-            record.link.detach()
+            record.link.detach(stream)
 
     def _leave(self, record: RouterSession) -> None:
         record.streams -= 1
-        if record.streams or record.link.closed:
+        if record.streams or self._sessions.get(record.router.incarnation) is not record:
+            return
+        if record.link.closed:
+            self._lose(record, "its stream can't be taken up again")
             return
         record.link.detach()
         loop = asyncio.get_running_loop()
         record.grace = loop.call_later(GRACE_S, self._lose, record, "it did not come back within the grace time")
 
-    def _dispatch(self, incarnation: str, frame: wire.RouterFrame) -> None:
-        record = self._sessions[incarnation]
+    def _dispatch(self, record: RouterSession, frame: wire.RouterFrame) -> None:
         for handler in self._handlers:
-            handler.on_command(record, frame)
+            try:
+                handler.on_command(record, frame)
+            except Exception as error:  # a boundary: one command fails, the stream and all other requests go on
+                self._counts.add("commands_failed")
+                log.error("a command failed", kind=frame.WhichOneof("body"), exc_info=error)
 
     def _lose(self, record: RouterSession, reason: str) -> None:
         if record.grace is not None:

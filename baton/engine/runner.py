@@ -1,0 +1,156 @@
+"""The engine's thread. Its loop is the whole story: take commands, pick a batch, run it, publish.
+
+The event loop owns requests and blocks; this thread owns sequences while they compute. They speak through a queue of
+commands one way and `call_soon_threadsafe` the other, one call per step. A sequence's blocks may be freed only after
+`on_removed`, or after the step that reported it finished: from then on no step touches them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from baton.engine.api import Engine, Sampled, Sequence, Work
+from baton.spec import AttemptKey, FinishReason, TokenLogprobs
+
+IDLE_CHECK_S = 1.0
+JOIN_S = 10.0
+log = structlog.get_logger(__name__)
+
+
+class Scheduler(Protocol):
+    """A policy over the engine's step; lives on the engine thread."""
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a sequence in."""
+
+    def remove(self, key: AttemptKey) -> None:
+        """Forgets it; nothing happens when it is unknown."""
+
+    def pick(self) -> list[Work]:
+        """The next batch; empty when there is nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepItem:
+    """What one step did for one sequence. `token_ids[0]` is at absolute `position`."""
+
+    key: AttemptKey
+    computed: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step: monotonic start in seconds, how long it took, and what it did. `error` when it failed as a whole."""
+
+    started: float
+    seconds: float
+    items: tuple[StepItem, ...]
+    error: str = ""
+
+
+class StepEvents(Protocol):
+    """Who hears of steps, on the event loop."""
+
+    def on_step(self, report: StepReport) -> None:
+        """A step is done. Sequences with a `finish` are out of the engine already; those of a failed step too."""
+
+    def on_removed(self, key: AttemptKey) -> None:
+        """A sequence that `Runner.remove` named is out of the engine, if it ever was in."""
+
+
+class Runner:
+    """Runs an engine under a scheduler on a thread of its own. Use from the event loop."""
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, events: StepEvents) -> None:
+        self._engine, self._scheduler, self._events = engine, scheduler, events
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence in; its blocks must stay held until it is out again."""
+        self._commands.put(lambda: self._scheduler.add(sequence))
+
+    def remove(self, key: AttemptKey) -> None:
+        """Takes a sequence out between two steps; `on_removed` confirms it."""
+        self._commands.put(lambda: self._remove(key))
+
+    async def stop(self) -> None:
+        """Ends the thread after the step in progress."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        await asyncio.to_thread(self._thread.join, JOIN_S)
+        if self._thread.is_alive():
+            log.error("the engine thread does not end", waited_s=JOIN_S)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._take_commands()
+            batch = self._scheduler.pick()
+            if batch:
+                self._publish(self._step(batch))
+            else:
+                self._wait_for_command()
+
+    def _take_commands(self) -> None:
+        while not self._commands.empty():
+            self._commands.get_nowait()()
+
+    def _wait_for_command(self) -> None:
+        try:
+            self._commands.get(timeout=IDLE_CHECK_S)()
+        except queue.Empty:
+            return
+
+    def _step(self, batch: list[Work]) -> StepReport:
+        started = time.monotonic()
+        try:
+            sampled = self._engine.step(batch)
+        except Exception as error:  # a boundary: these sequences fail, the worker lives on
+            log.error("a step failed", sequences=len(batch), exc_info=error)
+            for work in batch:
+                self._scheduler.remove(work.sequence.key)
+            items = tuple(StepItem(work.sequence.key, 0, 0, (), (), None) for work in batch)
+            return StepReport(started, time.monotonic() - started, items, f"{type(error).__name__}: {error}")
+        items = tuple(self._advance(work.sequence, drawn) for work, drawn in zip(batch, sampled, strict=True))
+        return StepReport(started, time.monotonic() - started, items)
+
+    def _advance(self, sequence: Sequence, drawn: Sampled | None) -> StepItem:
+        """Appends what was drawn, up to and including a token that ends the sequence."""
+        position, finish, kept = len(sequence.tokens), None, 0
+        for token in drawn.token_ids if drawn else ():
+            sequence.tokens.append(token)
+            kept += 1
+            finish = sequence.rule.reason(token, sequence.output_tokens)
+            if finish is not None:
+                self._scheduler.remove(sequence.key)
+                break
+        ids, logprobs = (drawn.token_ids[:kept], drawn.logprobs[:kept]) if drawn else ((), ())
+        return StepItem(sequence.key, sequence.computed, position, ids, logprobs, finish)
+
+    def _publish(self, report: StepReport) -> None:
+        self._call(self._events.on_step, report)
+
+    def _remove(self, key: AttemptKey) -> None:
+        self._scheduler.remove(key)
+        self._call(self._events.on_removed, key)
+
+    def _call(self, callback: Callable[..., None], argument: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, argument)
+        except RuntimeError:  # the event loop is closed: the process ends and nobody is left to hear it
+            self._stopping = True

@@ -1,0 +1,72 @@
+"""The Admin service of a worker: what it holds, and whether its books balance."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from baton import errors
+from baton.rpc.convert import process_to_wire
+from baton.rpc.status import abort
+from baton.spec import ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import admin_pb2 as wire
+from baton.v1 import worker_pb2
+from baton.v1.admin_pb2_grpc import AdminServicer
+from kvtransfer.pool import BlockPool, PoolCorrupt
+
+
+class WorkerAdmin(AdminServicer):
+    """Serves `Admin` on a worker."""
+
+    def __init__(
+        self,
+        process: Callable[[], ProcessRef],
+        roles: list[worker_pb2.Role.ValueType],
+        pool: BlockPool,
+        live: Callable[[], dict[str, int]],
+        counts: Counts,
+    ) -> None:
+        self._process, self._roles, self._pool, self._live, self._counts = process, roles, pool, live, counts
+
+    async def ListWorkers(self, request: wire.ListWorkersRequest, context: Any) -> wire.ListWorkersResponse:
+        """Only a router knows the workers."""
+        await abort(context, errors.Unimplemented("", "ask the router for its workers"))
+
+    async def GetStatus(self, request: wire.GetStatusRequest, context: Any) -> wire.GetStatusResponse:
+        """See the proto."""
+        statistics = self._pool.statistics()
+        live = self._live() | {"tasks": len(asyncio.all_tasks()), "threads": threading.active_count()}
+        return wire.GetStatusResponse(
+            process=process_to_wire(self._process()),
+            roles=self._roles,
+            pool=wire.PoolStatus(
+                blocks=statistics.total,
+                free=statistics.free,
+                held=statistics.held,
+                cached=statistics.cached,
+                quarantined=statistics.quarantined,
+                integrity_error=_integrity_error(self._pool),
+            ),
+            live=live,
+            counters=self._counts.snapshot(),
+            resident_bytes=resident_bytes(),
+        )
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _integrity_error(pool: BlockPool) -> str:
+    try:
+        pool.check_integrity()
+    except PoolCorrupt as error:
+        return str(error)
+    return ""

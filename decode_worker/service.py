@@ -1,0 +1,372 @@
+"""The decode role: grants room, takes sequences over when their KV has landed, and streams their tokens.
+
+    GRANTED -> RECEIVING -> RESIDENT -> RELEASED       (`kvtransfer.grants` owns the states up to RESIDENT)
+
+A sequence's blocks are the ledger's. Until it is resident, whoever aborts it frees them through the ledger (perhaps
+after a quarantine). A resident's blocks are freed by `_release`, and only after the engine has confirmed, by the step
+that finished it or by `on_removed`, that no step touches them any more.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from baton.engine.api import Engine, Sequence
+from baton.engine.runner import Runner, StepItem, StepReport
+from baton.rpc.convert import run_to_wire, spec_from_wire
+from baton.rpc.load import LoadReporter
+from baton.rpc.worker_service import RouterSession, WorkerService
+from baton.spec import AttemptKey, HandoffKey, SequenceSpec, TokenLogprobs
+from baton.telemetry import Counts
+from baton.v1 import worker_pb2 as wire
+from decode_worker.scheduler import DecodeScheduler
+from kvtransfer.grants import GrantLedger
+from kvtransfer.handoff import Aborted, Grant, Refusal, RefusalReason
+from kvtransfer.outcomes import GrantState, LedgerLimits, Outcome
+from kvtransfer.pool import BlockPool
+from kvtransfer.prefix import block_digests
+from kvtransfer.transports.base import Transport
+
+SLOT_RETRY_S = 0.25
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """What a commit carries: the token that the prefill worker drew."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A granted sequence until it is resident."""
+
+    spec: SequenceSpec
+    router: RouterSession
+    transport: str
+    writer: str
+
+
+@dataclass(slots=True)
+class Resident:
+    """A sequence that decodes here. `tokens` mirrors the engine's, for the prefix index; times are monotonic."""
+
+    key: HandoffKey
+    spec: SequenceSpec
+    router: RouterSession
+    tokens: list[int]
+    resident_at: float
+    first_step_at: float | None = None
+    ending: bool = field(default=False)
+
+
+class Writers(Protocol):
+    """The control streams of the workers that hand over to this one, by incarnation."""
+
+    def committed(self, writer: str, key: HandoffKey) -> None:
+        """Tells the writer that the sequence is resident."""
+
+    def aborted(self, writer: str, aborted: Aborted) -> None:
+        """Tells the writer to stop writing and to answer with a close."""
+
+
+class DecodeRole:
+    """One decode worker's sequences. Everything runs on the event loop; compute is on the runner's thread."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        pool: BlockPool,
+        fingerprint: str,
+        transports: dict[str, Transport],
+        limits: LedgerLimits,
+        max_sequences: int,
+        worker: WorkerService,
+        counts: Counts,
+    ) -> None:
+        self.layout = engine.layout
+        self.pool = pool
+        self.fingerprint = fingerprint
+        self.transports = transports
+        self.ledger = GrantLedger(pool, limits, self._on_abort)
+        self.writers: Writers | None = None
+        self.draining = False
+        self._max_sequences = max_sequences
+        self._worker = worker
+        self._counts = counts
+        self._pending: dict[HandoffKey, Pending] = {}
+        self._residents: dict[AttemptKey, Resident] = {}
+        self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
+        self.runner = Runner(engine, DecodeScheduler(), self)
+        self._load = LoadReporter(worker, self._load_report)
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Counts of what this role holds, for `Admin.GetStatus`."""
+        statistics = self.ledger.statistics()
+        return {
+            "residents": len(self._residents),
+            "grants": statistics.granted + statistics.receiving,
+            "aborting": statistics.aborting,
+            "decode_tombstones": statistics.tombstones,
+        }
+
+    # -- the handoff, from the Transfer service ------------------------------------------------------------------
+
+    def open(self, key: HandoffKey, writer: str, message: wire.SequenceSpec, transport: str) -> Grant | Refusal:
+        """Reserves room for the whole sequence, or says why not. A duplicate gets the same answer."""
+        spec = spec_from_wire(message)
+        router = self._worker.session(spec.router)
+        refusal = self._refusal(key, spec, router, transport)
+        if refusal is not None or router is None:
+            self._counts.add("handoffs_refused")
+            return refusal or Refusal(key, RefusalReason.UNKNOWN_ROUTER, "no stream to this router")
+        now = time.monotonic()
+        known = (*spec.prompt, *spec.output)
+        answer = self.ledger.open(
+            key,
+            writer,
+            block_digests(known, self.layout.block_tokens, spec.tenant_salt, self.fingerprint),
+            self.layout.blocks_for(len(known)),
+            self.layout.blocks_for(spec.kv_tokens),
+            now,
+            None if spec.deadline_s is None else now + spec.deadline_s,
+        )
+        if isinstance(answer, Refusal):
+            self._counts.add("handoffs_refused")
+        elif self.ledger.state(key) is not GrantState.RESIDENT:
+            self._pending[key] = Pending(spec, router, transport, writer)
+            self.transports[transport].admit(answer.ticket)
+        self._load.changed()
+        return answer
+
+    def commit(self, key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> Outcome:
+        """The writer is done; see `GrantLedger.commit`. Becoming resident answers the writer by itself."""
+        outcome = self.ledger.commit(key, generation, blocks, first, time.monotonic())
+        return self._settled(key, outcome)
+
+    def closed(self, key: HandoffKey) -> None:
+        """The writer writes nothing more under this handoff."""
+        pending = self._pending.get(key)
+        proof = pending is not None and not self.transports[pending.transport].revoke_proves
+        self.ledger.closed(key, time.monotonic(), proof)
+        self._check_freed(key)
+
+    def renew(self, writer: str) -> None:
+        """Extends the leases of all that this writer was granted."""
+        self.ledger.renew(writer, time.monotonic())
+
+    def writer_back(self, writer: str) -> None:
+        """The writer has a new control stream: it has failed all that was under way on the old one, and the closes
+        that it sent there may be lost. So what it still has here is given up, and its closes are asked for again."""
+        now, message = time.monotonic(), "the control stream broke"
+        for key in [key for key, pending in self._pending.items() if pending.writer == writer]:
+            grant = self.ledger.grant(key)
+            if self.ledger.abort(key, RefusalReason.UNREACHABLE, now, message) or grant is None:
+                continue
+            if self.writers is not None:
+                self.writers.aborted(writer, Aborted(grant, RefusalReason.UNREACHABLE, message, proven=False))
+
+    def expire(self) -> None:
+        """Gives up what has run out."""
+        self.ledger.expire(time.monotonic())
+
+    # -- what the transports report (already on the loop) --------------------------------------------------------
+
+    def landed(self, key: HandoffKey, generation: int, indices: tuple[int, ...]) -> None:
+        """See `ReceiverEvents`."""
+        self._settled(key, self.ledger.landed(key, generation, indices, time.monotonic()))
+
+    def revoked(self, key: HandoffKey) -> None:
+        """See `ReceiverEvents`."""
+        if self.ledger.state(key) is GrantState.ABORTING:
+            self.ledger.proved(key)
+            self._check_freed(key)
+
+    def writer_gone(self, incarnation: str) -> None:
+        """See `ReceiverEvents`."""
+        self.ledger.writer_gone(incarnation, time.monotonic())
+        for key in [key for key, pending in self._pending.items() if pending.writer == incarnation]:
+            self._check_freed(key)
+
+    def refused_write(self, key: HandoffKey, why: str) -> None:
+        """See `ReceiverEvents`."""
+        self._counts.add("writes_refused")
+        log.warning("write refused", handoff=str(key), why=why)
+
+    # -- the router's commands -----------------------------------------------------------------------------------
+
+    def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
+        """See `RoleHandler`; only cancel concerns a decode worker."""
+        if frame.WhichOneof("body") == "cancel":
+            self._cancel(router, frame.cancel.attempt)
+
+    def on_router_lost(self, router: RouterSession) -> None:
+        """See `RoleHandler`."""
+        lost = {resident.key.attempt for resident in self._residents.values() if resident.router is router}
+        lost |= {key.attempt for key, pending in self._pending.items() if pending.router is router}
+        for attempt in lost:
+            self._cancel(router, attempt)
+
+    def _cancel(self, router: RouterSession, attempt: AttemptKey) -> None:
+        cancelled = self.ledger.cancel(attempt, time.monotonic())
+        resident = self._residents.get(attempt)
+        if resident is not None:
+            if not resident.ending:
+                resident.ending = True
+                self.runner.remove(attempt)
+            return
+        waiting = [key for key in self._pending if key.attempt == attempt]
+        for key in waiting:
+            self._awaiting_proof[key] = router
+            self._check_freed(key)
+        if not waiting:
+            router.send(freed=wire.Freed(attempt=attempt))
+        self._counts.add("cancels" if cancelled.aborted or waiting else "cancels_unknown")
+
+    # -- the engine's steps --------------------------------------------------------------------------------------
+
+    def on_step(self, report: StepReport) -> None:
+        """See `StepEvents`. One frame per router carries the tokens of all its sequences."""
+        frames: dict[int, tuple[RouterSession, list[wire.TokenRun]]] = {}
+        finished: list[tuple[Resident, StepItem]] = []
+        for item in report.items:
+            resident = self._residents.get(item.key)
+            if resident is None or resident.ending:
+                continue  # cancelled while the step ran
+            if resident.first_step_at is None:
+                resident.first_step_at = report.started
+            resident.tokens.extend(item.token_ids)
+            if item.token_ids:
+                _, runs = frames.setdefault(id(resident.router), (resident.router, []))
+                runs.append(run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
+            if item.finish is not None or report.error:
+                finished.append((resident, item))
+        for router, runs in frames.values():
+            router.send(tokens=wire.TokenFrame(runs=runs))
+        for resident, item in finished:
+            self._finish(resident, item, report)
+        self._load.changed()
+
+    def on_removed(self, key: AttemptKey) -> None:
+        """See `StepEvents`: the engine has let go of a cancelled sequence."""
+        resident = self._residents.get(key)
+        if resident is not None:
+            self._release(resident)
+            resident.router.send(freed=wire.Freed(attempt=key))
+
+    async def stop(self) -> None:
+        """Ends the engine's thread; whatever is resident is lost with it."""
+        self._load.close()
+        await self.runner.stop()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _refusal(
+        self, key: HandoffKey, spec: SequenceSpec, router: RouterSession | None, transport: str
+    ) -> Refusal | None:
+        if self.ledger.grant(key) is not None:
+            return None  # a duplicate: the ledger knows the answer
+        if self.draining:
+            return Refusal(key, RefusalReason.DRAINING, "this worker takes nothing new")
+        if router is None:
+            return Refusal(key, RefusalReason.UNKNOWN_ROUTER, f"no stream to router {spec.router.name}")
+        if transport not in self.transports:
+            offered = ", ".join(self.transports)
+            return Refusal(key, RefusalReason.MISMATCH, f"transport differs: sender {transport}, receiver {offered}")
+        if len(self._residents) + len(self._pending) >= self._max_sequences:
+            message = f"all {self._max_sequences} sequence slots are taken"
+            return Refusal(key, RefusalReason.NO_CAPACITY, message, SLOT_RETRY_S)
+        return None
+
+    def _settled(self, key: HandoffKey, outcome: Outcome) -> Outcome:
+        if outcome is Outcome.RESIDENT:
+            self._start(key)
+        elif outcome is Outcome.CONFLICT:
+            self.ledger.abort(key, RefusalReason.MISMATCH, time.monotonic(), "a message contradicts the grant")
+        return outcome
+
+    def _start(self, key: HandoffKey) -> None:
+        grant, first, pending = self.ledger.grant(key), self.ledger.payload(key), self._pending.pop(key)
+        assert grant is not None, "a resident has a grant"
+        assert isinstance(first, FirstToken), "a commit carries the first token"
+        self.transports[pending.transport].revoke(key)
+        spec = pending.spec
+        known = spec.known_tokens
+        sequence = Sequence.from_spec(spec, list(grant.table), computed=known)
+        sequence.tokens.append(first.token)
+        self._residents[key.attempt] = Resident(
+            key, spec, pending.router, list(sequence.tokens), resident_at=time.monotonic()
+        )
+        self.runner.add(sequence)
+        if self.writers is not None:
+            self.writers.committed(pending.writer, key)
+        pending.router.send(resident=wire.Resident(attempt=key.attempt, handoff=key.handoff))
+        # The first token once more: should the prefill worker's own message be lost, this one can't be.
+        logprobs = (first.logprobs,) if first.logprobs else ()
+        run = run_to_wire(key.attempt, known, (first.token,), logprobs)
+        pending.router.send(tokens=wire.TokenFrame(runs=[run]))
+        self._load.changed()
+
+    def _finish(self, resident: Resident, item: StepItem, report: StepReport) -> None:
+        self._release(resident)
+        ended = wire.Ended(attempt=item.key, output_tokens=len(resident.tokens) - len(resident.spec.prompt))
+        if report.error:
+            ended.status, ended.message = 13, f"decode failed: {report.error}"  # google.rpc.Code.INTERNAL
+        elif item.finish is not None:
+            ended.reason = int(item.finish)  # type: ignore[assignment]  # the same numbers
+        if resident.first_step_at is not None:
+            ended.first_step_wait_ms = (resident.first_step_at - resident.resident_at) * 1e3
+            ended.decode_ms = (report.started + report.seconds - resident.first_step_at) * 1e3
+        resident.router.send(ended=ended)
+
+    def _release(self, resident: Resident) -> None:
+        """Blocks whose tokens were all computed stay in the prefix cache for a next turn: the last token is not."""
+        del self._residents[resident.key.attempt]
+        computed = resident.tokens[:-1]
+        digests = block_digests(computed, self.layout.block_tokens, resident.spec.tenant_salt, self.fingerprint)
+        self.ledger.release(resident.key, time.monotonic(), digests)
+        self._load.changed()
+
+    def _on_abort(self, aborted: Aborted) -> None:
+        """The ledger gave a grant up: stop the writer, and wait for proof where there is none yet."""
+        key = aborted.grant.key
+        pending = self._pending.get(key)
+        log.info("handoff given up", handoff=str(key), reason=aborted.reason.name, message=aborted.message)
+        self._counts.add("handoffs_aborted")
+        if pending is None:
+            return
+        self.transports[pending.transport].revoke(key)
+        if self.writers is not None:
+            self.writers.aborted(pending.writer, aborted)
+        if aborted.proven:
+            self._check_freed(key)
+
+    def _check_freed(self, key: HandoffKey) -> None:
+        """Drops what is left of an aborted grant once the ledger holds none of its blocks."""
+        if self.ledger.state(key) is not None:
+            return
+        self._pending.pop(key, None)
+        router = self._awaiting_proof.pop(key, None)
+        if router is not None and not any(other.attempt == key.attempt for other in self._awaiting_proof):
+            router.send(freed=wire.Freed(attempt=key.attempt))
+        self._load.changed()
+
+    def _load_report(self) -> wire.LoadReport:
+        statistics = self.pool.statistics()
+        return wire.LoadReport(
+            waiting=len(self._pending),
+            running=len(self._residents),
+            free_blocks=statistics.free,
+            cached_blocks=statistics.cached,
+            held_blocks=statistics.held,
+            quarantined_blocks=statistics.quarantined,
+            resident_tokens=sum(len(resident.tokens) for resident in self._residents.values()),
+        )

@@ -1,0 +1,231 @@
+"""The Transfer service: the control stream of one prefill worker, first a handshake, then its handoffs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import structlog
+
+from baton import errors
+from baton.engine.wire import layout_from_wire
+from baton.identity import host_id
+from baton.rpc.convert import (
+    handoff_from_wire,
+    logprobs_from_wire,
+    process_from_wire,
+    process_to_wire,
+)
+from baton.rpc.lanes import Assembler
+from baton.rpc.net import cancelling
+from baton.rpc.status import abort
+from baton.spec import HandoffKey, ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import transfer_pb2 as wire
+from baton.v1 import worker_pb2
+from baton.v1.transfer_pb2_grpc import TransferServicer
+from decode_worker.service import DecodeRole, FirstToken
+from kvtransfer.handoff import Aborted, Grant, Refusal
+from kvtransfer.outcomes import GrantState, Outcome
+
+PROTOCOL_VERSION = 1
+HANDSHAKE_S = 5.0
+OUTGOING_LIMIT = 10_000
+log = structlog.get_logger(__name__)
+
+
+class WriterStream:
+    """One prefill worker's control stream, while it lasts."""
+
+    def __init__(self, process: ProcessRef) -> None:
+        self.process = process
+        self.outgoing: asyncio.Queue[wire.ReceiverFrame | None] = asyncio.Queue(OUTGOING_LIMIT)
+
+    def send(self, **body: Any) -> None:
+        """Queues a frame. A writer that reads nothing for thousands of frames is cut off: it asks again later."""
+        try:
+            self.outgoing.put_nowait(wire.ReceiverFrame(**body))
+        except asyncio.QueueFull:
+            log.warning("a writer does not read; stream ended", writer=self.process.name)
+            self.outgoing.get_nowait()
+            self.outgoing.put_nowait(None)
+
+
+class TransferService(TransferServicer):
+    """Serves `Transfer` for one decode role, and answers on the same stream."""
+
+    def __init__(self, role: DecodeRole, process: Callable[[], ProcessRef], lease_s: float, counts: Counts) -> None:
+        self._role = role
+        self._process = process
+        self._lease_s = lease_s
+        self._counts = counts
+        self._streams: dict[str, WriterStream] = {}
+        role.writers = self
+
+    @property
+    def peers(self) -> int:
+        """Prefill workers with a control stream."""
+        return len(self._streams)
+
+    async def Handoff(
+        self, request_iterator: AsyncIterator[wire.SenderFrame], context: Any
+    ) -> AsyncIterator[wire.ReceiverFrame]:
+        """See the proto."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                first = await anext(request_iterator)
+        except (StopAsyncIteration, TimeoutError):
+            await abort(context, errors.InvalidArgument("handshake", "a stream starts with a handshake"))
+        if first.WhichOneof("body") != "handshake" or not first.handshake.process.incarnation:
+            await abort(context, errors.InvalidArgument("handshake", "must come first and name the process"))
+        answer = self.handshake(first.handshake)
+        yield wire.ReceiverFrame(handshake=answer)
+        if answer.HasField("mismatch"):
+            return
+        stream = WriterStream(process_from_wire(first.handshake.process))
+        self._streams[stream.process.incarnation] = stream
+        self._role.writer_back(stream.process.incarnation)
+        reader = asyncio.create_task(self._read(stream, request_iterator))
+        try:
+            async with cancelling(reader):
+                while (frame := await stream.outgoing.get()) is not None:
+                    yield frame
+        finally:
+            if self._streams.get(stream.process.incarnation) is stream:
+                del self._streams[stream.process.incarnation]
+
+    def handshake(self, theirs: wire.HandshakeRequest) -> wire.HandshakeResponse:
+        """What this worker offers the sender, or the first thing in which the two differ."""
+        answer = wire.HandshakeResponse(
+            process=process_to_wire(self._process()), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
+        )
+        mismatch = self._mismatch(theirs)
+        if mismatch is not None:
+            answer.mismatch.CopyFrom(mismatch)
+            self._counts.add("handshakes_refused")
+            log.warning("handshake refused", sender=theirs.process.name, field=mismatch.field)
+            return answer
+        for kind, transport in self._role.transports.items():
+            if kind in theirs.transports and (kind != "shm" or theirs.host == host_id()):
+                answer.endpoints.append(wire.Endpoint(transport=kind, address=transport.endpoint()))
+        if not answer.endpoints:
+            offered = ", ".join(self._role.transports)
+            wanted = ", ".join(theirs.transports)
+            answer.mismatch.CopyFrom(wire.Mismatch(field="transports", sender_value=wanted, receiver_value=offered))
+        return answer
+
+    def _mismatch(self, theirs: wire.HandshakeRequest) -> wire.Mismatch | None:
+        if not theirs.version_min <= PROTOCOL_VERSION <= theirs.version_max:
+            versions = f"{theirs.version_min} to {theirs.version_max}"
+            return wire.Mismatch(field="version", sender_value=versions, receiver_value=str(PROTOCOL_VERSION))
+        try:
+            difference = layout_from_wire(theirs.kv_layout).difference(self._role.layout)
+        except errors.Mismatch as error:
+            return wire.Mismatch(field=error.field, sender_value=error.theirs, receiver_value=error.ours)
+        if difference is not None:
+            field, sender, receiver = difference
+            return wire.Mismatch(field=f"kv_layout.{field}", sender_value=sender, receiver_value=receiver)
+        if theirs.fingerprint != self._role.fingerprint:
+            return wire.Mismatch(
+                field="fingerprint", sender_value=theirs.fingerprint, receiver_value=self._role.fingerprint
+            )
+        return None
+
+    # -- `Writers` -----------------------------------------------------------------------------------------------
+
+    def committed(self, writer: str, key: HandoffKey) -> None:
+        """See `Writers`. A writer without a stream asks again when it is back."""
+        if (stream := self._streams.get(writer)) is not None:
+            stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
+
+    def aborted(self, writer: str, aborted: Aborted) -> None:
+        """See `Writers`."""
+        key = aborted.grant.key
+        if (stream := self._streams.get(writer)) is not None:
+            stream.send(
+                abort=wire.AbortNotice(
+                    attempt=key.attempt,
+                    handoff=key.handoff,
+                    reason=worker_pb2.RefusalReason.Value(f"REFUSAL_REASON_{aborted.reason.name}"),
+                    message=aborted.message,
+                )
+            )
+
+    # -- frames --------------------------------------------------------------------------------------------------
+
+    async def _read(self, stream: WriterStream, source: AsyncIterator[wire.SenderFrame]) -> None:
+        """The stream has no deadline of its own: gRPC's keepalive ends it when the peer is gone, and what the peer
+        holds is under leases."""
+        assembler: Assembler[wire.SenderFrame] = Assembler(wire.SenderFrame)
+        try:
+            async for frame in source:
+                whole = assembler.add(frame.fragment) if frame.WhichOneof("body") == "fragment" else frame
+                if whole is not None:
+                    self._take(stream, whole)
+        except errors.ResourceExhausted as error:
+            log.warning("control stream ended", writer=stream.process.name, error=str(error))
+        except Exception as error:  # a boundary: the stream ends, and the writer comes back with a new one
+            log.error("unexpected error on a control stream", writer=stream.process.name, exc_info=error)
+        finally:
+            stream.outgoing.put_nowait(None) if not stream.outgoing.full() else None
+
+    def _take(self, stream: WriterStream, frame: wire.SenderFrame) -> None:
+        kind = frame.WhichOneof("body")
+        if self._streams.get(stream.process.incarnation) is not stream:
+            self._counts.add("late_messages")  # a newer stream took its place, on which all is asked again
+            return
+        if kind == "open":
+            self._open(stream, frame.open)
+        elif kind == "commit":
+            self._commit(stream, frame.commit)
+        elif kind == "close":
+            self._role.closed(handoff_from_wire(frame.close))
+        elif kind == "renew":
+            self._role.renew(stream.process.incarnation)
+            stream.send(renewed=wire.RenewResponseFrame(lease_ms=int(self._lease_s * 1e3)))
+        else:
+            self._counts.add("frames_unknown")
+
+    def _open(self, stream: WriterStream, message: wire.OpenRequest) -> None:
+        key = handoff_from_wire(message)
+        try:
+            answer = self._role.open(key, stream.process.incarnation, message.spec, message.transport)
+        except errors.InvalidArgument as error:
+            stream.send(refused=_refused(key, "MISMATCH", str(error), None))
+            return
+        if isinstance(answer, Refusal):
+            stream.send(refused=_refused(key, answer.reason.name, answer.message, answer.retry_after_s))
+        else:
+            stream.send(grant=_grant(answer))
+
+    def _commit(self, stream: WriterStream, message: wire.CommitRequest) -> None:
+        key = handoff_from_wire(message)
+        logprobs = logprobs_from_wire(message.first_logprobs) if message.HasField("first_logprobs") else None
+        first = FirstToken(message.first_token, logprobs)
+        outcome = self._role.commit(key, message.generation, message.blocks, first)
+        if outcome is Outcome.ALREADY:
+            stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
+        elif outcome is Outcome.IGNORED and self._role.ledger.state(key) is not GrantState.ABORTING:
+            stream.send(refused=_refused(key, "EXPIRED", "no such grant here, or not any more", None))
+
+
+def _grant(grant: Grant) -> wire.Grant:
+    return wire.Grant(
+        attempt=grant.key.attempt,
+        handoff=grant.key.handoff,
+        generation=grant.generation,
+        blocks=grant.ticket.blocks,
+        cached_blocks=grant.ticket.cached_blocks,
+        write_token=grant.ticket.write_token,
+    )
+
+
+def _refused(key: HandoffKey, reason: str, message: str, retry_after_s: float | None) -> wire.Refused:
+    return wire.Refused(
+        attempt=key.attempt,
+        handoff=key.handoff,
+        reason=worker_pb2.RefusalReason.Value(f"REFUSAL_REASON_{reason}"),
+        message=message,
+        retry_after_ms=None if retry_after_s is None else retry_after_s * 1e3,
+    )

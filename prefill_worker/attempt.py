@@ -1,0 +1,99 @@
+"""One attempt on a prefill worker.
+
+    WAITING -> COMPUTING (chunks) -> DELIVERING -> RELEASED
+
+| from | to | when |
+|---|---|---|
+| WAITING | COMPUTING | its blocks are reserved and the engine has it |
+| COMPUTING | DELIVERING | the first token is drawn and a decode worker is to take over |
+| COMPUTING | RELEASED | the first token ended it; or it failed, or was cancelled, and the engine has let go of it |
+| DELIVERING | RELEASED | a decode worker has it; or it was cancelled, and no write reads its blocks any more |
+
+`PrefillRole` moves it and frees its blocks, at RELEASED and nowhere else.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from baton.engine.runner import StepItem
+from baton.rpc.worker_service import RouterSession
+from baton.spec import AttemptKey, SequenceSpec
+from baton.v1 import worker_pb2 as wire
+from prefill_worker.outbound import Outbound
+from prefill_worker.sender import Sender
+
+
+class State(enum.Enum):
+    """See the module."""
+
+    WAITING = enum.auto()
+    COMPUTING = enum.auto()
+    DELIVERING = enum.auto()
+    RELEASED = enum.auto()
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Times are monotonic seconds. `in_engine`: a step may touch the blocks. `over`: nothing more is done for it, and
+    its blocks go as soon as nothing touches them; `acknowledge` that to the router then. `hold_until`: when a computed
+    prompt that no decode worker takes is given up."""
+
+    spec: SequenceSpec
+    router: RouterSession
+    received_at: float = field(default_factory=time.monotonic)
+    state: State = State.WAITING
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    cached_tokens: int = 0
+    computed: int = 0
+    started_at: float | None = None
+    first_token_at: float | None = None
+    first: StepItem | None = None
+    in_engine: bool = False
+    over: bool = False
+    acknowledge: bool = False
+    granted: bool = False
+    outbound: Outbound | None = None
+    sender: Sender | None = None
+    hold_until: float | None = None
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.spec.attempt
+
+    @property
+    def uncomputed(self) -> int:
+        """Prompt tokens still to compute."""
+        return self.spec.known_tokens - max(self.computed, self.cached_tokens)
+
+    @property
+    def queue_ms(self) -> float:
+        """From the command to the first chunk."""
+        return ((self.started_at or time.monotonic()) - self.received_at) * 1e3
+
+    @property
+    def busy(self) -> bool:
+        """A step or a write may still touch its blocks."""
+        return self.in_engine or (self.outbound is not None and self.outbound.delivery.in_flight > 0)
+
+    def report(self) -> wire.PrefillReport:
+        """What it cost here."""
+        done = self.first_token_at or time.monotonic()
+        report = wire.PrefillReport(
+            attempt=self.key,
+            queue_ms=self.queue_ms,
+            prefill_ms=(done - (self.started_at or done)) * 1e3,
+            cached_tokens=self.cached_tokens,
+        )
+        if self.outbound is not None and self.granted:
+            cost = self.outbound.cost
+            report.transport = self.outbound.transport
+            report.transfer_ms = cost.seconds * 1e3
+            report.transfer_exposed_ms = max(0.0, (cost.last_written_at or 0.0) - done) * 1e3
+            report.transfer_bytes = cost.bytes
+            report.transfer_blocks = cost.blocks
+            report.transfer_cached_blocks = cost.cached_blocks
+        return report

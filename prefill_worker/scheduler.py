@@ -1,0 +1,44 @@
+"""Which prompts a prefill step works on: as many tokens as the budget allows, oldest prompt first.
+
+Long prompts are chunked; what a chunk leaves of the budget goes to the next prompts, so short ones are batched.
+"""
+
+from __future__ import annotations
+
+from baton.engine.api import Sequence, Work
+from baton.spec import AttemptKey
+
+
+class PrefillScheduler:
+    """Implements `baton.engine.runner.Scheduler`. A sequence is out of it as soon as its first token is drawn."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel waits."""
+        self._chunk_tokens = chunk_tokens
+        self._sequences: dict[AttemptKey, tuple[Sequence, int]] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Its known tokens are the prompt; one token is drawn after them, no more."""
+        self._sequences[sequence.key] = (sequence, len(sequence.tokens))
+
+    def remove(self, key: AttemptKey) -> None:
+        """See `Scheduler`."""
+        self._sequences.pop(key, None)
+
+    def pick(self) -> list[Work]:
+        """At most `chunk_tokens` tokens, in order of arrival."""
+        self._drop_computed()
+        batch: list[Work] = []
+        budget = self._chunk_tokens
+        for sequence, _ in self._sequences.values():
+            if budget == 0:
+                break
+            count = min(sequence.remaining, budget)
+            batch.append(Work(sequence, count))
+            budget -= count
+        return batch
+
+    def _drop_computed(self) -> None:
+        """Steps complete prompts from the front, apart from short ones behind a long one that were batched with it."""
+        for key in [key for key, (sequence, prompt) in self._sequences.items() if sequence.computed >= prompt]:
+            del self._sequences[key]

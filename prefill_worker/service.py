@@ -1,0 +1,391 @@
+"""The prefill role: queues prompts, computes them in chunks, streams their first token and hands their KV over.
+
+`prefill_worker.attempt` has the life of an attempt. Everything here runs on the event loop; compute is on the runner's
+thread and block writes are on the senders' threads, so blocks are freed (`_release`) only when both have let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from baton import errors
+from baton.engine.api import Engine, Sequence
+from baton.engine.runner import Runner, StepItem, StepReport
+from baton.rpc.convert import process_from_wire, run_to_wire, spec_from_wire
+from baton.rpc.load import LoadReporter
+from baton.rpc.worker_service import RouterSession, WorkerService
+from baton.spec import AttemptKey, FinishReason, HandoffKey, ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import transfer_pb2
+from baton.v1 import worker_pb2 as wire
+from kvtransfer.delivery import Delivery
+from kvtransfer.handoff import RefusalReason
+from kvtransfer.leases import LeaseTable
+from kvtransfer.pool import BlockPool
+from kvtransfer.prefix import block_digests
+from kvtransfer.transports.base import Transport
+from prefill_worker.attempt import Attempt, State
+from prefill_worker.outbound import Outbound
+from prefill_worker.queue import PromptQueue
+from prefill_worker.scheduler import PrefillScheduler
+from prefill_worker.sender import Sender
+
+TOMBSTONE_S = 120.0
+HOLD_S = 120.0
+"""How long a computed prompt is held for a decode worker to take it; the router gives up earlier, and says so."""
+WRITE_THREADS = 4
+INTERNAL, EXHAUSTED = 13, 8  # google.rpc.Code
+log = structlog.get_logger(__name__)
+
+
+class PrefillRole:
+    """One prefill worker's attempts. Implements `RoleHandler`, `StepEvents` and `OutboundEvents`."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        pool: BlockPool,
+        fingerprint: str,
+        transports: dict[str, Transport],
+        handshake: Callable[[], transfer_pb2.HandshakeRequest],
+        chunk_tokens: int,
+        max_ungranted: int,
+        handoff_deadline_s: float,
+        worker: WorkerService,
+        counts: Counts,
+    ) -> None:
+        self.layout = engine.layout
+        self.pool = pool
+        self.draining = False
+        self._fingerprint, self._transports, self._handshake = fingerprint, transports, handshake
+        self._chunk_tokens, self._max_ungranted = chunk_tokens, max_ungranted
+        self._handoff_deadline_s, self._counts = handoff_deadline_s, counts
+        self._attempts: dict[AttemptKey, Attempt] = {}
+        self._started: dict[AttemptKey, Attempt] = {}
+        self._waiting = PromptQueue()
+        self._senders: dict[str, Sender] = {}
+        self._tombstones: LeaseTable[AttemptKey] = LeaseTable()
+        self._executor = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="kv-write")
+        self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self)
+        self._load = LoadReporter(worker, self._load_report)
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Counts of what this role holds, for `Admin.GetStatus`."""
+        return {
+            "attempts": len(self._attempts),
+            "deliveries": sum(sender.handoffs for sender in self._senders.values()),
+            "senders": len(self._senders),
+            "prefill_tombstones": len(self._tombstones),
+        }
+
+    # -- the router's commands -----------------------------------------------------------------------------------
+
+    def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
+        """See `RoleHandler`."""
+        kind = frame.WhichOneof("body")
+        if kind == "prefill":
+            self._prefill(router, frame.prefill.spec)
+        elif kind == "bind":
+            self._bind(frame.bind)
+        elif kind == "cancel":
+            self._cancel(router, frame.cancel.attempt)
+
+    def on_router_lost(self, router: RouterSession) -> None:
+        """See `RoleHandler`."""
+        for attempt in [attempt for attempt in self._attempts.values() if attempt.router is router]:
+            self._end(attempt, acknowledge=True)
+
+    def _prefill(self, router: RouterSession, message: wire.SequenceSpec) -> None:
+        try:
+            spec = spec_from_wire(message)
+        except errors.InvalidArgument as error:
+            router.send(ended=wire.Ended(attempt=message.attempt, status=INTERNAL, message=str(error)))
+            return
+        if spec.attempt in self._attempts:
+            self._counts.add("duplicate_messages")
+            return
+        if spec.attempt in self._tombstones:
+            self._counts.add("late_messages")  # it is over, or its cancel came first, and that was acknowledged
+            return
+        if self.layout.blocks_for(spec.known_tokens) > self.pool.statistics().capacity:
+            message_ = f"the prompt needs {self.layout.blocks_for(spec.known_tokens)} blocks of {self.pool.blocks}"
+            router.send(ended=wire.Ended(attempt=spec.attempt, status=EXHAUSTED, message=message_))
+            return
+        attempt = self._attempts[spec.attempt] = Attempt(spec, router)
+        self._waiting.push(attempt)
+        self._start_waiting()
+
+    def _bind(self, message: wire.BindCommand) -> None:
+        attempt = self._attempts.get(message.attempt)
+        if attempt is None or attempt.over or attempt.state is State.WAITING:
+            self._counts.add("late_messages")  # or early: a router binds after `Started` only
+            return
+        key = HandoffKey(message.attempt, message.handoff)
+        outbound = attempt.outbound
+        if outbound is None:
+            deadline = attempt.spec.deadline_s
+            outbound = attempt.outbound = Outbound(
+                attempt.spec,
+                Delivery(key, attempt.blocks, attempt.spec.known_tokens, self.layout.block_tokens),
+                None if deadline is None else attempt.received_at + deadline,
+            )
+            self._tell_progress(attempt, outbound)
+        elif not self._rebind(attempt, outbound, key):
+            return
+        attempt.hold_until = None
+        attempt.sender = self._sender(process_from_wire(message.decode_worker))
+        attempt.sender.start(outbound)
+
+    def _rebind(self, attempt: Attempt, outbound: Outbound, key: HandoffKey) -> bool:
+        former = attempt.sender
+        if key.handoff <= outbound.key.handoff:
+            self._counts.add("duplicate_messages")
+            return False
+        if former is not None:
+            former.drop(outbound, "bound anew")
+        attempt.granted = False
+        return outbound.delivery.rebind(key)
+
+    def _cancel(self, router: RouterSession, key: AttemptKey) -> None:
+        self._tombstones.grant(key, time.monotonic(), TOMBSTONE_S)
+        attempt = self._attempts.get(key)
+        if attempt is None:
+            self._counts.add("cancels_unknown")
+            router.send(freed=wire.Freed(attempt=key))
+        else:
+            self._counts.add("cancels")
+            self._end(attempt, acknowledge=True)
+
+    # -- computing -----------------------------------------------------------------------------------------------
+
+    def _start_waiting(self) -> None:
+        """Starts prompts in turn, while the engine has less than two chunks ahead and decode workers keep up."""
+        while (attempt := self._waiting.first()) is not None:
+            ahead = sum(other.uncomputed for other in self._started.values() if other.in_engine)
+            ungranted = sum(not other.granted for other in self._started.values())
+            if ahead >= 2 * self._chunk_tokens or ungranted >= self._max_ungranted or not self._reserve(attempt):
+                break
+            self._waiting.remove(attempt)
+            self._start(attempt)
+        self._load.changed()
+
+    def _reserve(self, attempt: Attempt) -> bool:
+        """Blocks for the whole prompt, those of a cached prefix first. The last token is always computed: only that
+        gives the logits of the first output token, and it may not write into a shared block."""
+        spec = attempt.spec
+        if not attempt.digests:
+            known = (*spec.prompt, *spec.output)
+            attempt.digests = block_digests(known, self.layout.block_tokens, spec.tenant_salt, self._fingerprint)
+        usable = (spec.known_tokens - 1) // self.layout.block_tokens
+        cached = self.pool.match(attempt.digests[:usable])
+        fresh = self.pool.allocate(self.layout.blocks_for(spec.known_tokens) - len(cached))
+        if fresh is None:
+            self.pool.release(cached)
+            return False
+        attempt.blocks = [*cached, *fresh]
+        attempt.cached_tokens = len(cached) * self.layout.block_tokens
+        return True
+
+    def _start(self, attempt: Attempt) -> None:
+        self._started[attempt.key] = attempt
+        attempt.state = State.COMPUTING
+        attempt.started_at = time.monotonic()
+        attempt.in_engine = True
+        attempt.computed = attempt.cached_tokens
+        self.runner.add(Sequence.from_spec(attempt.spec, attempt.blocks, attempt.cached_tokens))
+        attempt.router.send(
+            started=wire.Started(attempt=attempt.key, queue_ms=attempt.queue_ms, cached_tokens=attempt.cached_tokens)
+        )
+
+    def on_step(self, report: StepReport) -> None:
+        """See `StepEvents`."""
+        first_tokens: dict[int, tuple[RouterSession, list[wire.TokenRun]]] = {}
+        drawn: list[tuple[Attempt, StepItem]] = []
+        for item in report.items:
+            attempt = self._attempts.get(item.key)
+            if attempt is None:
+                continue
+            attempt.in_engine = not (item.token_ids or report.error)
+            if attempt.over:
+                continue  # `on_removed` follows
+            if report.error:
+                self._fail(attempt, INTERNAL, f"prefill failed: {report.error}")
+                continue
+            attempt.computed = item.computed
+            if item.token_ids:
+                _, runs = first_tokens.setdefault(id(attempt.router), (attempt.router, []))
+                runs.append(run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
+                drawn.append((attempt, item))
+            elif attempt.outbound is not None and attempt.sender is not None:
+                attempt.outbound.delivery.computed(attempt.computed)
+                attempt.sender.advance(attempt.outbound)
+        for router, runs in first_tokens.values():
+            router.send(tokens=wire.TokenFrame(runs=runs))
+        for attempt, item in drawn:
+            self._first_token(attempt, item, report.started + report.seconds)
+        self._start_waiting()
+
+    def on_removed(self, key: AttemptKey) -> None:
+        """See `StepEvents`."""
+        attempt = self._attempts.get(key)
+        if attempt is not None:
+            attempt.in_engine = False
+            self._release_if_idle(attempt)
+
+    def _first_token(self, attempt: Attempt, item: StepItem, now: float) -> None:
+        attempt.first, attempt.first_token_at = item, now
+        attempt.state = State.DELIVERING
+        self._remember_prefix(attempt)
+        if item.finish is not None:
+            self._finish(attempt, item.finish)
+            return
+        attempt.hold_until = now + HOLD_S
+        if attempt.outbound is not None:
+            self._tell_progress(attempt, attempt.outbound)
+            if attempt.sender is not None:
+                attempt.sender.advance(attempt.outbound)
+
+    def _finish(self, attempt: Attempt, reason: FinishReason) -> None:
+        """The first token was the last one: nobody needs the KV."""
+        attempt.router.send(prefill_report=attempt.report())
+        output = len(attempt.spec.output) + 1
+        ended = wire.Ended(attempt=attempt.key, output_tokens=output)
+        ended.reason = reason.value  # type: ignore[assignment]  # the same numbers
+        attempt.router.send(ended=ended)
+        self._end(attempt, acknowledge=False)
+
+    def _remember_prefix(self, attempt: Attempt) -> None:
+        for block, digest in zip(attempt.blocks, attempt.digests, strict=False):
+            self.pool.insert(block, digest)
+
+    # -- the handoff (`OutboundEvents`) --------------------------------------------------------------------------
+
+    def granted(self, outbound: Outbound) -> None:
+        """See `OutboundEvents`."""
+        attempt = self._attempts.get(outbound.key.attempt)
+        if attempt is not None:
+            attempt.granted = True
+            self._start_waiting()
+
+    def released(self, outbound: Outbound) -> None:
+        """See `OutboundEvents`."""
+        attempt = self._attempts.get(outbound.key.attempt)
+        if attempt is not None:
+            attempt.router.send(prefill_report=attempt.report())
+            self._end(attempt, acknowledge=False)
+
+    def failed(
+        self, outbound: Outbound, reason: RefusalReason, message: str, retry_after_s: float | None = None
+    ) -> None:
+        """See `OutboundEvents`."""
+        attempt = self._attempts.get(outbound.key.attempt)
+        if attempt is None or attempt.over:
+            return
+        self._counts.add("handoffs_failed")
+        log.info("handoff failed", handoff=str(outbound.key), reason=reason.name, message=message)
+        attempt.granted = False
+        attempt.hold_until = time.monotonic() + HOLD_S
+        attempt.router.send(
+            handoff_failed=wire.HandoffFailed(
+                attempt=attempt.key,
+                handoff=outbound.key.handoff,
+                reason=wire.RefusalReason.Value(f"REFUSAL_REASON_{reason.name}"),
+                message=message,
+                retry_after_ms=None if retry_after_s is None else retry_after_s * 1e3,
+            )
+        )
+
+    def settled(self, outbound: Outbound) -> None:
+        """See `OutboundEvents`."""
+        attempt = self._attempts.get(outbound.key.attempt)
+        if attempt is not None:
+            self._release_if_idle(attempt)
+
+    def _tell_progress(self, attempt: Attempt, outbound: Outbound) -> None:
+        outbound.delivery.computed(attempt.computed)
+        if attempt.first is not None:
+            outbound.first_token = attempt.first.token_ids[0]
+            outbound.first_logprobs = attempt.first.logprobs[0] if attempt.first.logprobs else None
+            outbound.delivery.first_token()
+
+    def _sender(self, peer: ProcessRef) -> Sender:
+        sender = self._senders.get(peer.incarnation)
+        if sender is None or sender.closed:
+            for gone in [key for key, other in self._senders.items() if other.closed]:
+                del self._senders[gone]
+            sender = self._senders[peer.incarnation] = Sender(
+                peer,
+                self._handshake,
+                self._transports,
+                self,
+                self._executor,
+                self._handoff_deadline_s,
+                self._counts,
+            )
+        return sender
+
+    # -- endings -------------------------------------------------------------------------------------------------
+
+    def expire(self) -> None:
+        """Gives up prompts that nobody came for, and forgets old cancels."""
+        now = time.monotonic()
+        self._tombstones.expire(now)
+        for attempt in list(self._attempts.values()):
+            if attempt.hold_until is not None and attempt.hold_until < now and not attempt.granted:
+                self._fail(attempt, EXHAUSTED, f"no decode worker took it within {HOLD_S:g} s")
+
+    async def stop(self) -> None:
+        """Ends senders, threads and the engine."""
+        self._load.close()
+        await asyncio.gather(*(sender.stop() for sender in self._senders.values()))
+        await self.runner.stop()
+        await asyncio.to_thread(self._executor.shutdown)
+
+    def _fail(self, attempt: Attempt, status: int, message: str) -> None:
+        attempt.router.send(ended=wire.Ended(attempt=attempt.key, status=status, message=message))
+        self._end(attempt, acknowledge=False)
+
+    def _end(self, attempt: Attempt, *, acknowledge: bool) -> None:
+        """The attempt is over here; its blocks are freed as soon as neither step nor write touches them."""
+        attempt.acknowledge |= acknowledge
+        if not attempt.over:
+            attempt.over = True
+            self._waiting.remove(attempt)
+            if attempt.sender is not None and attempt.outbound is not None:
+                attempt.sender.drop(attempt.outbound, "the attempt is over")
+            if attempt.in_engine:
+                self.runner.remove(attempt.key)
+        self._release_if_idle(attempt)
+
+    def _release_if_idle(self, attempt: Attempt) -> None:
+        if not attempt.over or attempt.busy:
+            return
+        attempt.state = State.RELEASED
+        del self._attempts[attempt.key]
+        self._tombstones.grant(attempt.key, time.monotonic(), TOMBSTONE_S)
+        self._started.pop(attempt.key, None)
+        self.pool.release(attempt.blocks)
+        if attempt.acknowledge:
+            attempt.router.send(freed=wire.Freed(attempt=attempt.key))
+        self._start_waiting()
+
+    def _load_report(self) -> wire.LoadReport:
+        statistics = self.pool.statistics()
+        computing = sum(attempt.uncomputed for attempt in self._started.values() if attempt.in_engine)
+        return wire.LoadReport(
+            waiting=len(self._waiting),
+            running=len(self._started),
+            waiting_tokens=self._waiting.tokens + computing,
+            free_blocks=statistics.free,
+            cached_blocks=statistics.cached,
+            held_blocks=statistics.held,
+            quarantined_blocks=statistics.quarantined,
+            resident_tokens=statistics.held * self.layout.block_tokens,
+        )
