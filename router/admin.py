@@ -1,0 +1,74 @@
+"""What operators call: `baton.v1.Admin` on a router."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from baton.rpc.convert import process_to_wire
+from baton.spec import ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import admin_pb2 as admin
+from baton.v1 import worker_pb2 as wire
+from baton.v1.admin_pb2_grpc import AdminServicer
+from router.registry import Registry
+from router.requests import Requests
+from router.worker import Worker
+
+ROLES = {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE}
+
+
+class AdminService(AdminServicer):
+    """The workers there are, and what this router holds."""
+
+    def __init__(
+        self, router: Callable[[], ProcessRef], registry: Registry, requests: Requests, counts: Counts
+    ) -> None:
+        self._router, self._registry, self._requests, self._counts = router, registry, requests, counts
+
+    async def ListWorkers(self, request: admin.ListWorkersRequest, context: Any) -> admin.ListWorkersResponse:
+        """All that hold a lease, by name."""
+        now = asyncio.get_running_loop().time()
+        return admin.ListWorkersResponse(workers=[_info(worker, now) for worker in self._registry.workers()])
+
+    async def GetStatus(self, request: admin.GetStatusRequest, context: Any) -> admin.GetStatusResponse:
+        """Live objects, counts since start, memory."""
+        workers = self._registry.workers()
+        live = self._requests.live() | {
+            "workers": len(workers),
+            "sessions": sum(worker.link.attached for worker in workers),
+            "models": len(self._registry.models),
+            "tasks": len(asyncio.all_tasks()),
+            "threads": threading.active_count(),
+        }
+        return admin.GetStatusResponse(
+            process=process_to_wire(self._router()),
+            live=live,
+            counters=self._counts.snapshot(),
+            resident_bytes=resident_bytes(),
+        )
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _info(worker: Worker, now: float) -> admin.WorkerInfo:
+    given = worker.registration
+    return admin.WorkerInfo(
+        process=process_to_wire(given.process),
+        roles=[ROLES[role] for role in sorted(given.roles, reverse=True)],
+        model=given.card.name,
+        capacity=wire.Capacity(blocks=given.blocks, max_sequences=given.max_sequences),
+        transports=given.transports,
+        attached=worker.link.attached,
+        lease_left_ms=max(0.0, worker.lease_until - now) * 1e3,
+        load=worker.load,
+        attempts=len(worker.prefill) + len(worker.decode),
+    )

@@ -1,0 +1,125 @@
+"""The router process: composes its parts, serves, and leaves in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import structlog
+
+from baton.config import RouterConfig
+from baton.errors import Unavailable
+from baton.identity import mint_process
+from baton.rpc import net
+from baton.spec import ProcessRef
+from baton.telemetry import Counts
+from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
+from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
+from router.admin import AdminService
+from router.registry import NOBODY_RETRY_S, Registry
+from router.registry_service import RegistryService
+from router.requests import Requests
+from router.service import GenerationService, add_generation
+
+STOP_GRACE_S = 2.0
+"""How long calls may take to end once their requests have."""
+FREED_S = 1.0
+"""How long the workers may take to free what the ended requests held there."""
+TOKENISER_THREADS = 2
+log = structlog.get_logger(__name__)
+
+
+class Router:
+    """All parts of a router. `start` once, then `stop`."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.config, self.counts = config, Counts()
+        self.process = mint_process("router", config.listen, config.name)
+        self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
+        self.requests = Requests(config.max_requests, self.counts)
+        self.registry = Registry(
+            self._identity,
+            config.lease_s,
+            self.executor,
+            self.counts,
+            on_frame=self.requests.on_frame,
+            on_lost=self.requests.on_lost,
+            on_change=self._on_change,
+        )
+        self._changed = asyncio.Event()
+        self._stopped = False
+        self._server: net.Server | None = None
+        self._readiness: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Some model has a worker of each role."""
+        return any(model.usable("prefill") and model.usable("decode") for model in self.registry.models.values())
+
+    async def start(self) -> None:
+        """Serves from here on; ready once workers have joined. Raises ConfigError when the address can't be used."""
+        generation = GenerationService(self.config, self._identity, self.registry, self.requests, self.executor)
+        registry = RegistryService(self.registry, self._identity)
+        admin = AdminService(self._identity, self.registry, self.requests, self.counts)
+        try:
+            self._server = await net.start_server(
+                self.config.listen,
+                [
+                    net.service(add_generation, generation, "Generation"),
+                    net.service(add_RegistryServicer_to_server, registry, "Registry"),
+                    net.service(add_AdminServicer_to_server, admin, "Admin"),
+                ],
+            )
+        except BaseException:
+            self.executor.shutdown(wait=False)
+            raise
+        self.process = replace(self.process, address=self._server.address)
+        self._readiness = asyncio.create_task(self._follow_readiness(self._server), name="readiness")
+
+    async def stop(self) -> None:
+        """Refuses new calls, ends running streams with UNAVAILABLE, leaves the workers, gives everything back.
+
+        Idempotent.
+        """
+        assert self._server is not None, "started before"
+        assert self._readiness is not None, "started before"
+        if self._stopped:
+            return
+        self._stopped = True
+        self.requests.refuse_all(Unavailable("the router is shutting down", NOBODY_RETRY_S))
+        async with net.cancelling(self._readiness):
+            await self._server.set_ready(False)
+        if not await self.requests.wait_freed(FREED_S):
+            log.warning("workers have not freed everything", **self.requests.live())
+        await self.registry.close()
+        await self._server.stop(STOP_GRACE_S)
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+    def _identity(self) -> ProcessRef:
+        return self.process
+
+    def _on_change(self) -> None:
+        self._changed.set()
+
+    async def _follow_readiness(self, server: net.Server) -> None:
+        shown = False
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self.ready != shown:
+                shown = self.ready
+                log.info("ready" if shown else "not ready: no model has workers of both roles")
+                await server.set_ready(shown)
+
+
+async def run(config: RouterConfig, *, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
+    """Serves until `stop` is set. `on_ready` gets the address as soon as it answers, before any worker has joined."""
+    router = Router(config)
+    await router.start()
+    try:
+        on_ready(router.process.address)
+        await stop.wait()
+    finally:
+        await router.stop()

@@ -1,0 +1,88 @@
+"""One attempt at a request: its key, the workers it named, and what each may still hold of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from baton.errors import BatonError
+from baton.spec import AttemptKey, HandoffKey
+from router.handoff import UNCERTAIN, Handoffs, Refusal
+from router.placement import Decision, Demand
+from router.timeline import PrefillTimes, Reason
+from router.worker import Worker
+
+DECISIONS = 8
+"""Placement decisions kept for explanation, the latest ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A worker's word that a sequence is over. `error` is set when it did not end well, else `reason`.
+
+    `output_tokens` counts all output of the sequence, so that it can be seen whether all has come.
+    """
+
+    reason: Reason | None
+    error: BatonError | None
+    output_tokens: int
+    first_step_wait_ms: float | None = None
+    decode_ms: float | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Keeps the workers' ledgers in step with what the attempt has asked for.
+
+    `holding` are the workers that may hold something of it: those that a cancel must reach. `times` is the prefill
+    worker's report; with it, its blocks are free.
+    """
+
+    key: AttemptKey
+    prefill: Worker
+    decode: Worker | None = None
+    handoffs: Handoffs = field(default_factory=Handoffs)
+    holding: set[Worker] = field(default_factory=set)
+    times: PrefillTimes | None = None
+    decisions: deque[Decision] = field(default_factory=lambda: deque(maxlen=DECISIONS))
+    _left: dict[str, Worker] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.holding.add(self.prefill)
+
+    def bind(self, worker: Worker, demand: Demand) -> tuple[HandoffKey, Worker | None]:
+        """The next handoff goes to `worker`. Also returns a worker that must be told to forget the attempt."""
+        self.unbind()
+        self.decode = worker
+        self.holding.add(worker)
+        worker.decode.bind(self.key, demand)
+        leave = self.handoffs.bound(worker.name)
+        left = None if leave is None else self._left.pop(leave, None)
+        self.holding -= {left}
+        return HandoffKey(self.key, self.handoffs.number), left
+
+    def refused(self, worker: Worker, reason: Refusal, message: str, retry_after_s: float | None) -> float:
+        """The current handoff came to nothing. Returns how long to wait before asking the same worker again."""
+        self.unbind()
+        if reason in UNCERTAIN:
+            self._left[worker.name] = worker
+            self.holding.add(worker)
+        return self.handoffs.failed(worker.name, reason, message, retry_after_s)
+
+    def unbind(self) -> None:
+        """The sequence does not go to the worker that it was bound to."""
+        if self.decode is not None:
+            self.decode.decode.release(self.key)
+            self.holding.discard(self.decode)
+            self.decode = None
+
+    def resident(self) -> None:
+        """The sequence has arrived at the decode worker."""
+        assert self.decode is not None, "resident where it was bound"
+        self.decode.decode.resident(self.key)
+
+    def release(self) -> None:
+        """The attempt is over: it counts for no worker any more."""
+        self.prefill.prefill.release(self.key)
+        if self.decode is not None:
+            self.decode.decode.release(self.key)

@@ -1,0 +1,114 @@
+"""From token ids to text, one token at a time, with constant work per token.
+
+A token may end within a character, so text is held back until the character is complete. The way is that of TGI and
+vLLM: decode a short window of tokens twice, with and without the newest ones; what the second adds is new text. The
+window starts where text was last complete, so the result is that of decoding everything at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Protocol
+
+REPLACEMENT = "\ufffd"
+HELD_TOKENS = 32
+"""A run of this many tokens none of which ends a character is no text; it is given out as it decodes."""
+
+
+class Decoder(Protocol):
+    """What is needed of a tokeniser."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of the ids."""
+
+
+class Detokeniser:
+    """One request's output text. `skipped` ids (special tokens, stop ids) have no text."""
+
+    def __init__(self, decoder: Decoder, skipped: Set[int]) -> None:
+        self._decoder, self._skipped = decoder, skipped
+        self._window: list[int] = []
+        self._read = 0
+        self._read_text = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often its own; empty while a character is incomplete."""
+        if token in self._skipped:
+            return ""
+        self._window.append(token)
+        text = self._decoder.decode(self._window, skip_special_tokens=False)
+        held = len(self._window) - self._read
+        if text.endswith(REPLACEMENT) and held < HELD_TOKENS:
+            return ""
+        return self._take(text)
+
+    def flush(self) -> str:
+        """What is still held back, as it decodes; at the end of the output."""
+        if len(self._window) == self._read:
+            return ""
+        return self._take(self._decoder.decode(self._window, skip_special_tokens=False))
+
+    def _take(self, text: str) -> str:
+        new = text[len(self._read_text) :]
+        del self._window[: self._read]  # the tokens just read stay as the context of the next ones
+        self._read = len(self._window)
+        self._read_text = self._decoder.decode(self._window, skip_special_tokens=False)
+        return new
+
+
+class StopMatcher:
+    """Finds the first stop string to be completed, holding back text that may become one.
+
+    What is found does not depend on where the pieces of text were cut. Of strings completed by the same character the
+    longest counts.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text that is certain now, and the stop string that it ends before, if one is complete."""
+        if not self._stops:
+            return text, None
+        buffer = self._held + text
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := buffer.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            _, start, stop = min(found)
+            return buffer[:start], stop
+        keep = min(_possible_start(buffer, stop) for stop in self._stops)
+        self._held = buffer[keep:]
+        return buffer[:keep], None
+
+    def flush(self) -> str:
+        """What was held back and has become no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+class OutputText:
+    """Detokeniser and stop strings together: the text of one request's output."""
+
+    def __init__(self, detokeniser: Detokeniser, stops: StopMatcher) -> None:
+        self._detokeniser, self._stops = detokeniser, stops
+
+    def push(self, token: int) -> tuple[str, str | None]:
+        """Text that is certain now, and the stop string that this token completed."""
+        text = self._detokeniser.push(token)
+        return self._stops.push(text) if text else ("", None)
+
+    def flush(self) -> tuple[str, str | None]:
+        """The rest, at the end of the output; it too may complete a stop string."""
+        text, stop = self._stops.push(self._detokeniser.flush())
+        return (text, stop) if stop is not None else (text + self._stops.flush(), None)
+
+
+def _possible_start(buffer: str, stop: str) -> int:
+    """Where the longest end of `buffer` starts that `stop` starts with; the buffer's length when there is none."""
+    start = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(buffer[start:]):
+            return start
+        start = buffer.find(stop[0], start + 1)
+    return len(buffer)

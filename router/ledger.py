@@ -1,0 +1,127 @@
+"""What this router has put on each worker, between and beyond the workers' own reports.
+
+A report is some moments old. What was placed since is not in it, so each ledger keeps its own books by attempt, and
+remembers of the last report only what is *not* in them: other routers' work, and growth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.spec import AttemptKey
+from router.placement import Demand
+
+
+class PrefillLedger:
+    """Prompt tokens placed on a prefill worker and not computed yet."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[AttemptKey, int] = {}
+        self._total = 0
+        self._foreign = 0
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Ours, and what the worker last reported beyond ours."""
+        return self._total + self._foreign
+
+    def place(self, attempt: AttemptKey, tokens: int) -> None:
+        """A prompt is on its way there."""
+        assert attempt not in self._tokens, "an attempt is placed once"
+        self._tokens[attempt] = tokens
+        self._total += tokens
+
+    def release(self, attempt: AttemptKey) -> None:
+        """It is computed, or given up. Idempotent."""
+        self._total -= self._tokens.pop(attempt, 0)
+
+    def reported(self, waiting_tokens: int) -> None:
+        """The worker's own count, now."""
+        self._foreign = max(0, waiting_tokens - self._total)
+
+    def check_integrity(self) -> None:
+        """The total is the sum of its parts."""
+        assert self._total == sum(self._tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """The part of a decode worker's report that placement needs. `free_blocks` includes what can be evicted."""
+
+    free_blocks: int
+    resident_tokens: int
+
+
+class DecodeLedger:
+    """Sequences bound to a decode worker: their blocks, and the tokens known when they were bound.
+
+    Bound blocks count as taken until a report that came after the sequence was resident: only that one surely
+    includes them.
+    """
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self._capacity = capacity_blocks
+        self._demands: dict[AttemptKey, Demand] = {}
+        self._unreported: dict[AttemptKey, bool] = {}  # -> resident already
+        self._unreported_blocks = 0
+        self._total_blocks = 0
+        self._total_tokens = 0
+        self._beyond = 0
+        self._report: Reported | None = None
+
+    def __len__(self) -> int:
+        return len(self._demands)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in its KV: of bound prompts, and what the last report had beyond those."""
+        return self._total_tokens + self._beyond
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds and that were promised to nobody; may be negative for a moment."""
+        if self._report is None:
+            return self._capacity - self._total_blocks
+        return self._report.free_blocks - self._unreported_blocks
+
+    def bind(self, attempt: AttemptKey, demand: Demand) -> None:
+        """A sequence is to go there."""
+        assert attempt not in self._demands, "an attempt is bound to one worker at a time"
+        self._demands[attempt] = demand
+        self._unreported[attempt] = False
+        self._unreported_blocks += demand.blocks
+        self._total_blocks += demand.blocks
+        self._total_tokens += demand.tokens
+
+    def resident(self, attempt: AttemptKey) -> None:
+        """It has arrived: the next report includes it."""
+        if attempt in self._unreported:
+            self._unreported[attempt] = True
+
+    def release(self, attempt: AttemptKey) -> None:
+        """It is over, or went elsewhere. Idempotent."""
+        demand = self._demands.pop(attempt, None)
+        if demand is None:
+            return
+        self._total_blocks -= demand.blocks
+        self._total_tokens -= demand.tokens
+        if self._unreported.pop(attempt, None) is not None:
+            self._unreported_blocks -= demand.blocks
+
+    def reported(self, report: Reported) -> None:
+        """The worker's own books, now."""
+        self._report = report
+        for attempt in [attempt for attempt, resident in self._unreported.items() if resident]:
+            del self._unreported[attempt]
+            self._unreported_blocks -= self._demands[attempt].blocks
+        expected = self._total_tokens - sum(self._demands[attempt].tokens for attempt in self._unreported)
+        self._beyond = max(0, report.resident_tokens - expected)
+
+    def check_integrity(self) -> None:
+        """The totals are the sums of their parts."""
+        assert self._total_blocks == sum(demand.blocks for demand in self._demands.values())
+        assert self._total_tokens == sum(demand.tokens for demand in self._demands.values())
+        assert self._unreported_blocks == sum(self._demands[attempt].blocks for attempt in self._unreported)

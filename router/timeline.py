@@ -1,0 +1,101 @@
+"""Where a request's time went. Durations come from one monotonic clock each: the router's own, or a worker's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from baton.spec import Objectives
+
+
+class Reason(Enum):
+    """Why a request finished. The values are the wire's."""
+
+    EOS = 1
+    STOP_TOKEN = 2
+    STOP_STRING = 3
+    LENGTH = 4
+
+
+class Path(Enum):
+    """Which way a request took. The values are the wire's."""
+
+    DISAGGREGATED = 1
+    PREFILL_ONLY = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTimes:
+    """What a prefill worker says when it is done with an attempt."""
+
+    queue_ms: float
+    prefill_ms: float
+    transfer_ms: float | None
+    transfer_exposed_ms: float | None
+    transport: str
+    transfer_bytes: int
+    transfer_blocks: int
+    transfer_cached_blocks: int
+    cached_tokens: int
+
+
+@dataclass(slots=True)
+class Marks:
+    """Moments and measurements gathered while a request runs; seconds on the router's clock."""
+
+    arrived: float
+    commanded: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    queue_ms: float = 0.0
+    cached_tokens: int = 0
+    prefill: PrefillTimes | None = None
+    first_step_wait_ms: float | None = None
+    decode_ms: float | None = None
+
+    def token(self, now: float) -> None:
+        """Tokens were handed to the stream."""
+        if self.first_token is None:
+            self.first_token = now
+        self.last_token = now
+
+    @property
+    def ttft_ms(self) -> float:
+        """Arrival to the first token; 0 without one."""
+        return 0.0 if self.first_token is None else (self.first_token - self.arrived) * 1e3
+
+    def tpot_ms(self, tokens: int) -> float | None:
+        """Mean over the tokens after the first."""
+        if self.first_token is None or self.last_token is None or tokens < 2:
+            return None
+        return (self.last_token - self.first_token) * 1e3 / (tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended well; everything that the client is told of it."""
+
+    reason: Reason
+    stop: str
+    prompt_tokens: int
+    output_tokens: int
+    marks: Marks
+    total_ms: float
+    attempts: int
+    handoffs: int
+    prefill_worker: str
+    decode_worker: str
+    path: Path
+    objectives: Objectives
+
+    @property
+    def ttft_kept(self) -> bool | None:
+        """None where no such objective was set."""
+        limit = self.objectives.ttft_ms
+        return None if limit is None else self.marks.ttft_ms <= limit
+
+    @property
+    def tpot_kept(self) -> bool | None:
+        """None where no such objective was set, or where it does not apply."""
+        limit, measured = self.objectives.tpot_ms, self.marks.tpot_ms(self.output_tokens)
+        return None if limit is None or measured is None else measured <= limit

@@ -1,0 +1,119 @@
+"""A worker as the router sees it: who it is, what it can do, what is on it.
+
+JOINING -> USABLE <-> DETACHED -> LOST      the registry owns it; LOST is final, coming back makes a new Worker
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.config import RoleName
+from baton.spec import ProcessRef
+from baton.v1 import worker_pb2 as wire
+from router.ledger import DecodeLedger, PrefillLedger, Reported
+from router.placement import DecodeLoad, PrefillLoad
+from router.worker_link import WorkerLink
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a KV block on the wire; the router needs only the number of tokens in one."""
+
+    version: int
+    block_tokens: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    rank: int
+    ranks: int
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens, the last perhaps in part."""
+        return -(-tokens // self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What all workers of one model have in common."""
+
+    name: str
+    fingerprint: str
+    context_tokens: int
+    vocabulary_size: int
+    eos_token_ids: frozenset[int]
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    kv_layout: Layout
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What a worker says of itself when it joins."""
+
+    process: ProcessRef
+    roles: frozenset[RoleName]
+    card: ModelCard
+    blocks: int
+    max_sequences: int
+    transports: tuple[str, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """One incarnation of a worker, from its registration until it is lost. Compared by identity."""
+
+    registration: Registration
+    link: WorkerLink
+    lease_until: float
+    language_ready: bool = False
+    lost: bool = False
+    load: wire.LoadReport | None = None
+    prefill: PrefillLedger = field(default_factory=PrefillLedger)
+    decode: DecodeLedger = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decode = DecodeLedger(self.registration.blocks)
+
+    def __str__(self) -> str:
+        return self.registration.process.name
+
+    @property
+    def name(self) -> str:
+        return self.registration.process.name
+
+    @property
+    def process(self) -> ProcessRef:
+        return self.registration.process
+
+    @property
+    def card(self) -> ModelCard:
+        return self.registration.card
+
+    @property
+    def usable(self) -> bool:
+        """New work may be placed here."""
+        return not self.lost and self.language_ready and self.link.attached
+
+    def reported(self, load: wire.LoadReport) -> None:
+        """The worker's freshest account of itself."""
+        self.load = load
+        self.prefill.reported(load.waiting_tokens)
+        self.decode.reported(Reported(load.free_blocks + load.cached_blocks, load.resident_tokens))
+
+    def prefill_load(self) -> PrefillLoad:
+        """This worker in a snapshot for `pick_prefill`."""
+        return PrefillLoad(self.name, self.prefill.queued_tokens, self.registration.blocks)
+
+    def decode_load(self) -> DecodeLoad:
+        """This worker in a snapshot for `pick_decode`."""
+        return DecodeLoad(
+            self.name,
+            self.decode.tokens,
+            len(self.decode),
+            self.decode.free_blocks,
+            self.registration.blocks,
+            self.registration.max_sequences,
+        )

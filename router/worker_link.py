@@ -1,0 +1,217 @@
+"""The router's end of the multiplexed stream to one worker.
+
+    CONNECTING -> ATTACHED <-> BROKEN -> LOST | CLOSED
+
+A broken stream is taken up again within the grace time: nothing is lost and nobody notices. The worker is LOST at once
+when nobody listens at its address any more, when another incarnation answers, or when it does not know the session any
+more; else when the grace time is over. LOST and CLOSED are final.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+from baton.errors import ResourceExhausted, TransferError
+from baton.rpc import net
+from baton.rpc.convert import process_to_wire
+from baton.rpc.link import GRACE_S, Session, read_frames
+from baton.spec import ProcessRef
+from baton.v1 import worker_pb2 as wire
+from baton.v1.worker_pb2_grpc import WorkerStub
+
+HELLO_S = 2.0
+RETRY_S = 0.05
+PROBE_S = 0.25
+FAREWELL_S = 1.0
+log = structlog.get_logger(__name__)
+
+
+class Gone(Exception):
+    """The worker is lost; no use in trying again."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatistics:
+    """A snapshot: breaks since the start, frames the worker may not have seen, frames received from it."""
+
+    attached: bool
+    breaks: int
+    pending: int
+    received: int
+
+
+class WorkerLink:
+    """Sends commands to a worker and hands its frames to `on_frame`, in order and each once, across broken streams.
+
+    `on_state` is called when the stream comes up or breaks; `on_lost(reason)` once, unless `close` came first. All
+    callbacks run on the event loop and must not raise.
+    """
+
+    def __init__(
+        self,
+        worker: ProcessRef,
+        router: ProcessRef,
+        *,
+        on_frame: Callable[[wire.WorkerFrame], None],
+        on_state: Callable[[], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.attached = False
+        self.breaks = 0
+        self._worker, self._router = worker, router
+        self._on_state, self._on_lost = on_state, on_lost
+        self._session: Session[wire.RouterFrame, wire.WorkerFrame] = Session(
+            wire.RouterFrame, wire.WorkerFrame, worker.name, on_frame
+        )
+        self._session_id = str(uuid.uuid4())
+        self._known = False  # the worker has taken up this session before
+        self._overrun = ""
+        self._closing = False
+        self._call: grpc.aio.StreamStreamCall[wire.RouterFrame, wire.WorkerFrame] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Connects in the background."""
+        self._task = asyncio.create_task(self._run(), name=f"link to {self._worker.name}")
+
+    def send(self, frame: wire.RouterFrame) -> None:
+        """Queues a command; it reaches the worker unless that is lost. Never waits."""
+        try:
+            self._session.send(frame)
+        except ResourceExhausted as error:
+            self._overrun = str(error)
+            if self._call is not None:
+                self._call.cancel()
+
+    def statistics(self) -> LinkStatistics:
+        """See `LinkStatistics`."""
+        return LinkStatistics(self.attached, self.breaks, self._session.pending, self._session.received)
+
+    async def close(self) -> None:
+        """Ends the stream in order, so that the worker frees at once what is ours; waits a moment for its answer."""
+        self._closing = True
+        call, task = self._call, self._task
+        if call is not None and self.attached:
+            self._session.detach()
+            try:
+                async with asyncio.timeout(FAREWELL_S):
+                    await call.done_writing()
+                    await call.code()
+            except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                log.debug("worker did not answer the farewell", worker=self._worker.name)
+        self._session.close()
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def abandon(self) -> None:
+        """Ends the stream without a word to `on_lost`, when somebody else found that the worker is lost."""
+        self._closing = True
+        self._session.close()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+
+    async def wait_closed(self) -> None:
+        """After `abandon`: until the connection is given back."""
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            reason = await self._serve()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.error("unexpected error on a worker's stream", worker=self._worker.name, exc_info=error)
+            reason = "internal error on its stream"
+        finally:
+            self.attached = False
+            self._session.close()
+        if not self._closing:
+            self._on_lost(reason)
+
+    async def _serve(self) -> str:
+        """Holds the stream up, again and again; returns why the worker is lost."""
+        clock = asyncio.get_running_loop().time
+        broken_since = clock()
+        while True:
+            cause = await self._connect_once()
+            if isinstance(cause, Gone) or self._closing:
+                return str(cause)
+            if self.attached:
+                self.attached, self.breaks, broken_since = False, self.breaks + 1, clock()
+                self._on_state()
+            if self._overrun:
+                return self._overrun
+            if not await net.listens(self._worker.address, PROBE_S):
+                return f"nobody listens at {self._worker.address} any more"
+            if clock() - broken_since > GRACE_S:
+                return f"no stream for {GRACE_S:g} s: {cause}"
+            await asyncio.sleep(RETRY_S)
+
+    async def _connect_once(self) -> Exception | str:
+        """One stream, from its opening to its end; returns what ended it."""
+        try:
+            async with net.open_channel(self._worker.address) as channel:
+                await self._hold(WorkerStub(channel).Attach())
+        except Gone as gone:
+            return gone
+        except grpc.aio.AioRpcError as error:
+            return error.details() or error.code().name
+        except asyncio.InvalidStateError:
+            return "the stream broke"
+        except TimeoutError:
+            return "the worker is silent"
+        except TransferError as error:
+            return str(error)
+        finally:
+            self._call = None
+        return "the worker ended the stream"
+
+    async def _hold(self, call: Any) -> None:
+        self._call = call
+        frames = aiter(call)
+        async with asyncio.timeout(HELLO_S):
+            await self._greet(call, frames)
+        writer = asyncio.create_task(self._write(call), name=f"writer to {self._worker.name}")
+        self.attached = True
+        self._on_state()
+        try:
+            await read_frames(self._session, frames)
+        finally:
+            self._session.detach()
+            writer.cancel()
+            await asyncio.wait([writer])
+            call.cancel()
+        if not writer.cancelled() and (error := writer.exception()) is not None:
+            raise error
+
+    async def _greet(self, call: Any, frames: AsyncIterator[wire.WorkerFrame]) -> None:
+        hello = wire.Hello(
+            process=process_to_wire(self._router), session=self._session_id, received=self._session.received
+        )
+        await call.write(wire.RouterFrame(hello=hello))
+        try:
+            answer = (await anext(frames)).hello
+        except StopAsyncIteration:
+            raise TransferError("the worker ended the stream instead of answering") from None
+        if (answer.process.name, answer.process.incarnation) != (self._worker.name, self._worker.incarnation):
+            raise Gone(f"another process answers at {self._worker.address}: {answer.process.name}")
+        if self._known and not answer.resumed:
+            raise Gone("it does not know the session any more")
+        self._known = True
+        self._session.attach(answer.received)
+
+    async def _write(self, call: Any) -> None:
+        try:
+            async for frame in self._session.outgoing():
+                await call.write(frame)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            call.cancel()  # the reader sees the same end and says why

@@ -1,0 +1,323 @@
+"""A worker that speaks the real protocol over a real server, with the model replaced by a script.
+
+`WorkerDouble` answers Attach with a `Session`, like a worker. For each prompt it plays the life of the request:
+Started, first token, handoff to the other double (a method call in place of the Transfer service), Resident, tokens,
+Ended. Gates stop it at a point until a test opens them; `says` sends any frame at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import cache
+from typing import Any
+
+import grpc
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from baton.config import RoleName
+from baton.rpc import net
+from baton.rpc.convert import process_to_wire, spec_from_wire
+from baton.rpc.link import Session
+from baton.spec import ProcessRef, SequenceSpec
+from baton.v1 import worker_pb2 as wire
+from baton.v1.worker_pb2_grpc import RegistryStub, WorkerServicer, add_WorkerServicer_to_server
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] == 'forbidden' %}{{ raise_exception('not this') }}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+EOS = 2
+CONTEXT = 65_536
+WAIT_S = 5.0
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE of 400 tokens; 0, 1 and 2 are special, 2 ends a sequence."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[AddedToken(text, special=True) for text in ("<|end|>", "<|im_start|>", "<|im_end|>")],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(
+        ["the capital of France is Paris", "hello world, this is a test of the stream"] * 9, trainer
+    )
+    return made
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text."""
+    return list(tokenizer().encode(text, add_special_tokens=False).ids)
+
+
+def artifacts() -> dict[str, bytes]:
+    """What FetchArtifact sends, by SHA-256."""
+    files = [tokenizer().to_str().encode(), TEMPLATE.encode()]
+    return {hashlib.sha256(data).hexdigest(): data for data in files}
+
+
+def card(**changes: Any) -> wire.ModelCard:
+    """The model that all doubles serve."""
+    layout = wire.KvLayout(version=1, block_tokens=16, layers=2, kv_heads=1, head_dim=8, dtype="float32", ranks=1)
+    tokenizer_sha, template_sha = artifacts()
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "fingerprint": "f" * 32,
+        "context_tokens": CONTEXT,
+        "vocabulary_size": tokenizer().get_vocab_size(),
+        "eos_token_ids": [EOS],
+        "tokenizer_sha256": tokenizer_sha,
+        "chat_template_sha256": template_sha,
+        "kv_layout": layout,
+        "eos_token_id": EOS,
+    }
+    return wire.ModelCard(**(fields | changes))
+
+
+class WorkerDouble(WorkerServicer):
+    """See the top of this file. `output(spec)` are the tokens it generates."""
+
+    def __init__(self, name: str, role: RoleName, output: Callable[[SequenceSpec], list[int]], **changes: Any) -> None:
+        self.role, self.output = role, output
+        self.process = ProcessRef(name, f"{name}-1", "")
+        self.card = changes.pop("card", None) or card()
+        self.blocks = changes.pop("blocks", 8192)
+        self.files = artifacts()
+        self.peers: dict[str, WorkerDouble] = {}
+        self.gates: dict[str, asyncio.Event] = {}
+        self.reached: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self.commands: list[wire.RouterFrame] = []
+        self.cancelled: list[bytes] = []
+        self.attempts: list[bytes] = []
+        self.refusals: list[wire.HandoffFailed] = []
+        self.repeats = 1
+        self.session: Session[wire.WorkerFrame, wire.RouterFrame] | None = None
+        self.greetings: list[bool] = []
+        self.on_attach: Callable[[Any, Any], Awaitable[None]] | None = None
+        self._session_id = ""
+        self._binds: dict[bytes, asyncio.Queue[wire.BindCommand]] = {}
+        self._work: dict[bytes, asyncio.Task[None]] = {}
+        self._server: net.Server | None = None
+        self._break = asyncio.Event()
+        self._greeted = asyncio.Event()
+
+    # Its life.
+
+    async def start(self) -> None:
+        """Serves."""
+        entry = net.service(add_WorkerServicer_to_server, self, "Worker")
+        self._server = await net.start_server("127.0.0.1:0", [entry])
+        self.process = ProcessRef(self.process.name, self.process.incarnation, self._server.address)
+
+    async def join(self, router: str) -> None:
+        """Registers and waits until the router has attached."""
+        await self.register(router)
+        async with asyncio.timeout(WAIT_S):
+            await self._greeted.wait()
+
+    async def register(self, router: str) -> None:
+        """Registers; the router may find that it can't use this worker."""
+        roles = {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE}
+        request = wire.RegisterRequest(
+            worker=process_to_wire(self.process),
+            roles=[roles[self.role]],
+            model=self.card,
+            capacity=wire.Capacity(blocks=self.blocks, max_sequences=64),
+            transports=["memory"],
+        )
+        async with net.open_channel(router) as channel:
+            await RegistryStub(channel).Register(request, timeout=WAIT_S)
+
+    async def stop(self) -> None:
+        """Dies: its port closes, its streams break."""
+        for task in self._work.values():
+            task.cancel()
+        await asyncio.gather(*self._work.values(), return_exceptions=True)
+        if self.session is not None:
+            self.session.close()
+        if self._server is not None:
+            await self._server.stop(0)
+            self._server = None
+
+    def break_stream(self) -> None:
+        """The stream ends; the session stays."""
+        self._greeted.clear()
+        self._break.set()
+
+    # Tests' hands.
+
+    def gate(self, name: str) -> asyncio.Event:
+        """The work stops at this point until the event is set."""
+        self.gates[name] = asyncio.Event()
+        return self.gates[name]
+
+    async def at(self, name: str) -> None:
+        """Waits until some work has come to this point."""
+        async with asyncio.timeout(WAIT_S):
+            await self.reached[name].wait()
+
+    def says(self, **body: Any) -> None:
+        """Sends a frame to the router."""
+        assert self.session is not None
+        self.session.send(wire.WorkerFrame(**body))
+
+    def tokens(self, attempt: bytes, position: int, ids: list[int]) -> None:
+        """Sends tokens to the router."""
+        self.says(tokens=wire.TokenFrame(runs=[wire.TokenRun(attempt=attempt, position=position, ids=ids)]))
+
+    def count(self, body: str) -> int:
+        """How many commands of this kind came."""
+        return sum(command.WhichOneof("body") == body for command in self.commands)
+
+    # Its services.
+
+    async def FetchArtifact(
+        self, request: wire.FetchArtifactRequest, context: Any
+    ) -> AsyncIterator[wire.FetchArtifactResponse]:
+        """Sends an artifact in pieces."""
+        data = self.files[request.sha256]
+        for start in range(0, len(data), 4096):
+            yield wire.FetchArtifactResponse(data=data[start : start + 4096])
+
+    async def Attach(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        """Takes up the session that the router names, or begins it."""
+        if self.on_attach is not None:
+            return await self.on_attach(request_iterator, context)
+        hello = (await context.read()).hello
+        resumed = self.session is not None and self._session_id == hello.session
+        if not resumed:
+            self._session_id = hello.session
+            self.session = Session(wire.WorkerFrame, wire.RouterFrame, self.process.name, self._on_frame)
+        session = self.session
+        assert session is not None
+        answer = wire.Hello(
+            process=process_to_wire(self.process), session=hello.session, received=session.received, resumed=resumed
+        )
+        await context.write(wire.WorkerFrame(hello=answer))
+        session.attach(hello.received)
+        self.greetings.append(resumed)
+        self._break.clear()
+        self._greeted.set()
+        pumps = [
+            asyncio.create_task(self._read(session, context)),
+            asyncio.create_task(self._write(session, context)),
+            asyncio.create_task(self._break.wait()),
+        ]
+        try:
+            async with net.cancelling(*pumps):
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            session.detach()
+        if self._break.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the stream broke")
+        return None
+
+    async def _read(self, session: Session[wire.WorkerFrame, wire.RouterFrame], context: Any) -> None:
+        while (frame := await context.read()) is not grpc.aio.EOF:
+            session.receive(frame)
+
+    async def _write(self, session: Session[wire.WorkerFrame, wire.RouterFrame], context: Any) -> None:
+        async for frame in session.outgoing():
+            await context.write(frame)
+
+    # Its work.
+
+    def _on_frame(self, frame: wire.RouterFrame) -> None:
+        self.commands.append(frame)
+        kind = frame.WhichOneof("body")
+        if kind == "prefill":
+            spec = spec_from_wire(frame.prefill.spec)
+            self.attempts.append(spec.attempt)
+            self._binds[spec.attempt] = asyncio.Queue()
+            self._begin(spec.attempt, self._prefill(spec))
+        elif kind == "bind" and frame.bind.attempt in self._binds:
+            self._binds[frame.bind.attempt].put_nowait(frame.bind)
+        elif kind == "cancel":
+            attempt = frame.cancel.attempt
+            self.cancelled.append(attempt)
+            if attempt in self._work:
+                self._work.pop(attempt).cancel()
+            self.says(freed=wire.Freed(attempt=attempt))
+
+    def _begin(self, attempt: bytes, work: Any) -> None:
+        task = asyncio.create_task(work, name=f"{self.process.name} {attempt.hex()[:6]}")
+        self._work[attempt] = task
+        task.add_done_callback(lambda done: self._work.pop(attempt, None) if self._work.get(attempt) is done else None)
+
+    async def _pass(self, name: str) -> None:
+        self.reached[name].set()
+        if name in self.gates:
+            await self.gates[name].wait()
+
+    def _ends(self, spec: SequenceSpec, count: int, token: int) -> int:
+        if token in spec.eos_token_ids:
+            return 1
+        if token in spec.stop_token_ids:
+            return 2
+        return 4 if count == spec.max_tokens else 0
+
+    async def _prefill(self, spec: SequenceSpec) -> None:
+        await self._pass("queued")
+        self.says(started=wire.Started(attempt=spec.attempt, queue_ms=1.5, cached_tokens=0))
+        await self._pass("started")
+        output = self.output(spec)
+        self.tokens(spec.attempt, len(spec.prompt), output[:1])
+        self.reached["first"].set()
+        if reason := self._ends(spec, 1, output[0]):
+            self._report(spec.attempt, moved=False)
+            self.says(ended=wire.Ended(attempt=spec.attempt, reason=reason, output_tokens=1))  # type: ignore[arg-type]
+            return
+        await self._hand_over(spec, output)
+        self._report(spec.attempt, moved=True)
+
+    async def _hand_over(self, spec: SequenceSpec, output: list[int]) -> None:
+        while True:
+            bind = await self._binds[spec.attempt].get()
+            await self._pass("bound")
+            if not self.refusals:
+                break
+            refusal = self.refusals.pop(0)
+            refusal.attempt, refusal.handoff = spec.attempt, bind.handoff
+            self.says(handoff_failed=refusal)
+        await self.peers[bind.decode_worker.name].receive(spec, bind.handoff, output).wait()
+
+    def receive(self, spec: SequenceSpec, handoff: int, output: list[int]) -> asyncio.Event:
+        """The blocks of a sequence come (a decode double); the event says that they are committed."""
+        self.attempts.append(spec.attempt)
+        committed = asyncio.Event()
+        self._begin(spec.attempt, self._decode(spec, handoff, output, committed))
+        return committed
+
+    async def _decode(self, spec: SequenceSpec, handoff: int, output: list[int], committed: asyncio.Event) -> None:
+        await self._pass("received")
+        committed.set()
+        for _ in range(self.repeats):
+            self.says(resident=wire.Resident(attempt=spec.attempt, handoff=handoff))
+        for index, token in enumerate(output):
+            await self._pass(f"step {index}")
+            for _ in range(self.repeats):
+                self.tokens(spec.attempt, len(spec.prompt) + index, [token])
+            await asyncio.sleep(0)
+            if reason := self._ends(spec, index + 1, token):
+                break
+        else:
+            raise AssertionError("the script ran out of tokens")
+        ended = wire.Ended(attempt=spec.attempt, reason=reason, output_tokens=index + 1, decode_ms=3.5)  # type: ignore[arg-type]
+        for _ in range(self.repeats):
+            self.says(ended=ended)
+
+    def _report(self, attempt: bytes, *, moved: bool) -> None:
+        report = wire.PrefillReport(attempt=attempt, queue_ms=1.5, prefill_ms=7.5)
+        if moved:
+            report.transport, report.transfer_bytes, report.transfer_blocks = "memory", 4096, 2
+        for _ in range(self.repeats):
+            self.says(prefill_report=report)
