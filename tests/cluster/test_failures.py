@@ -1,0 +1,178 @@
+"""Clients that leave, workers that die: nothing stays behind, and everybody else goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+
+import pytest
+import pytest_asyncio
+
+from baton.client.types import Accepted, Completion, Event, Finished, Tokens
+from baton.errors import BatonError, DeadlineExceeded, Unavailable
+from tests.cluster.conftest import Running, prompt_of, running, settled
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[Running]:
+    async with running(prefill=1, decode=1, chunk_tokens=128) as started:
+        yield started
+
+
+async def stream_until(cluster: Running, length: int, enough: Callable[[Event], bool]) -> None:
+    """Leaves a long stream at the first event that is `enough`."""
+    events = cluster.client.generate(token_ids=prompt_of(length), max_tokens=400, ignore_eos=True, timeout=60)
+    async with aclosing(events):
+        async for event in events:
+            if enough(event):
+                return
+    raise AssertionError("the stream ended first")
+
+
+@pytest.mark.parametrize("length", [20, 1500])
+async def test_leaving_while_queued_or_computing(cluster: Running, length: int) -> None:
+    await stream_until(cluster, length, lambda event: isinstance(event, Accepted))
+    await settled(cluster)
+
+
+async def test_leaving_while_computing_in_chunks(cluster: Running) -> None:
+    events = cluster.client.generate(token_ids=prompt_of(3000, 1), max_tokens=400, timeout=60)
+    async with aclosing(events):
+        assert isinstance(await anext(events), Accepted)
+        async with asyncio.timeout(30):
+            while not any(status.live.get("grants") for status in await cluster.statuses()):
+                await asyncio.sleep(0.02)  # the grant comes while the first chunks compute
+    await settled(cluster)
+
+
+async def test_leaving_after_the_first_token(cluster: Running) -> None:
+    await stream_until(cluster, 200, lambda event: isinstance(event, Tokens))
+    await settled(cluster)
+
+
+async def test_leaving_while_decoding(cluster: Running) -> None:
+    await stream_until(cluster, 40, lambda event: isinstance(event, Tokens) and event.position > 45)
+    await settled(cluster)
+
+
+async def test_many_leave_at_once_and_the_next_request_is_served(cluster: Running) -> None:
+    leaving = [stream_until(cluster, 1000, lambda event: isinstance(event, Accepted)) for _ in range(10)]
+    await asyncio.gather(*leaving)
+    completion = await cluster.client.complete(token_ids=prompt_of(10), max_tokens=4, ignore_eos=True, timeout=30)
+    assert len(completion.token_ids) == 4
+    await settled(cluster)
+
+
+async def test_a_deadline_ends_the_stream_and_frees_everything(cluster: Running) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await cluster.client.complete(token_ids=prompt_of(3000, 2), max_tokens=400, ignore_eos=True, timeout=0.5)
+    await settled(cluster)
+
+
+async def test_a_full_decode_pool_is_waited_for() -> None:
+    """Two sequences that together exceed the decode pool: the second's grant is refused, and bound again later."""
+    async with running(prefill=1, decode=1, pool_tokens=1024, max_sequences=4) as small:
+
+        async def one(seed: int) -> Completion:
+            return await small.client.complete(
+                token_ids=prompt_of(200, seed), max_tokens=400, ignore_eos=True, timeout=120
+            )
+
+        completions = await asyncio.gather(one(1), one(2))
+        assert [len(completion.token_ids) for completion in completions] == [400, 400]
+        assert max(completion.finished.timeline.handoffs for completion in completions) > 1
+        await settled(small)
+
+
+async def outcome(cluster: Running, seed: int) -> Completion | BatonError:
+    try:
+        return await cluster.client.complete(
+            token_ids=prompt_of(60, seed), max_tokens=150, ignore_eos=True, timeout=120
+        )
+    except BatonError as error:
+        return error
+
+
+def pid_of(cluster: Running, name: str) -> int:
+    return next(child.pid for child in cluster.cluster.processes if child.name == name)
+
+
+async def decoding(cluster: Running, streams: int) -> None:
+    """Until so many sequences are resident on the decode workers."""
+    async with asyncio.timeout(60):
+        while sum(status.live.get("residents", 0) for status in await cluster.statuses()) < streams:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_killed_decode_worker_ends_its_streams_and_no_other() -> None:
+    async with running(prefill=1, decode=2) as pair:
+        streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(6)]
+        await decoding(pair, 6)
+        killed_at = asyncio.get_running_loop().time()
+        os.kill(pid_of(pair, "decode-0"), signal.SIGKILL)
+        done, _ = await asyncio.wait(streams, timeout=2.0, return_when=asyncio.FIRST_COMPLETED)
+        assert done, "a lost worker's streams end at once"
+        assert asyncio.get_running_loop().time() - killed_at < 2.0
+        results = await asyncio.gather(*streams)
+        lost = [result for result in results if isinstance(result, BatonError)]
+        kept = [result for result in results if isinstance(result, Completion)]
+        assert len(lost) == 3
+        assert all(isinstance(error, Unavailable) and "decode-0" in str(error) for error in lost)
+        assert all(len(completion.token_ids) == 150 for completion in kept)
+        assert {completion.finished.timeline.decode_worker for completion in kept} == {"decode-1"}
+        await settled(pair)
+        assert isinstance(await outcome(pair, 9), Completion)
+
+
+async def test_a_killed_prefill_worker_leaves_decoding_streams_alone() -> None:
+    async with running(prefill=2, decode=1) as pair:
+        streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(4)]
+        await decoding(pair, 4)
+        os.kill(pid_of(pair, "prefill-0"), signal.SIGKILL)
+        results = await asyncio.gather(*streams)
+        assert all(isinstance(result, Completion) and len(result.token_ids) == 150 for result in results)
+        await settled(pair)
+        after = await outcome(pair, 9)
+        assert isinstance(after, Completion)
+        assert after.finished.timeline.prefill_worker == "prefill-1"
+
+
+async def test_a_killed_prefill_worker_ends_what_it_computes() -> None:
+    async with running(prefill=1, decode=1, chunk_tokens=64) as pair:
+
+        async def long() -> Completion:
+            return await pair.client.complete(token_ids=prompt_of(3000), max_tokens=10, timeout=60)
+
+        stream = asyncio.create_task(long())
+        async with asyncio.timeout(30):
+            while not any(status.live.get("grants") for status in await pair.statuses()):
+                await asyncio.sleep(0.02)
+        os.kill(pid_of(pair, "prefill-0"), signal.SIGKILL)
+        with pytest.raises(Unavailable, match="prefill-0"):
+            await stream
+        await settled(pair)
+        with pytest.raises(Unavailable, match="prefill"):
+            await pair.client.complete(token_ids=prompt_of(5), max_tokens=1, timeout=10)
+
+
+async def test_a_router_that_dies_frees_the_workers() -> None:
+    async with running(prefill=1, decode=1) as pair:
+        stream = asyncio.create_task(outcome(pair, 1))
+        await decoding(pair, 1)
+        os.kill(pid_of(pair, "router"), signal.SIGKILL)
+        assert isinstance(await stream, Unavailable)
+        async with asyncio.timeout(20):
+            while any(status.pool and status.pool.held for status in await pair.statuses()):
+                await asyncio.sleep(0.05)
+
+
+async def test_finished_is_the_last_event(cluster: Running) -> None:
+    events = [event async for event in cluster.client.generate(token_ids=prompt_of(9), max_tokens=5)]
+    assert isinstance(events[0], Accepted)
+    assert isinstance(events[-1], Finished)
+    assert sum(isinstance(event, Finished) for event in events) == 1

@@ -1,0 +1,82 @@
+"""A seed means the same tokens, whatever the cluster's shape, and without any handoff."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+import pytest_asyncio
+
+from baton.engine.card import describe
+from baton.engine.models import EMBEDDED_MODEL, resolve
+from baton.engine.offline import Prompt, generate
+from baton.engine.torch_engine import TorchEngine
+from baton.spec import Sampling
+from tests.cluster.conftest import Running, prompt_of, running, settled
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+OUTPUT = 48
+LENGTHS = (5, 40, 300, 700)
+SAMPLINGS = (
+    Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=11, repetition_penalty=1.2),
+    Sampling(temperature=1.3, min_p=0.02, seed=12, presence_penalty=0.5, frequency_penalty=0.3),
+    Sampling(temperature=0.7, seed=2**63 + 5, repetition_penalty=1.1, frequency_penalty=-0.2),
+)
+CASES = [(length, sampling) for length in LENGTHS for sampling in SAMPLINGS]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def clusters() -> AsyncIterator[dict[str, Running]]:
+    async with AsyncExitStack() as stack:
+        shapes = {"1+1": (1, 1), "2+2": (2, 2)}
+        flags = {"dtype": "float32", "chunk_tokens": 128, "pool_tokens": 8192}
+        yield {
+            name: await stack.enter_async_context(running(prefill=prefill, decode=decode, **flags))
+            for name, (prefill, decode) in shapes.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[int, ...]]:
+    """One process, one engine, no handoff."""
+    engine = TorchEngine.load(describe(resolve(EMBEDDED_MODEL), "float32"), blocks=512)
+    prompts = [Prompt(tuple(prompt_of(length)), sampling, OUTPUT) for length, sampling in CASES]
+    return [tuple(completion.tokens) for completion in generate(engine, prompts, blocks=512, chunk_tokens=200)]
+
+
+async def sampled(cluster: Running, length: int, sampling: Sampling) -> tuple[int, ...]:
+    completion = await cluster.client.complete(
+        token_ids=prompt_of(length),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        max_tokens=OUTPUT,
+        ignore_eos=True,
+        timeout=120,
+    )
+    return completion.token_ids
+
+
+@pytest.mark.parametrize("shape", ["1+1", "2+2"])
+async def test_same_seed_same_tokens(shape: str, clusters: dict[str, Running], alone: list[tuple[int, ...]]) -> None:
+    found = await asyncio.gather(*(sampled(clusters[shape], *case) for case in CASES))
+    assert found == alone
+    await settled(clusters[shape])
+
+
+async def test_a_minted_seed_repeats_the_output(clusters: dict[str, Running]) -> None:
+    client = clusters["1+1"].client
+    first = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True)
+    again = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True, seed=first.accepted.seed)
+    other = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True)
+    assert again.token_ids == first.token_ids
+    assert other.accepted.seed != first.accepted.seed
+    assert other.token_ids != first.token_ids

@@ -1,0 +1,154 @@
+"""Many streams at once, and every way in which one ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Unpack
+
+import pytest
+import pytest_asyncio
+
+from baton.client.types import Completion, FinishReason, Path, RequestOptions, Tokens
+from baton.engine.models import EMBEDDED_MODEL, resolve
+from tests.cluster.conftest import Running, prompt_of, running, settled
+from tests.cluster.reference import assert_greedy
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STREAMS = 64
+LENGTHS = (1, 7, 16, 33, 60, 90, 140, 220)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[Running]:
+    resolve(EMBEDDED_MODEL)
+    async with running(prefill=2, decode=2, dtype="float32", chunk_tokens=128) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def _empty_afterwards(cluster: Running) -> AsyncIterator[None]:
+    yield
+    await settled(cluster)
+
+
+async def test_64_streams_of_mixed_lengths(cluster: Running) -> None:
+    async def stream(number: int) -> Completion:
+        return await cluster.client.complete(
+            token_ids=prompt_of(LENGTHS[number % 8], number % 16),
+            temperature=0.0,
+            max_tokens=4 + number % 13,
+            ignore_eos=True,
+            timeout=180,
+        )
+
+    before = [status.live["threads"] for status in await cluster.statuses()]
+    completions = await asyncio.gather(*map(stream, range(STREAMS)))
+    for number, completion in enumerate(completions):
+        assert len(completion.token_ids) == 4 + number % 13
+        assert completion.finished.reason is FinishReason.LENGTH
+        await asyncio.to_thread(assert_greedy, prompt_of(LENGTHS[number % 8], number % 16), completion.token_ids)
+    used = {completion.finished.timeline.prefill_worker for completion in completions}
+    used |= {completion.finished.timeline.decode_worker for completion in completions}
+    assert used == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+    await settled(cluster)
+    after = [status.live["threads"] for status in await cluster.statuses()]
+    assert all(now <= then + 8 for now, then in zip(after, before, strict=True)), "threads grow with streams"
+
+
+async def test_positions_are_consecutive_and_ids_match_text(cluster: Running) -> None:
+    runs = [
+        event
+        async for event in cluster.client.generate(prompt="Once upon a time", temperature=0.0, max_tokens=20)
+        if isinstance(event, Tokens)
+    ]
+    position = runs[0].position
+    for run in runs:
+        assert run.position == position
+        position += len(run.ids)
+
+
+async def continuation(cluster: Running, outputs: int, **options: Unpack[RequestOptions]) -> Completion:
+    options |= {"temperature": 0.0, "max_tokens": outputs}
+    return await cluster.client.complete(prompt="The capital of France is", timeout=60, **options)
+
+
+async def test_max_tokens_one_needs_no_decode_worker(cluster: Running) -> None:
+    completion = await continuation(cluster, 1)
+    assert len(completion.token_ids) == 1
+    assert completion.finished.reason is FinishReason.LENGTH
+    assert completion.finished.timeline.path is Path.PREFILL_ONLY
+    assert completion.finished.timeline.decode_worker == ""
+    assert completion.finished.timeline.tpot_ms is None
+
+
+async def test_a_stop_token_as_first_token_ends_on_the_prefill_worker(cluster: Running) -> None:
+    first = (await continuation(cluster, 1)).token_ids[0]
+    completion = await continuation(cluster, 16, stop_token_ids=[first])
+    assert completion.token_ids == (first,)
+    assert completion.finished.reason is FinishReason.STOP_TOKEN
+    assert completion.finished.timeline.path is Path.PREFILL_ONLY
+
+
+async def test_a_stop_token_later_ends_on_the_decode_worker(cluster: Running) -> None:
+    free = await continuation(cluster, 16, ignore_eos=True)
+    stop = next(
+        token for index, token in enumerate(free.token_ids) if index >= 3 and token not in free.token_ids[:index]
+    )
+    completion = await continuation(cluster, 16, stop_token_ids=[stop], ignore_eos=True)
+    assert completion.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    assert completion.finished.reason is FinishReason.STOP_TOKEN
+    assert completion.finished.timeline.path is Path.DISAGGREGATED
+
+
+async def test_end_of_sequence(cluster: Running) -> None:
+    question = [("user", "What is the capital of France?")]
+    completion = await cluster.client.complete(messages=question, temperature=0.0, timeout=60)
+    assert completion.text == "The capital of France is Paris."
+    assert completion.finished.reason is FinishReason.EOS
+    assert completion.token_ids[-1] == 2
+
+
+async def test_end_of_sequence_as_first_token(cluster: Running) -> None:
+    """After a finished answer the model's own next token may well be its end; asking for it as a stop token pins it."""
+    ids = prompt_of(30, 5)
+    first = (await cluster.client.complete(token_ids=ids, temperature=0.0, max_tokens=1)).token_ids[0]
+    completion = await cluster.client.complete(token_ids=ids, temperature=0.0, max_tokens=8, stop_token_ids=[first])
+    assert completion.token_ids == (first,)
+    assert completion.finished.usage.output_tokens == 1
+
+
+async def test_a_stop_string_across_tokens(cluster: Running) -> None:
+    free = await continuation(cluster, 12, ignore_eos=True)
+    text = free.text
+    stop = text[len(text) // 3 : len(text) // 3 + 6]
+    assert len(stop) == 6
+    completion = await continuation(cluster, 12, stop=[stop], ignore_eos=True)
+    assert completion.text == text[: text.index(stop)]
+    assert completion.finished.reason is FinishReason.STOP_STRING
+    assert completion.finished.stop == stop
+    assert completion.finished.usage.output_tokens == len(completion.token_ids) <= 12
+
+
+async def test_a_stop_string_in_the_first_token(cluster: Running) -> None:
+    first = (await continuation(cluster, 1)).text
+    completion = await continuation(cluster, 12, stop=[first.strip() or first])
+    assert completion.text == first[: first.index(first.strip() or first)]
+    assert completion.finished.reason is FinishReason.STOP_STRING
+    assert completion.finished.usage.output_tokens == 1
+
+
+async def test_a_split_character_comes_whole(cluster: Running) -> None:
+    """The emoji is several tokens of single bytes; a prompt that repeats it makes the model go on with it."""
+    pieces = [
+        event
+        async for event in cluster.client.generate(
+            prompt="Repeat after me: 🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉🎉", temperature=0.0, max_tokens=24, ignore_eos=True
+        )
+        if isinstance(event, Tokens)
+    ]
+    text = "".join(piece.text for piece in pieces)
+    assert "🎉🎉🎉🎉" in text
+    assert any(not piece.text for piece in pieces), "ids go out at once, text waits for the rest of its character"
+    assert "\ufffd" not in text[:-1]
