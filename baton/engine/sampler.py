@@ -1,7 +1,12 @@
 """Drawing a token: a pure function of logits, parameters, seed, position and the tokens held so far.
 
-No generator state is carried from step to step: the uniform number for a position comes from (seed, position) alone,
-so that a sequence draws the same on whichever worker, in whichever batch and after however many failovers.
+No generator state is carried from step to step: the random number of a token at a position comes from (seed, position,
+token) alone, so that a sequence draws the same on whichever worker, in whichever batch and after however many
+failovers.
+
+A token is drawn by an exponential race (the Gumbel-max trick): each candidate draws an arrival time with its weight as
+the rate, and the first one wins. Other than with an inverse of the cumulative distribution, a candidate that rounding
+lets slip in or out at a filter's edge matters only when that very candidate would win; it does not shift all others.
 
 The order is vLLM's: penalties (repetition, frequency, presence), temperature, min_p, top_k, top_p, draw. Reported
 log-probabilities are the model's own, from the logits before all of that. All arithmetic is in float64, and ties go
@@ -25,13 +30,12 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for this position of a stream: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-
-    The seed is mixed first, so that neighbouring seeds do not give neighbouring streams.
-    """
-    bits = _mix(_mix(seed) + (position + 1) * _GOLDEN)
-    return float(bits >> 11) * 2.0**-53
+def uniforms(seed: int, position: int, ids: Ids) -> Scores:
+    """A number in (0, 1) for each token id at this position of a stream: SplitMix64 (Steele, Lea and Flood, OOPSLA
+    2014), keyed by seed and position. The seed is mixed first, so that neighbouring seeds give unrelated streams."""
+    key = _mix_int(_mix_int(seed) + (position + 1) * _GOLDEN)
+    bits = _mix((ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key))
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def sample(logits: Logits, sampling: Sampling, position: int, penalties: Penalties | None = None) -> int:
@@ -49,7 +53,7 @@ def sample(logits: Logits, sampling: Sampling, position: int, penalties: Penalti
     # Counted from the best, so that a temperature near zero overflows nothing.
     scores = (scores - scores.max()) / sampling.temperature
     ids, weights = _filtered(scores, sampling)
-    return _draw(ids, weights, uniform(sampling.seed, position))
+    return _race(ids, weights, sampling.seed, position)
 
 
 def logprobs(logits: Logits, token: int, top: int) -> TokenLogprobs:
@@ -62,12 +66,15 @@ def logprobs(logits: Logits, token: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(float(wide[token] - log_total), pairs)
 
 
-def _mix(value: int) -> int:
+def _mix_int(value: int) -> int:
     """SplitMix64's finaliser: a bijection of 64 bits."""
-    value &= _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    return int(_mix(np.array([value & _MASK], np.uint64))[0])
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def _filtered(scores: Scores, sampling: Sampling) -> tuple[Ids | None, Scores]:
@@ -111,9 +118,18 @@ def _nucleus(weights: Scores, top_p: float) -> Ids:
         count *= 16
 
 
-def _draw(ids: Ids | None, weights: Scores, share: float) -> int:
-    """Inverse of the cumulative distribution, in order of token id."""
-    reached = np.cumsum(weights)
-    # Rounding may leave `share * total` at the total itself.
-    index = min(int(np.searchsorted(reached, share * reached[-1], side="right")), len(reached) - 1)
-    return index if ids is None else int(ids[index])
+def _race(ids: Ids | None, weights: Scores, seed: int, position: int) -> int:
+    """The candidate with the smallest -log(1 - u) / weight; equal ones by id.
+
+    u / weight is a lower bound that costs no logarithm; only candidates whose bound beats the best one's exact time
+    are computed exactly.
+    """
+    candidates = np.arange(len(weights)) if ids is None else ids
+    draws = uniforms(seed, position, candidates)
+    with np.errstate(divide="ignore", over="ignore"):  # a weight that underflowed arrives never
+        bounds = draws / weights
+        first = int(bounds.argmin())
+        limit = -math.log1p(-draws[first]) / weights[first]
+        near = np.flatnonzero(bounds <= limit)
+        times = -np.log1p(-draws[near]) / weights[near]
+    return int(candidates[near[times.argmin()]])
