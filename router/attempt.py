@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError
 from baton.spec import AttemptKey, HandoffKey
 from router.handoff import UNCERTAIN, Handoffs, Refusal
-from router.placement import Decision, Demand
+from router.placement import Demand
 from router.timeline import PrefillTimes, Reason
 from router.worker import Worker
-
-DECISIONS = 8
-"""Placement decisions kept for explanation, the latest ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,6 @@ class Attempt:
     handoffs: Handoffs = field(default_factory=Handoffs)
     holding: set[Worker] = field(default_factory=set)
     times: PrefillTimes | None = None
-    decisions: deque[Decision] = field(default_factory=lambda: deque(maxlen=DECISIONS))
     _left: dict[str, Worker] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -42,10 +42,17 @@ def finished(outcome: Outcome) -> gen.GenerateResponse:
                 cached_prompt_tokens=_cached(outcome),
             ),
             timeline=_timeline(outcome),
-            slo=gen.SloOutcome(ttft_kept=outcome.ttft_kept, tpot_kept=outcome.tpot_kept),
+            slo=_slo(outcome),
             stop=outcome.stop,
         )
     )
+
+
+def _slo(outcome: Outcome) -> gen.SloOutcome | None:
+    """Absent where the request set no objective."""
+    if outcome.objectives.ttft_ms is None and outcome.objectives.tpot_ms is None:
+        return None
+    return gen.SloOutcome(ttft_kept=outcome.ttft_kept, tpot_kept=outcome.tpot_kept)
 
 
 def _cached(outcome: Outcome) -> int:

@@ -9,6 +9,7 @@ defines it, and others with the same model name must agree in everything. A mode
 from __future__ import annotations
 
 import asyncio
+import bisect
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,8 @@ from router.worker import ModelCard, Registration, Worker
 from router.worker_link import WorkerLink
 
 NOBODY_RETRY_S = 1.0
+LEFT = "it left"
+"""A worker that says goodbye is no cause for alarm."""
 log = structlog.get_logger(__name__)
 
 
@@ -36,19 +39,19 @@ class ServedModel:
 
     card: ModelCard
     language: Language | None = None
-    workers: set[Worker] = field(default_factory=set)
+    workers: list[Worker] = field(default_factory=list)
+    """By name."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def usable(self, role: RoleName) -> list[Worker]:
         """Workers of that role that take new work, by name."""
-        found = [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
-        return sorted(found, key=lambda worker: worker.name)
+        return [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
 
     def reachable(self, role: RoleName) -> list[Worker]:
         """The usable ones; where there is none, those whose stream is broken but may come back."""
         return self.usable(role) or [
             worker
-            for worker in sorted(self.workers, key=lambda worker: worker.name)
+            for worker in self.workers
             if worker.language_ready and not worker.lost and role in worker.registration.roles
         ]
 
@@ -114,7 +117,7 @@ class Registry:
         if known is not None and known.registration == given:
             known.lease_until = self._now() + self.lease_s
             return known
-        others = {model.card.name: model for model in self.models.values() if model.workers != {known}}
+        others = {model.card.name: model for model in self.models.values() if model.workers != [known]}
         if given.card.name in others:
             check_card(others[given.card.name].card, given.card)
         if known is not None:
@@ -129,7 +132,7 @@ class Registry:
         """The worker leaves. Idempotent."""
         worker = self._workers.get(process.name)
         if worker is not None and worker.process.incarnation == process.incarnation:
-            self.lose(worker, "it left")
+            self.lose(worker, LEFT)
 
     def lose(self, worker: Worker, reason: str) -> None:
         """The worker is gone: its place, its lease, its stream, and the model with the last one. Idempotent."""
@@ -138,10 +141,11 @@ class Registry:
         worker.lost = True
         del self._workers[worker.name]
         model = self.models[worker.card.name]
-        model.workers.discard(worker)
+        if worker in model.workers:
+            model.workers.remove(worker)
         if not model.workers:
             del self.models[worker.card.name]
-        (log.info if self._closed else log.warning)("worker lost", worker=worker.name, reason=reason)
+        (log.info if self._closed or reason == LEFT else log.warning)("worker lost", worker=worker.name, reason=reason)
         self._counts.add("workers_lost")
         worker.link.abandon()
         self._spawn(worker.link.wait_closed(), f"farewell to {worker.name}")
@@ -171,7 +175,7 @@ class Registry:
         worker = Worker(given, link, self._now() + self.lease_s)
         self._workers[worker.name] = worker
         model = self.models.setdefault(given.card.name, ServedModel(given.card))
-        model.workers.add(worker)
+        bisect.insort(model.workers, worker, key=lambda other: other.name)
         log.info("worker joined", worker=worker.name, roles=sorted(given.roles), model=given.card.name)
         self._counts.add("workers_joined")
         link.start()
@@ -200,7 +204,8 @@ class Registry:
                 tokenizer,
                 None if template is None else template.decode(errors="replace"),
                 bos_token_id=card.bos_token_id,
-                eos_token_id=card.eos_token_id,
+                bos_token=card.bos_token,
+                eos_token=card.eos_token,
             )
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, build)

@@ -118,7 +118,8 @@ def _read_card(card: wire.ModelCard) -> ModelCard:
             layout.ranks,
         ),
         bos_token_id=card.bos_token_id if card.HasField("bos_token_id") else None,
-        eos_token_id=card.eos_token_id if card.HasField("eos_token_id") else None,
+        bos_token=card.bos_token,
+        eos_token=card.eos_token,
     )
 
 

@@ -97,7 +97,6 @@ class Requests:
             raise ResourceExhausted(f"no prefill worker's pool has {blocks} blocks", constraint="prefill_blocks")
         chosen = next(worker for worker in prefill if worker.name == decision.chosen)
         request = Request(order, chosen, stream, self, self._counts)
-        request.attempt.decisions.append(decision)
         self._live[request.key] = (request, model)
         self._counts.add("requests")
         request.start()
@@ -202,7 +201,6 @@ class Requests:
         decision = pick_decode([worker.decode_load() for worker in workers], request.order.demand, excluded, avoid)
         if decision is None:
             return None
-        request.attempt.decisions.append(decision)
         room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
         return Choice(next(worker for worker in workers if worker.name == decision.chosen), room)
 

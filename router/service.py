@@ -29,6 +29,8 @@ from router.validation import Checked, Input, check_ids, check_input, check_leng
 
 ABORT_S = 2.0
 """How long a client that does not read may take to notice its error."""
+TOKENISE_LIMIT = 256
+"""Tokenize calls at once; each may hold a message of some megabytes."""
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
@@ -46,6 +48,7 @@ class GenerationService:
     ) -> None:
         self._config, self._router = config, router
         self._registry, self._requests, self._executor = registry, requests, executor
+        self._tokenising = 0
 
     async def Generate(self, request: gen.GenerateRequest | Unreadable, context: Any) -> None:
         """Streams Accepted, Tokens and Finished; ends with a status that says what went wrong."""
@@ -58,7 +61,14 @@ class GenerationService:
         async def work() -> gen.TokenizeResponse:
             message = _readable(request)
             given = check_input(message)
-            ids, text = await self._tokenise(self._registry.find_model(message.model), given, _time_left(context, 60.0))
+            if self._tokenising >= TOKENISE_LIMIT:
+                raise ResourceExhausted(f"{TOKENISE_LIMIT} texts are being tokenised", 0.1, "tokenise")
+            self._tokenising += 1
+            try:
+                model = self._registry.find_model(message.model)
+                ids, text = await self._tokenise(model, given, _time_left(context, 60.0))
+            finally:
+                self._tokenising -= 1
             return gen.TokenizeResponse(ids=ids, text=text)
 
         return await _answer(work(), context)

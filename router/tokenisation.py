@@ -38,9 +38,11 @@ class Language:
         template: str | None,
         *,
         bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
+        bos_token: str = "",
+        eos_token: str = "",
     ) -> None:
-        """Raises NotFound when tokeniser or template can't be read."""
+        """`bos_token_id` goes before plain prompts; `bos_token` and `eos_token` are what the template knows by those
+        names. Raises NotFound when tokeniser or template can't be read."""
         self.model = model
         self._bos = bos_token_id
         try:
@@ -56,7 +58,7 @@ class Language:
             self._template = _environment().from_string(template) if template is not None else None
         except jinja2.TemplateError as error:
             raise NotFound(f"the chat template of {model} can't be read: {error}") from error
-        self._variables = {"bos_token": self._token(bos_token_id), "eos_token": self._token(eos_token_id)}
+        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(self, messages: tuple[Message, ...]) -> str:
         """The chat as the model was trained to read it, up to where its answer starts."""
@@ -89,9 +91,6 @@ class Language:
     def output_text(self, stop: tuple[str, ...], silent: frozenset[int]) -> OutputText:
         """A fresh decoder of one request's output; special tokens and `silent` ids have no text."""
         return OutputText(Detokeniser(self._tokenizer, self._special | silent), StopMatcher(stop))
-
-    def _token(self, token: int | None) -> str:
-        return "" if token is None else self._tokenizer.id_to_token(token) or ""
 
 
 async def tokenise(language: Language, given: Input, executor: Executor) -> tuple[tuple[int, ...], str]:

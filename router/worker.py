@@ -46,7 +46,8 @@ class ModelCard:
     chat_template_sha256: str
     kv_layout: Layout
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token: str = ""
+    eos_token: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -35,16 +34,6 @@ log = structlog.get_logger(__name__)
 
 class Gone(Exception):
     """The worker is lost; no use in trying again."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinkStatistics:
-    """A snapshot: breaks since the start, frames the worker may not have seen, frames received from it."""
-
-    attached: bool
-    breaks: int
-    pending: int
-    received: int
 
 
 class WorkerLink:
@@ -89,10 +78,6 @@ class WorkerLink:
             self._overrun = str(error)
             if self._call is not None:
                 self._call.cancel()
-
-    def statistics(self) -> LinkStatistics:
-        """See `LinkStatistics`."""
-        return LinkStatistics(self.attached, self.breaks, self._session.pending, self._session.received)
 
     async def close(self) -> None:
         """Ends the stream in order, so that the worker frees at once what is ours; waits a moment for its answer."""

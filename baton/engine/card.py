@@ -28,7 +28,8 @@ class ModelCard:
     """A model, as far as the router and other workers see it.
 
     Encode text with `add_special_tokens=False`: `bos_token_id` is what to put before a plain prompt, None where the
-    model's own tokeniser would put nothing. A chat template writes its BOS itself. `chat_template` is Jinja, empty
+    model's own tokeniser would put nothing. A chat template writes its BOS itself, and knows it as
+    `bos_token` (empty for none), the end of a turn as `eos_token`. `chat_template` is Jinja, empty
     where there is none. `fingerprint` (hexadecimal) is equal only where KV blocks mean the same.
     """
 
@@ -38,6 +39,8 @@ class ModelCard:
     vocabulary_size: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    bos_token: str
+    eos_token: str
     tokenizer_json: bytes
     chat_template: str
     kv_layout: KvLayout
@@ -60,6 +63,8 @@ class _Text:
     chat_template: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    bos_token: str
+    eos_token: str
 
 
 def describe(model: ResolvedModel, dtype: str = "auto", device: str = "cpu") -> ModelDescription:
@@ -81,6 +86,8 @@ def describe(model: ResolvedModel, dtype: str = "auto", device: str = "cpu") -> 
         vocabulary_size=config.vocabulary,
         eos_token_ids=text.eos_token_ids,
         bos_token_id=text.bos_token_id,
+        bos_token=text.bos_token,
+        eos_token=text.eos_token,
         tokenizer_json=text.tokenizer_json,
         chat_template=text.chat_template,
         kv_layout=layout,
@@ -102,6 +109,8 @@ def _text_of_gguf(meta: Metadata) -> _Text:
         chat_template=meta.text("tokenizer.chat_template", ""),
         eos_token_ids=tuple(sorted(set(eos))),
         bos_token_id=bos[0] if bos and tokenizer.adds_bos(meta) else None,
+        bos_token=_piece(meta, bos),
+        eos_token=_piece(meta, eos),
     )
 
 
@@ -115,6 +124,8 @@ def _text_of_folder(model: ResolvedModel, config: Metadata) -> _Text:
         chat_template=_template(model, settings),
         eos_token_ids=tuple(sorted(set(eos))),
         bos_token_id=_leading_bos(model, raw, settings, config.ids("bos_token_id")),
+        bos_token=_special(settings, "bos_token"),
+        eos_token=_special(settings, "eos_token"),
     )
 
 
@@ -151,8 +162,20 @@ def _leading_bos(model: ResolvedModel, raw: bytes, settings: Metadata, bos: tupl
 
 
 def _bos_of(parsed: Tokenizer, settings: Metadata) -> tuple[int, ...]:
-    token = settings.get("bos_token")
+    token = _special(settings, "bos_token")
+    found = parsed.token_to_id(token) if token else None
+    return () if found is None else (found,)
+
+
+def _special(settings: Metadata, name: str) -> str:
+    """A special token of tokenizer_config.json, as text; empty where there is none."""
+    token = settings.get(name)
     if isinstance(token, dict):  # an AddedToken, spelled out
         token = token.get("content")
-    found = parsed.token_to_id(token) if isinstance(token, str) else None
-    return () if found is None else (found,)
+    return token if isinstance(token, str) else ""
+
+
+def _piece(meta: Metadata, ids: tuple[int, ...]) -> str:
+    """The text of the first of these ids; empty where there is none."""
+    pieces = meta.texts("tokenizer.ggml.tokens")
+    return pieces[ids[0]] if ids and ids[0] < len(pieces) else ""

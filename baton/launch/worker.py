@@ -229,7 +229,8 @@ def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:
         chat_template_sha256=_sha256(card.chat_template.encode()) if card.chat_template else "",
         kv_layout=layout_to_wire(card.kv_layout),
         bos_token_id=card.bos_token_id,
-        eos_token_id=card.eos_token_ids[0] if card.eos_token_ids else None,
+        bos_token=card.bos_token,
+        eos_token=card.eos_token,
     )
     return worker_pb2.RegisterRequest(
         worker=process_to_wire(parts.process),

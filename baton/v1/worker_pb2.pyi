@@ -268,7 +268,8 @@ class ModelCard(_message.Message):
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
     BOS_TOKEN_ID_FIELD_NUMBER: _builtins.int
-    EOS_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    BOS_TOKEN_FIELD_NUMBER: _builtins.int
+    EOS_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     fingerprint: _builtins.str
     context_tokens: _builtins.int
@@ -279,7 +280,9 @@ class ModelCard(_message.Message):
     """SHA-256 of the Jinja chat template; empty where the model has none."""
     bos_token_id: _builtins.int
     """Put before a plain prompt, as the model's tokeniser would; absent for none."""
-    eos_token_id: _builtins.int
+    bos_token: _builtins.str
+    """What chat templates know as bos_token and eos_token; empty for none."""
+    eos_token: _builtins.str
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -296,20 +299,16 @@ class ModelCard(_message.Message):
         chat_template_sha256: _builtins.str = ...,
         kv_layout: Global___KvLayout | None = ...,
         bos_token_id: _builtins.int | None = ...,
-        eos_token_id: _builtins.int | None = ...,
+        bos_token: _builtins.str = ...,
+        eos_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "_eos_token_id", b"_eos_token_id", "bos_token_id", b"bos_token_id", "eos_token_id", b"eos_token_id", "kv_layout", b"kv_layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token_id", b"bos_token_id", "kv_layout", b"kv_layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "_eos_token_id", b"_eos_token_id", "bos_token_id", b"bos_token_id", "chat_template_sha256", b"chat_template_sha256", "context_tokens", b"context_tokens", "eos_token_id", b"eos_token_id", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "kv_layout", b"kv_layout", "name", b"name", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token", b"bos_token", "bos_token_id", b"bos_token_id", "chat_template_sha256", b"chat_template_sha256", "context_tokens", b"context_tokens", "eos_token", b"eos_token", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "kv_layout", b"kv_layout", "name", b"name", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bos_token_id: _TypeAlias = _typing.Literal["bos_token_id"]  # noqa: Y015
     _WhichOneofArgType__bos_token_id: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id"]  # noqa: Y015
-    _WhichOneofReturnType__eos_token_id: _TypeAlias = _typing.Literal["eos_token_id"]  # noqa: Y015
-    _WhichOneofArgType__eos_token_id: _TypeAlias = _typing.Literal["_eos_token_id", b"_eos_token_id"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bos_token_id) -> _WhichOneofReturnType__bos_token_id | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__eos_token_id) -> _WhichOneofReturnType__eos_token_id | None: ...
 
 Global___ModelCard: _TypeAlias = ModelCard  # noqa: Y015
 

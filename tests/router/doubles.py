@@ -78,7 +78,8 @@ def card(**changes: Any) -> wire.ModelCard:
         "tokenizer_sha256": tokenizer_sha,
         "chat_template_sha256": template_sha,
         "kv_layout": layout,
-        "eos_token_id": EOS,
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
     }
     return wire.ModelCard(**(fields | changes))
 

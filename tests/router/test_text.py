@@ -159,7 +159,7 @@ def test_special_tokens_in_a_prompt_are_read_as_such() -> None:
 def test_templates_find_what_transformers_offers() -> None:
     template = "{{ bos_token }}|{{ eos_token }}|{{ messages[0] | tojson }}|{{ strftime_now('%Y') | length }}"
     template += "{% generation %}!{% endgeneration %}{% for x in [1, 2] %}{% break %}{% endfor %}"
-    text = language(template, bos_token_id=1, eos_token_id=2).render((Message("user", "<é>"),))
+    text = language(template, bos_token="<|im_start|>", eos_token="<|im_end|>").render((Message("user", "<é>"),))
     assert text == '<|im_start|>|<|im_end|>|{"role": "user", "content": "<é>"}|4!'
 
 
