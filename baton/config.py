@@ -64,7 +64,7 @@ class WorkerConfig:
     model: str = DEFAULT_MODEL
     """A built-in name, a Hugging Face folder, a GGUF file, or a hub name."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, or auto, which is the same today: workers can't hand over blocks in a GPU's memory yet."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the device is good at."""
     transport: TransportChoice = "auto"
@@ -84,12 +84,12 @@ class WorkerConfig:
     lease_s: float = 5.0
     """How long a grant lives without a renewal from its writer."""
     handoff_deadline_s: float = 30.0
-    """Bounds one handoff: opening, writing and committing."""
+    """Bounds each wait of a handoff: for the grant, for one write, for the answer to the commit."""
     checksums: bool = False
     """Check each block's bytes on arrival, where the transport moves bytes (tcp)."""
 
     def __post_init__(self) -> None:
-        require(bool(self.roles), "roles", "at least one of prefill and decode")
+        require(len(self.roles) == 1, "roles", "one of prefill and decode; both in one process are not built yet")
         require(self.transport in ("auto", "shm", "tcp"), "transport", f"auto, shm or tcp, not {self.transport!r}")
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):
             require(getattr(self, field) >= 1, field, f"must be at least 1, not {getattr(self, field)}")

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STUBS = ROOT / "baton" / "v1"
 MAX_LINES = 350
-NOT_OURS = {".git", ".venv", ".cache", "__pycache__", "build", "dist", "bench-results"}
+NOT_OURS = {".git", ".venv", ".cache", ".hypothesis", "__pycache__", "build", "dist", "bench-results"}
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Each is broken in two, so that this file does not hold what it looks for.

@@ -54,7 +54,7 @@ class ClusterConfig:
     pin: bool = False
     """Keep each worker on one core: prefill workers from the first core on, decode workers from the last back."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, or auto, which is the same today."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the device is good at."""
     pool_tokens: int = 32_768
