@@ -1,0 +1,79 @@
+"""What every benchmark prints and writes: rows, as a table and as `bench-results/NAME.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parents[2] / "bench-results"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case. `ratio` is oriented so that more is better for us; `peer` says what `theirs` was measured on."""
+
+    case: str
+    unit: str
+    ours: float
+    peer: str
+    theirs: float | None
+    higher_is_better: bool
+    target: str = ""
+    met: bool | None = None
+    spread: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours over theirs, or the inverse where less is better."""
+        if not self.theirs or not self.ours:
+            return None
+        return self.ours / self.theirs if self.higher_is_better else self.theirs / self.ours
+
+
+def spread(values: Sequence[float]) -> str:
+    """Quartiles and extremes, in the unit of the values."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return f"{min(values):.4g} [{low:.4g} {high:.4g}] {max(values):.4g}"
+
+
+def publish(name: str, rows: Sequence[Row]) -> None:
+    """Prints the table and writes the file."""
+    table = Table(title=f"bench-{name}", title_justify="left")
+    for column in ("case", "unit", "ours", "peer", "theirs", "ratio", "target", "met", "min [quartiles] max"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(
+            row.case,
+            row.unit,
+            f"{row.ours:.4g}",
+            row.peer,
+            "" if row.theirs is None else f"{row.theirs:.4g}",
+            "" if row.ratio is None else f"{row.ratio:.3f}",
+            row.target,
+            {True: "yes", False: "NO", None: ""}[row.met],
+            row.spread,
+        )
+    Console(width=150).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    document = {
+        "benchmark": name,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
