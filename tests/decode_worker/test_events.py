@@ -1,0 +1,63 @@
+"""From the transports' threads to the role's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any, cast
+
+from baton.spec import HandoffKey
+from decode_worker.events import LoopEvents
+from decode_worker.service import DecodeRole
+from tests.rpc.waiting import until
+
+KEY = HandoffKey(b"k" * 16, 1)
+
+
+class Recorder:
+    """Stands in for the role."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+        self.threads: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        def hear(*arguments: Any) -> None:
+            self.heard.append((name, *arguments))
+            self.threads.add(threading.get_ident())
+
+        return hear
+
+
+async def test_everything_arrives_in_order_on_the_loop() -> None:
+    events, role = LoopEvents(), Recorder()
+    indices = [1, 2]
+
+    def transport() -> None:
+        events.landed(KEY, 3, indices)
+        indices.clear()  # it may reuse its list
+        events.refused_write(KEY, "why")
+        events.revoked(KEY)
+        events.writer_gone("w-1")
+
+    transport()  # nobody is there yet
+    indices += [1, 2]
+    events.deliver_to(cast(DecodeRole, role))
+    await asyncio.to_thread(transport)
+    await until(lambda: len(role.heard) == 4)
+    assert role.heard == [
+        ("landed", KEY, 3, (1, 2)),
+        ("refused_write", KEY, "why"),
+        ("revoked", KEY),
+        ("writer_gone", "w-1"),
+    ]
+    assert role.threads == {threading.get_ident()}
+
+
+def test_a_closed_loop_hears_nothing() -> None:
+    async def make() -> LoopEvents:
+        return LoopEvents()
+
+    events = asyncio.run(make())
+    events.deliver_to(cast(DecodeRole, Recorder()))
+    events.revoked(KEY)

@@ -1,0 +1,75 @@
+"""Which prompts a prefill step works on."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.engine.api import Sequence
+from prefill_worker.scheduler import PrefillScheduler
+from tests.prefill_worker.builders import sequence
+
+
+def run(scheduler: PrefillScheduler) -> list[tuple[Sequence, int]]:
+    """One step, as engine and runner do it."""
+    batch = scheduler.pick()
+    for work in batch:
+        samples = work.samples
+        work.sequence.computed += work.count
+        if samples:
+            work.sequence.tokens.append(99)
+    return [(work.sequence, work.count) for work in batch]
+
+
+def test_nothing_to_do() -> None:
+    assert PrefillScheduler(8).pick() == []
+
+
+def test_a_long_prompt_in_chunks_with_a_short_one_in_the_rest() -> None:
+    scheduler = PrefillScheduler(8)
+    long, short, last = sequence(20), sequence(3), sequence(6)
+    for each in (long, short, last):
+        scheduler.add(each)
+    assert run(scheduler) == [(long, 8)]
+    assert run(scheduler) == [(long, 8)]
+    assert run(scheduler) == [(long, 4), (short, 3), (last, 1)]
+    assert run(scheduler) == [(last, 5)]
+    assert run(scheduler) == []
+
+
+def test_a_cached_prefix_is_not_computed() -> None:
+    scheduler = PrefillScheduler(8)
+    cached = sequence(20, computed=16)
+    scheduler.add(cached)
+    assert run(scheduler) == [(cached, 4)]
+    assert run(scheduler) == []
+
+
+def test_removed_between_steps() -> None:
+    scheduler = PrefillScheduler(8)
+    first, second = sequence(20), sequence(20)
+    scheduler.add(first)
+    scheduler.add(second)
+    run(scheduler)
+    scheduler.remove(first.key)
+    scheduler.remove(first.key)
+    assert run(scheduler) == [(second, 8)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 49)), max_size=12), st.integers(1, 30))
+def test_every_prompt_is_computed_once_within_the_budget(prompts: list[tuple[int, int]], chunk: int) -> None:
+    scheduler = PrefillScheduler(chunk)
+    sequences = [sequence(length, min(cached, length - 1)) for length, cached in prompts]
+    left = sum(each.remaining for each in sequences)
+    for each in sequences:
+        scheduler.add(each)
+    order = []
+    while step := run(scheduler):
+        counts = [count for _, count in step]
+        assert all(count > 0 for count in counts)
+        assert sum(counts) == min(chunk, left)  # no token of the budget is wasted
+        left -= sum(counts)
+        order += [each.key for each, _ in step if each.output_tokens]
+    assert left == 0
+    assert order == [each.key for each in sequences]  # oldest first
+    assert all(each.output_tokens == 1 for each in sequences)

@@ -1,0 +1,136 @@
+"""Errors travel through a real call and come out as what they were."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from baton import errors
+from baton.rpc.net import open_channel, service, start_server
+from baton.rpc.status import CODES, abort, call, code_of
+from baton.v1 import worker_pb2 as wire
+from baton.v1.worker_pb2_grpc import RegistryServicer, RegistryStub, add_RegistryServicer_to_server
+
+
+class Failing(RegistryServicer):
+    """Fails as it is told, or says nothing at all."""
+
+    error: BaseException | None = None
+
+    async def Register(self, request: wire.RegisterRequest, context: Any) -> wire.RegisterResponse:
+        if self.error is None:
+            await asyncio.Event().wait()
+        await abort(context, self.error or errors.Internal("never"))
+
+    async def Renew(self, request: wire.RenewRequest, context: Any) -> wire.RenewResponse:
+        raise AssertionError
+
+    async def Deregister(self, request: wire.DeregisterRequest, context: Any) -> wire.DeregisterResponse:
+        raise AssertionError
+
+
+async def raised(error: BaseException) -> grpc.aio.AioRpcError:
+    """The call's failure as gRPC tells it."""
+    failing = Failing()
+    failing.error = error
+    server = await start_server("127.0.0.1:0", [service(add_RegistryServicer_to_server, failing, "Registry")])
+    try:
+        async with open_channel(server.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await RegistryStub(channel).Register(wire.RegisterRequest(), timeout=20)
+            return caught.value
+    finally:
+        await server.stop(0)
+
+
+async def through(error: BaseException) -> errors.BatonError:
+    """What the caller gets."""
+    failed = await raised(error)
+
+    async def again() -> None:
+        raise failed
+
+    with pytest.raises(errors.BatonError) as caught:
+        await call(again(), 20)
+    return caught.value
+
+
+SAMPLES: list[errors.BatonError] = [
+    errors.InvalidArgument("sampling.top_p", "must be positive"),
+    errors.InvalidArgument("", "no field"),
+    errors.Unimplemented("slo.policy", "does not work yet"),
+    errors.NotFound("no such thing"),
+    errors.Mismatch("kv_layout.dtype", "float32", "float16"),
+    errors.ResourceExhausted("no room", 0.25, "decode_blocks"),
+    errors.ResourceExhausted("never"),
+    errors.Unavailable("gone", 1.5),
+    errors.DeadlineExceeded("too late"),
+    errors.Cancelled("stopped"),
+    errors.Internal("our fault"),
+    errors.ConfigError("bad flag"),
+    errors.ModelFileError("truncated"),
+    errors.TransferError("broken"),
+    errors.PeerClosed("closed"),
+    errors.WriteRefused("refused"),
+    errors.ChecksumMismatch("other bytes: ünïcode"),
+]
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
+async def test_round_trip(error: errors.BatonError) -> None:
+    found = await through(error)
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    if isinstance(error, errors.FieldError):
+        assert isinstance(found, errors.FieldError)
+        assert (found.field, found.message) == (error.field, error.message)
+    if isinstance(error, errors.Retryable):
+        assert isinstance(found, errors.Retryable)
+        assert (found.retry_after_s, found.constraint) == (error.retry_after_s, error.constraint)
+    if isinstance(error, errors.Mismatch):
+        assert isinstance(found, errors.Mismatch)
+        # As the other side sees it.
+        assert (found.field, found.ours, found.theirs) == (error.field, error.theirs, error.ours)
+
+
+def test_every_class_is_covered() -> None:
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.BatonError)}
+    kinds -= {errors.BatonError, errors.FieldError, errors.Retryable}
+    assert kinds == {type(error) for error in SAMPLES}
+    assert all(any(issubclass(kind, known) for known, _ in CODES) for kind in kinds)
+    assert code_of(errors.BatonError("?")) is grpc.StatusCode.INTERNAL
+
+
+async def test_details_for_clients_that_do_not_know_us() -> None:
+    status = rpc_status.from_call(await raised(errors.InvalidArgument("prompt", "is empty")))
+    assert status is not None
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(info)
+    assert status.details[1].Unpack(bad)
+    assert (info.domain, info.reason, dict(info.metadata)) == ("baton", "InvalidArgument", {"field": "prompt"})
+    assert [(v.field, v.description) for v in bad.field_violations] == [("prompt", "is empty")]
+
+
+async def test_what_is_not_ours_is_not_shown() -> None:
+    found = await through(KeyError("secret"))
+    assert type(found) is errors.Internal
+    assert "secret" not in str(found)
+
+
+async def test_a_plain_grpc_failure() -> None:
+    async with open_channel("127.0.0.1:1") as channel:
+        with pytest.raises(errors.Unavailable):
+            await call(RegistryStub(channel).Register(wire.RegisterRequest()), 20)
+
+
+async def test_no_answer_in_time() -> None:
+    server = await start_server("127.0.0.1:0", [service(add_RegistryServicer_to_server, Failing(), "Registry")])
+    async with open_channel(server.address) as channel:
+        with pytest.raises(errors.DeadlineExceeded, match=r"within 0\.05 s"):
+            await call(RegistryStub(channel).Register(wire.RegisterRequest()), 0.05)
+    await server.stop(0)
