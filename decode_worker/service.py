@@ -10,8 +10,6 @@ that finished it or by `on_removed`, that no step touches them any more.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import structlog
 
@@ -20,9 +18,10 @@ from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
 from baton.rpc.worker_service import RouterSession, WorkerService
-from baton.spec import AttemptKey, HandoffKey, SequenceSpec, TokenLogprobs
+from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
+from decode_worker.records import FirstToken, Pending, Resident, Writers
 from decode_worker.scheduler import DecodeScheduler
 from kvtransfer.grants import GrantLedger
 from kvtransfer.handoff import Aborted, Grant, Refusal, RefusalReason
@@ -33,47 +32,6 @@ from kvtransfer.transports.base import Transport
 
 SLOT_RETRY_S = 0.25
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class FirstToken:
-    """What a commit carries: the token that the prefill worker drew."""
-
-    token: int
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A granted sequence until it is resident."""
-
-    spec: SequenceSpec
-    router: RouterSession
-    transport: str
-    writer: str
-
-
-@dataclass(slots=True)
-class Resident:
-    """A sequence that decodes here. `tokens` mirrors the engine's, for the prefix index; times are monotonic."""
-
-    key: HandoffKey
-    spec: SequenceSpec
-    router: RouterSession
-    tokens: list[int]
-    resident_at: float
-    first_step_at: float | None = None
-    ending: bool = field(default=False)
-
-
-class Writers(Protocol):
-    """The control streams of the workers that hand over to this one, by incarnation."""
-
-    def committed(self, writer: str, key: HandoffKey) -> None:
-        """Tells the writer that the sequence is resident."""
-
-    def aborted(self, writer: str, aborted: Aborted) -> None:
-        """Tells the writer to stop writing and to answer with a close."""
 
 
 class DecodeRole:
@@ -97,7 +55,6 @@ class DecodeRole:
         self.transports = transports
         self.ledger = GrantLedger(pool, limits, self._on_abort)
         self.writers: Writers | None = None
-        self.draining = False
         self._max_sequences = max_sequences
         self._worker = worker
         self._counts = counts
@@ -274,8 +231,6 @@ class DecodeRole:
     ) -> Refusal | None:
         if self.ledger.grant(key) is not None:
             return None  # a duplicate: the ledger knows the answer
-        if self.draining:
-            return Refusal(key, RefusalReason.DRAINING, "this worker takes nothing new")
         if router is None:
             return Refusal(key, RefusalReason.UNKNOWN_ROUTER, f"no stream to router {spec.router.name}")
         if transport not in self.transports:
@@ -339,7 +294,9 @@ class DecodeRole:
         """The ledger gave a grant up: stop the writer, and wait for proof where there is none yet."""
         key = aborted.grant.key
         pending = self._pending.get(key)
-        log.info("handoff given up", handoff=str(key), reason=aborted.reason.name, message=aborted.message)
+        request = pending.spec.request_id if pending else ""
+        reason = aborted.reason.name
+        log.info("handoff given up", request=request, handoff=str(key), reason=reason, message=aborted.message)
         self._counts.add("handoffs_aborted")
         if pending is None:
             return

@@ -25,7 +25,8 @@ from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
 from baton.v1 import worker_pb2
 from baton.v1.transfer_pb2_grpc import TransferServicer
-from decode_worker.service import DecodeRole, FirstToken
+from decode_worker.records import FirstToken
+from decode_worker.service import DecodeRole
 from kvtransfer.handoff import Aborted, Grant, Refusal
 from kvtransfer.outcomes import GrantState, Outcome
 
@@ -40,28 +41,54 @@ class WriterStream:
 
     def __init__(self, process: ProcessRef) -> None:
         self.process = process
-        self.outgoing: asyncio.Queue[wire.ReceiverFrame | None] = asyncio.Queue(OUTGOING_LIMIT)
+        self._outgoing: asyncio.Queue[wire.ReceiverFrame | None] = asyncio.Queue()
+        self._ended = False
 
     def send(self, **body: Any) -> None:
         """Queues a frame. A writer that reads nothing for thousands of frames is cut off: it asks again later."""
-        try:
-            self.outgoing.put_nowait(wire.ReceiverFrame(**body))
-        except asyncio.QueueFull:
+        if self._ended:
+            return
+        if self._outgoing.qsize() < OUTGOING_LIMIT:
+            self._outgoing.put_nowait(wire.ReceiverFrame(**body))
+        else:
             log.warning("a writer does not read; stream ended", writer=self.process.name)
-            self.outgoing.get_nowait()
-            self.outgoing.put_nowait(None)
+            self.end()
+
+    def end(self) -> None:
+        """Nothing more is sent than what is queued. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self._outgoing.put_nowait(None)
+
+    async def outgoing(self) -> AsyncIterator[wire.ReceiverFrame]:
+        """The frames to write, until the end."""
+        while (frame := await self._outgoing.get()) is not None:
+            yield frame
 
 
 class TransferService(TransferServicer):
     """Serves `Transfer` for one decode role, and answers on the same stream."""
 
-    def __init__(self, role: DecodeRole, process: Callable[[], ProcessRef], lease_s: float, counts: Counts) -> None:
+    def __init__(
+        self,
+        role: DecodeRole,
+        process: Callable[[], ProcessRef],
+        lease_s: float,
+        counts: Counts,
+        checksums: bool = False,
+    ) -> None:
         self._role = role
+        self._checksums = checksums
         self._process = process
         self._lease_s = lease_s
         self._counts = counts
         self._streams: dict[str, WriterStream] = {}
         role.writers = self
+
+    def close(self) -> None:
+        """Ends every control stream in order; before the server stops."""
+        for stream in self._streams.values():
+            stream.end()
 
     @property
     def peers(self) -> int:
@@ -89,7 +116,7 @@ class TransferService(TransferServicer):
         reader = asyncio.create_task(self._read(stream, request_iterator))
         try:
             async with cancelling(reader):
-                while (frame := await stream.outgoing.get()) is not None:
+                async for frame in stream.outgoing():
                     yield frame
         finally:
             if self._streams.get(stream.process.incarnation) is stream:
@@ -126,6 +153,9 @@ class TransferService(TransferServicer):
         if difference is not None:
             field, sender, receiver = difference
             return wire.Mismatch(field=f"kv_layout.{field}", sender_value=sender, receiver_value=receiver)
+        if theirs.checksums != self._checksums:
+            ours, sender = str(self._checksums).lower(), str(theirs.checksums).lower()
+            return wire.Mismatch(field="checksums", sender_value=sender, receiver_value=ours)
         if theirs.fingerprint != self._role.fingerprint:
             return wire.Mismatch(
                 field="fingerprint", sender_value=theirs.fingerprint, receiver_value=self._role.fingerprint
@@ -168,7 +198,7 @@ class TransferService(TransferServicer):
         except Exception as error:  # a boundary: the stream ends, and the writer comes back with a new one
             log.error("unexpected error on a control stream", writer=stream.process.name, exc_info=error)
         finally:
-            stream.outgoing.put_nowait(None) if not stream.outgoing.full() else None
+            stream.end()
 
     def _take(self, stream: WriterStream, frame: wire.SenderFrame) -> None:
         kind = frame.WhichOneof("body")

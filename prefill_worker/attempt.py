@@ -55,6 +55,7 @@ class Attempt:
     in_engine: bool = False
     over: bool = False
     acknowledge: bool = False
+    report_due: bool = False
     granted: bool = False
     outbound: Outbound | None = None
     sender: Sender | None = None
@@ -78,6 +79,14 @@ class Attempt:
     def busy(self) -> bool:
         """A step or a write may still touch its blocks."""
         return self.in_engine or (self.outbound is not None and self.outbound.delivery.in_flight > 0)
+
+    def tell_progress(self, outbound: Outbound) -> None:
+        """Lets the handoff know what is computed, and the first token once it is drawn."""
+        outbound.delivery.computed(self.computed)
+        if self.first is not None:
+            outbound.first_token = self.first.token_ids[0]
+            outbound.first_logprobs = self.first.logprobs[0] if self.first.logprobs else None
+            outbound.delivery.first_token()
 
     def report(self) -> wire.PrefillReport:
         """What it cost here."""

@@ -22,6 +22,9 @@ MOVE_BLOCKS = 64
 class MoverEvents(Protocol):
     """Who hears of writes, on the event loop. After each the batch is no longer under way."""
 
+    def handed_out(self, outbound: Outbound) -> None:
+        """A batch is about to be written; after the last one a commit may go, ahead of the data."""
+
     def wrote(self, outbound: Outbound) -> None:
         """A batch is in place."""
 
@@ -81,6 +84,7 @@ class Mover:
         loop = asyncio.get_running_loop()
         self._under_way[ticket.key] += 1
         writing = loop.run_in_executor(self._executor, self._write_blocking, channel, ticket, moves)
+        self._events.handed_out(outbound)
         try:
             receipt = await asyncio.shield(writing)
         except asyncio.CancelledError:

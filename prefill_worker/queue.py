@@ -8,6 +8,9 @@ import itertools
 from baton.spec import AttemptKey
 from prefill_worker.attempt import Attempt
 
+SLACK = 64
+"""Entries of prompts that left early, beyond as many as still wait, before they are swept out."""
+
 
 class PromptQueue:
     """A heap with lazy deletion; what leaves early is skipped when it comes up."""
@@ -39,3 +42,6 @@ class PromptQueue:
         if attempt.key in self._waiting:
             self._waiting.remove(attempt.key)
             self.tokens -= attempt.spec.known_tokens
+            if len(self._heap) > 2 * len(self._waiting) + SLACK:
+                self._heap = [entry for entry in self._heap if entry[2].key in self._waiting]
+                heapq.heapify(self._heap)

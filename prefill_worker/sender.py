@@ -19,7 +19,7 @@ from baton.spec import AttemptKey, HandoffKey, ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
 from baton.v1 import worker_pb2
-from kvtransfer.delivery import GrantAnswer
+from kvtransfer.delivery import DeliveryState, GrantAnswer
 from kvtransfer.handoff import RefusalReason, Ticket
 from kvtransfer.transports.base import Channel, Transport
 from prefill_worker.mover import Mover
@@ -91,7 +91,12 @@ class Sender:
                     first_logprobs=None if logprobs is None else logprobs_to_wire(logprobs),
                 )
             )
-            self._bound_wait(outbound, "no answer to the commit")
+        if (
+            outbound.delivery.state is DeliveryState.COMMITTING
+            and not outbound.delivery.in_flight
+            and not outbound.timer
+        ):
+            self._bound_wait(outbound, "no answer to the commit")  # writes under way have a deadline of their own
         outbound.close_ended()
         self._mover.wake()
 
@@ -220,6 +225,11 @@ class Sender:
         self._stream.send(open=request)
 
     # -- what the mover reports ----------------------------------------------------------------------------------
+
+    def handed_out(self, outbound: Outbound) -> None:
+        """See `MoverEvents`."""
+        if self._outbound.get(outbound.key.attempt) is outbound:
+            self.advance(outbound)
 
     def wrote(self, outbound: Outbound) -> None:
         """See `MoverEvents`."""

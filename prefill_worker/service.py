@@ -6,10 +6,8 @@ thread and block writes are on the senders' threads, so blocks are freed (`_rele
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
@@ -19,26 +17,24 @@ from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import process_from_wire, run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
 from baton.rpc.worker_service import RouterSession, WorkerService
-from baton.spec import AttemptKey, FinishReason, HandoffKey, ProcessRef
+from baton.spec import AttemptKey, FinishReason, HandoffKey
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
 from kvtransfer.delivery import Delivery
 from kvtransfer.handoff import RefusalReason
-from kvtransfer.leases import LeaseTable
 from kvtransfer.pool import BlockPool
-from kvtransfer.prefix import block_digests
 from kvtransfer.transports.base import Transport
+from prefill_worker.admission import Admission
 from prefill_worker.attempt import Attempt, State
 from prefill_worker.outbound import Outbound
 from prefill_worker.queue import PromptQueue
 from prefill_worker.scheduler import PrefillScheduler
-from prefill_worker.sender import Sender
+from prefill_worker.senders import Senders
+from prefill_worker.tombstones import Tombstones
 
-TOMBSTONE_S = 120.0
 HOLD_S = 120.0
 """How long a computed prompt is held for a decode worker to take it; the router gives up earlier, and says so."""
-WRITE_THREADS = 4
 INTERNAL, EXHAUSTED = 13, 8  # google.rpc.Code
 log = structlog.get_logger(__name__)
 
@@ -62,16 +58,14 @@ class PrefillRole:
     ) -> None:
         self.layout = engine.layout
         self.pool = pool
-        self.draining = False
-        self._fingerprint, self._transports, self._handshake = fingerprint, transports, handshake
+        self._admission = Admission(pool, self.layout, fingerprint)
         self._chunk_tokens, self._max_ungranted = chunk_tokens, max_ungranted
-        self._handoff_deadline_s, self._counts = handoff_deadline_s, counts
+        self._counts = counts
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._started: dict[AttemptKey, Attempt] = {}
         self._waiting = PromptQueue()
-        self._senders: dict[str, Sender] = {}
-        self._tombstones: LeaseTable[AttemptKey] = LeaseTable()
-        self._executor = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="kv-write")
+        self._senders = Senders(handshake, transports, self, handoff_deadline_s, counts)
+        self._tombstones = Tombstones()
         self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self)
         self._load = LoadReporter(worker, self._load_report)
 
@@ -80,7 +74,7 @@ class PrefillRole:
         """Counts of what this role holds, for `Admin.GetStatus`."""
         return {
             "attempts": len(self._attempts),
-            "deliveries": sum(sender.handoffs for sender in self._senders.values()),
+            "deliveries": self._senders.handoffs,
             "senders": len(self._senders),
             "prefill_tombstones": len(self._tombstones),
         }
@@ -114,9 +108,8 @@ class PrefillRole:
         if spec.attempt in self._tombstones:
             self._counts.add("late_messages")  # it is over, or its cancel came first, and that was acknowledged
             return
-        if self.layout.blocks_for(spec.known_tokens) > self.pool.statistics().capacity:
-            message_ = f"the prompt needs {self.layout.blocks_for(spec.known_tokens)} blocks of {self.pool.blocks}"
-            router.send(ended=wire.Ended(attempt=spec.attempt, status=EXHAUSTED, message=message_))
+        if obstacle := self._admission.obstacle(spec):
+            router.send(ended=wire.Ended(attempt=spec.attempt, status=EXHAUSTED, message=obstacle))
             return
         attempt = self._attempts[spec.attempt] = Attempt(spec, router)
         self._waiting.push(attempt)
@@ -136,11 +129,11 @@ class PrefillRole:
                 Delivery(key, attempt.blocks, attempt.spec.known_tokens, self.layout.block_tokens),
                 None if deadline is None else attempt.received_at + deadline,
             )
-            self._tell_progress(attempt, outbound)
+            attempt.tell_progress(outbound)
         elif not self._rebind(attempt, outbound, key):
             return
         attempt.hold_until = None
-        attempt.sender = self._sender(process_from_wire(message.decode_worker))
+        attempt.sender = self._senders.to(process_from_wire(message.decode_worker))
         attempt.sender.start(outbound)
 
     def _rebind(self, attempt: Attempt, outbound: Outbound, key: HandoffKey) -> bool:
@@ -154,7 +147,7 @@ class PrefillRole:
         return outbound.delivery.rebind(key)
 
     def _cancel(self, router: RouterSession, key: AttemptKey) -> None:
-        self._tombstones.grant(key, time.monotonic(), TOMBSTONE_S)
+        self._tombstones.add(key, time.monotonic())
         attempt = self._attempts.get(key)
         if attempt is None:
             self._counts.add("cancels_unknown")
@@ -170,28 +163,15 @@ class PrefillRole:
         while (attempt := self._waiting.first()) is not None:
             ahead = sum(other.uncomputed for other in self._started.values() if other.in_engine)
             ungranted = sum(not other.granted for other in self._started.values())
-            if ahead >= 2 * self._chunk_tokens or ungranted >= self._max_ungranted or not self._reserve(attempt):
+            if (
+                ahead >= 2 * self._chunk_tokens
+                or ungranted >= self._max_ungranted
+                or not self._admission.reserve(attempt)
+            ):
                 break
             self._waiting.remove(attempt)
             self._start(attempt)
         self._load.changed()
-
-    def _reserve(self, attempt: Attempt) -> bool:
-        """Blocks for the whole prompt, those of a cached prefix first. The last token is always computed: only that
-        gives the logits of the first output token, and it may not write into a shared block."""
-        spec = attempt.spec
-        if not attempt.digests:
-            known = (*spec.prompt, *spec.output)
-            attempt.digests = block_digests(known, self.layout.block_tokens, spec.tenant_salt, self._fingerprint)
-        usable = (spec.known_tokens - 1) // self.layout.block_tokens
-        cached = self.pool.match(attempt.digests[:usable])
-        fresh = self.pool.allocate(self.layout.blocks_for(spec.known_tokens) - len(cached))
-        if fresh is None:
-            self.pool.release(cached)
-            return False
-        attempt.blocks = [*cached, *fresh]
-        attempt.cached_tokens = len(cached) * self.layout.block_tokens
-        return True
 
     def _start(self, attempt: Attempt) -> None:
         self._started[attempt.key] = attempt
@@ -242,13 +222,13 @@ class PrefillRole:
     def _first_token(self, attempt: Attempt, item: StepItem, now: float) -> None:
         attempt.first, attempt.first_token_at = item, now
         attempt.state = State.DELIVERING
-        self._remember_prefix(attempt)
+        self._admission.remember(attempt)
         if item.finish is not None:
             self._finish(attempt, item.finish)
             return
         attempt.hold_until = now + HOLD_S
         if attempt.outbound is not None:
-            self._tell_progress(attempt, attempt.outbound)
+            attempt.tell_progress(attempt.outbound)
             if attempt.sender is not None:
                 attempt.sender.advance(attempt.outbound)
 
@@ -260,10 +240,6 @@ class PrefillRole:
         ended.reason = reason.value  # type: ignore[assignment]  # the same numbers
         attempt.router.send(ended=ended)
         self._end(attempt, acknowledge=False)
-
-    def _remember_prefix(self, attempt: Attempt) -> None:
-        for block, digest in zip(attempt.blocks, attempt.digests, strict=False):
-            self.pool.insert(block, digest)
 
     # -- the handoff (`OutboundEvents`) --------------------------------------------------------------------------
 
@@ -278,7 +254,7 @@ class PrefillRole:
         """See `OutboundEvents`."""
         attempt = self._attempts.get(outbound.key.attempt)
         if attempt is not None:
-            attempt.router.send(prefill_report=attempt.report())
+            attempt.report_due = True
             self._end(attempt, acknowledge=False)
 
     def failed(
@@ -289,7 +265,8 @@ class PrefillRole:
         if attempt is None or attempt.over:
             return
         self._counts.add("handoffs_failed")
-        log.info("handoff failed", handoff=str(outbound.key), reason=reason.name, message=message)
+        request = outbound.spec.request_id
+        log.info("handoff failed", request=request, handoff=str(outbound.key), reason=reason.name, message=message)
         attempt.granted = False
         attempt.hold_until = time.monotonic() + HOLD_S
         attempt.router.send(
@@ -308,29 +285,6 @@ class PrefillRole:
         if attempt is not None:
             self._release_if_idle(attempt)
 
-    def _tell_progress(self, attempt: Attempt, outbound: Outbound) -> None:
-        outbound.delivery.computed(attempt.computed)
-        if attempt.first is not None:
-            outbound.first_token = attempt.first.token_ids[0]
-            outbound.first_logprobs = attempt.first.logprobs[0] if attempt.first.logprobs else None
-            outbound.delivery.first_token()
-
-    def _sender(self, peer: ProcessRef) -> Sender:
-        sender = self._senders.get(peer.incarnation)
-        if sender is None or sender.closed:
-            for gone in [key for key, other in self._senders.items() if other.closed]:
-                del self._senders[gone]
-            sender = self._senders[peer.incarnation] = Sender(
-                peer,
-                self._handshake,
-                self._transports,
-                self,
-                self._executor,
-                self._handoff_deadline_s,
-                self._counts,
-            )
-        return sender
-
     # -- endings -------------------------------------------------------------------------------------------------
 
     def expire(self) -> None:
@@ -344,9 +298,8 @@ class PrefillRole:
     async def stop(self) -> None:
         """Ends senders, threads and the engine."""
         self._load.close()
-        await asyncio.gather(*(sender.stop() for sender in self._senders.values()))
+        await self._senders.stop()
         await self.runner.stop()
-        await asyncio.to_thread(self._executor.shutdown)
 
     def _fail(self, attempt: Attempt, status: int, message: str) -> None:
         attempt.router.send(ended=wire.Ended(attempt=attempt.key, status=status, message=message))
@@ -369,9 +322,11 @@ class PrefillRole:
             return
         attempt.state = State.RELEASED
         del self._attempts[attempt.key]
-        self._tombstones.grant(attempt.key, time.monotonic(), TOMBSTONE_S)
+        self._tombstones.add(attempt.key, time.monotonic())
         self._started.pop(attempt.key, None)
         self.pool.release(attempt.blocks)
+        if attempt.report_due:  # not earlier: the last write may return after the news that it arrived
+            attempt.router.send(prefill_report=attempt.report())
         if attempt.acknowledge:
             attempt.router.send(freed=wire.Freed(attempt=attempt.key))
         self._start_waiting()

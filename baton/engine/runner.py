@@ -8,7 +8,9 @@ commands one way and `call_soon_threadsafe` the other, one call per step. A sequ
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -98,13 +100,19 @@ class Runner:
             log.error("the engine thread does not end", waited_s=JOIN_S)
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._take_commands()
-            batch = self._scheduler.pick()
-            if batch:
-                self._publish(self._step(batch))
-            else:
-                self._wait_for_command()
+        try:
+            while not self._stopping:
+                self._take_commands()
+                batch = self._scheduler.pick()
+                if batch:
+                    self._publish(self._step(batch))
+                else:
+                    self._wait_for_command()
+        except BaseException:
+            # Nothing would ever be computed again, and nobody would be told: better to end, which everybody notices.
+            log.critical("the engine thread failed; the worker ends", exc_info=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
 
     def _take_commands(self) -> None:
         while not self._commands.empty():

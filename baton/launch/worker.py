@@ -15,6 +15,7 @@ import structlog
 
 from baton.config import WorkerConfig
 from baton.engine.wire import layout_to_wire
+from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
 from baton.launch.worker_admin import WorkerAdmin
 from baton.launch.worker_load import Loaded, claim_cpus, load
@@ -37,6 +38,7 @@ from prefill_worker.service import PrefillRole
 
 EXPIRE_EVERY_S = 0.25
 STOP_GRACE_S = 1.0
+WILDCARDS = ("0.0.0.0", "::")
 HANDOFF_LIMIT_S = 600.0
 """The longest a decode worker waits for a sequence that it granted room for; its writer renews the lease meanwhile."""
 ROLES = {"prefill": worker_pb2.ROLE_PREFILL, "decode": worker_pb2.ROLE_DECODE}
@@ -45,8 +47,6 @@ log = structlog.get_logger(__name__)
 
 class Role(RoleHandler, Protocol):
     """What both roles have beside their commands."""
-
-    draining: bool
 
     @property
     def live(self) -> dict[str, int]:
@@ -71,6 +71,7 @@ class Parts:
     counts: Counts
     transports: dict[str, Transport] = field(default_factory=dict)
     roles: list[Role] = field(default_factory=list)
+    transfer: TransferService | None = None
 
     def current_process(self) -> ProcessRef:
         """Its address is known once the server listens."""
@@ -86,6 +87,7 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
 
     Raises ConfigError or Mismatch when the worker can't start or the router does not take it.
     """
+    check_address(config)
     claim_cpus(config)
     loaded = await asyncio.to_thread(load, config)
     process = mint_process("-".join(sorted(config.roles)), config.listen, config.name)
@@ -98,6 +100,15 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     finally:
         for transport in parts.transports.values():
             transport.close()
+
+
+def check_address(config: WorkerConfig) -> None:
+    """Raises ConfigError where nobody could dial the worker back."""
+    host, _ = parse_address(config.listen, "listen")
+    if config.advertise:
+        parse_address(config.advertise, "advertise")
+    elif host in WILDCARDS:
+        raise ConfigError(f"advertise: needed with listen on {host}: where others reach this worker, as HOST:PORT")
 
 
 async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -115,19 +126,26 @@ async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], 
         await asyncio.gather(expiry, announce, joined, return_exceptions=True)
         await server.set_ready(False)
         parts.worker.close()
+        if parts.transfer is not None:
+            parts.transfer.close()
         await server.stop(STOP_GRACE_S)
         for role in parts.roles:
             await role.stop()
 
 
 async def _announce(parts: Parts, server: Server, on_ready: Callable[[str], None]) -> None:
+    """Ready while a router is attached."""
     await parts.worker.attached.wait()
-    await server.set_ready(True)
     on_ready(server.address)
+    while True:
+        await server.set_ready(True)
+        await parts.worker.detached.wait()
+        await server.set_ready(False)
+        await parts.worker.attached.wait()
 
 
 async def _expire(parts: Parts) -> None:
-    """Leases end within a fraction of a second of their deadline; each table looks at its heap's top only."""
+    """Leases end within a fraction of a second of their deadline."""
     while True:
         await asyncio.sleep(EXPIRE_EVERY_S)
         for role in parts.roles:
@@ -163,7 +181,8 @@ def _compose(parts: Parts) -> list[Service]:
             counts=counts,
         )
         events.deliver_to(decode)
-        transfer = TransferService(decode, parts.current_process, config.lease_s, counts)
+        transfer = TransferService(decode, parts.current_process, config.lease_s, counts, config.checksums)
+        parts.transfer = transfer
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
         parts.roles.append(decode)
     if "prefill" in config.roles:

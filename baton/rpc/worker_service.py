@@ -68,7 +68,8 @@ class WorkerService(WorkerServicer):
         self._counts = counts
         self._sessions: dict[str, RouterSession] = {}
         self._handlers: list[RoleHandler] = []
-        self.attached = asyncio.Event()
+        self.attached, self.detached = asyncio.Event(), asyncio.Event()
+        self.detached.set()
 
     def add_handler(self, handler: RoleHandler) -> None:
         """Every handler hears every command and takes those that are its own."""
@@ -143,6 +144,7 @@ class WorkerService(WorkerServicer):
         record.streams += 1
         stream = record.link.attach(hello.received)
         self.attached.set()
+        self.detached.clear()
         log.info("router attached", router=router.name, resumed=resumed)
         return record, resumed, stream
 
@@ -193,6 +195,7 @@ class WorkerService(WorkerServicer):
             handler.on_router_lost(record)
         if not self._sessions:
             self.attached.clear()
+            self.detached.set()
 
 
 def artifact_table(*artifacts: bytes) -> dict[str, bytes]:

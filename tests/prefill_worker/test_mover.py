@@ -49,9 +49,13 @@ class Bench:
     def __init__(self, executor: ThreadPoolExecutor, may_write: Callable[[], bool] = lambda: True) -> None:
         self.channel = ScriptedChannel()
         self.mover = Mover(self, executor, lambda: may_write(), 10.0)
+        self.handed_out_: list[Outbound] = []
         self.wrote_: list[Outbound] = []
         self.failed: list[str] = []
         self.task: asyncio.Task[None] | None = None
+
+    def handed_out(self, outbound: Outbound) -> None:
+        self.handed_out_.append(outbound)
 
     def wrote(self, outbound: Outbound) -> None:
         self.wrote_.append(outbound)

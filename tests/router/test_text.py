@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -141,7 +142,7 @@ def test_the_flush_may_complete_a_stop() -> None:
     assert output.flush() == ("", "\ufffd")
 
 
-def language(template: str | None = TEMPLATE, **changes: int) -> Language:
+def language(template: str | None = TEMPLATE, **changes: Any) -> Language:
     return Language("tiny", tokenizer().to_str().encode(), template, **changes)
 
 

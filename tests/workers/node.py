@@ -190,7 +190,7 @@ class DecodeNode(Node):
             counts=self.counts,
         )
         events.deliver_to(self.role)
-        self.transfer = TransferService(self.role, lambda: self.process, settings.lease_s, self.counts)
+        self.transfer = TransferService(self.role, lambda: self.process, settings.lease_s, self.counts, True)
         return [service(transfer_pb2_grpc.add_TransferServicer_to_server, self.transfer, "Transfer")]
 
     def check(self) -> None:
@@ -201,7 +201,7 @@ class DecodeNode(Node):
     def break_control_streams(self) -> None:
         """The control streams of all writers end; the process stays."""
         for stream in list(self.transfer._streams.values()):
-            stream.outgoing.put_nowait(None)
+            stream.end()
 
 
 def somebody(name: str = "somebody") -> ProcessRef:

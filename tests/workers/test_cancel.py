@@ -8,7 +8,7 @@ import pytest
 
 from baton.spec import HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
-from decode_worker.service import FirstToken
+from decode_worker.records import FirstToken
 from kvtransfer.outcomes import Outcome
 from tests.rpc.waiting import until
 from tests.workers.conftest import Cluster
@@ -163,7 +163,7 @@ async def test_no_close_while_a_write_is_under_way(cluster: Cluster) -> None:
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm")
     await cluster.serve(cluster.router.spec(3))
-    (sender,) = cluster.p.role._senders.values()
+    (sender,) = cluster.p.role._senders
     mover = sender._mover
     spec = cluster.router.spec(40)
     with StalledWrite(cluster) as stalled:
@@ -247,7 +247,7 @@ class StalledWrite:
     """Stops the next write of p0 on its thread, after the lease was checked and before a byte moves."""
 
     def __init__(self, cluster: Cluster) -> None:
-        (sender,) = cluster.p.role._senders.values()
+        (sender,) = cluster.p.role._senders
         self._mover = sender._mover
         self.entered, self.go_on = threading.Event(), threading.Event()
 

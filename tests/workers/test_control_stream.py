@@ -84,7 +84,7 @@ async def test_a_token_drawn_while_the_stream_is_coming_down(pair: Cluster) -> N
     await pair.bound(first)
     await pair.bound(second)
     await until(lambda: pair.d.role.live["grants"] == 2, "the grants")
-    (sender,) = pair.p.role._senders.values()
+    (sender,) = pair.p.role._senders
     sender._stream.up = False
     pair.p.engine.gate.set()
     for spec in (first, second):

@@ -219,7 +219,7 @@ async def test_a_prompt_that_never_fits(cluster: Cluster) -> None:
     cluster.router.prefill(cluster.p, spec)
     ended = await cluster.router.hears(cluster.p, "ended", spec)
     assert ended.status == 8
-    assert "needs 5 blocks of 4" in ended.message
+    assert ended.message == "the prompt needs 5 blocks, the pool has 4"
     await cluster.serve(cluster.router.spec(4 * BLOCK))
 
 
@@ -237,7 +237,7 @@ async def test_a_write_that_ends_after_a_rebind_elsewhere(cluster: Cluster) -> N
         faults = cluster.network.faults(cluster.p.process.incarnation, other.transport.endpoint())
         faults.flowing.clear()
         await until(lambda: other.role.live["grants"], "the second grant")
-        await until(lambda: sum(bool(s._mover._under_way) for s in cluster.p.role._senders.values()) == 2, "both")
+        await until(lambda: sum(bool(s._mover._under_way) for s in cluster.p.role._senders) == 2, "both")
         stalled.go_on.set()
         await until(lambda: not cluster.d.busy(), "the first is closed")
         faults.flowing.set()

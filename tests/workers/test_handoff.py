@@ -109,16 +109,6 @@ async def test_the_same_router_in_another_incarnation_is_unknown(pair: Cluster) 
     pair.router.cancel(pair.p, spec)
 
 
-async def test_draining(pair: Cluster) -> None:
-    pair.d.role.draining = True
-    spec = pair.router.spec(20)
-    await pair.bound(spec)
-    assert reason(await refused(pair, spec)) == "DRAINING"
-    pair.d.role.draining = False
-    pair.router.bind(pair.p, spec, pair.d, 2)
-    await pair.finished(spec)
-
-
 def _says(**changes: Any) -> dict[str, Any]:
     return {"kv_layout": layout_to_wire(replace(LAYOUT, **changes))}
 
