@@ -178,7 +178,6 @@ class Registry:
         bisect.insort(model.workers, worker, key=lambda other: other.name)
         log.info("worker joined", worker=worker.name, roles=sorted(given.roles), model=given.card.name)
         self._counts.add("workers_joined")
-        link.start()
         self._spawn(self._prepare(worker, model), f"artifacts of {worker.name}")
         self._arm()
         return worker
@@ -191,7 +190,10 @@ class Registry:
         except BatonError as error:
             self.lose(worker, f"its artifacts can't be used: {error}")  # it registers again, and may do better
             return
+        if worker.lost:
+            return
         worker.language_ready = True
+        worker.link.start()  # only now: a worker that finds itself attached can be used
         self._on_change()
 
     async def _load(self, card: ModelCard, address: str) -> Language:
@@ -248,7 +250,9 @@ class Registry:
 
 def check_card(ours: ModelCard, theirs: ModelCard) -> None:
     """Raises Mismatch naming the first field in which two workers of one model differ, and both values."""
-    for name, mine, other in _differences(asdict(ours), asdict(theirs)):
+    found = _differences(asdict(ours), asdict(theirs))
+    # The fingerprint covers the rest, so it tells least: another field, if one differs, says what is wrong.
+    for name, mine, other in sorted(found, key=lambda difference: difference[0] == "fingerprint"):
         raise Mismatch(f"model.{name}", mine, other, _mismatch_text(ours.name, name, mine, other))
 
 

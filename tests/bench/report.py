@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path(__file__).parents[2] / "bench-results"
@@ -33,7 +34,7 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """Ours over theirs, or the inverse where less is better."""
-        if not self.theirs or not self.ours:
+        if not self.theirs or self.ours <= 0:
             return None
         return self.ours / self.theirs if self.higher_is_better else self.theirs / self.ours
 
@@ -47,7 +48,7 @@ def spread(values: Sequence[float]) -> str:
 def publish(name: str, rows: Sequence[Row]) -> None:
     """Prints the table and writes the file."""
     table = Table(title=f"bench-{name}", title_justify="left")
-    for column in ("case", "unit", "ours", "peer", "theirs", "ratio", "target", "met", "min [quartiles] max"):
+    for column in ("case", "unit", "ours", "peer", "theirs", "ratio", "target", "met", r"min \[quartiles] max"):
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(
@@ -59,7 +60,7 @@ def publish(name: str, rows: Sequence[Row]) -> None:
             "" if row.ratio is None else f"{row.ratio:.3f}",
             row.target,
             {True: "yes", False: "NO", None: ""}[row.met],
-            row.spread,
+            escape(row.spread),
         )
     Console(width=150).print(table)
     RESULTS.mkdir(exist_ok=True)

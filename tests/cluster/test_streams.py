@@ -43,7 +43,7 @@ async def test_64_streams_of_mixed_lengths(cluster: Running) -> None:
             timeout=180,
         )
 
-    before = [status.live["threads"] for status in await cluster.statuses()]
+    before = await cluster.statuses()
     completions = await asyncio.gather(*map(stream, range(STREAMS)))
     for number, completion in enumerate(completions):
         assert len(completion.token_ids) == 4 + number % 13
@@ -53,8 +53,11 @@ async def test_64_streams_of_mixed_lengths(cluster: Running) -> None:
     used |= {completion.finished.timeline.decode_worker for completion in completions}
     assert used == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
     await settled(cluster)
-    after = [status.live["threads"] for status in await cluster.statuses()]
-    assert all(now <= then + 8 for now, then in zip(after, before, strict=True)), "threads grow with streams"
+    for then, now in zip(before, await cluster.statuses(), strict=True):
+        # A control stream per pair, the threads that write blocks, nothing that grows with streams.
+        assert now.live["threads"] <= then.live["threads"] + 34
+        assert now.live["tasks"] <= then.live["tasks"] + 20
+        assert now.live["sessions"] == 1
 
 
 async def test_positions_are_consecutive_and_ids_match_text(cluster: Running) -> None:
@@ -111,12 +114,14 @@ async def test_end_of_sequence(cluster: Running) -> None:
 
 
 async def test_end_of_sequence_as_first_token(cluster: Running) -> None:
-    """After a finished answer the model's own next token may well be its end; asking for it as a stop token pins it."""
-    ids = prompt_of(30, 5)
-    first = (await cluster.client.complete(token_ids=ids, temperature=0.0, max_tokens=1)).token_ids[0]
-    completion = await cluster.client.complete(token_ids=ids, temperature=0.0, max_tokens=8, stop_token_ids=[first])
-    assert completion.token_ids == (first,)
+    """All that is left to say after a finished answer is that it is finished."""
+    asked = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    completion = await cluster.client.complete(asked + "The capital of France is Paris.", temperature=0.0, timeout=60)
+    assert completion.token_ids == (2,)
+    assert completion.text == ""
+    assert completion.finished.reason is FinishReason.EOS
     assert completion.finished.usage.output_tokens == 1
+    assert completion.finished.timeline.path is Path.PREFILL_ONLY
 
 
 async def test_a_stop_string_across_tokens(cluster: Running) -> None:
