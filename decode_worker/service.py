@@ -14,6 +14,7 @@ import time
 import structlog
 
 from baton.engine.api import Engine, Sequence
+from baton.engine.load_report import load_report
 from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
@@ -236,7 +237,8 @@ class DecodeRole:
         if transport not in self.transports:
             offered = ", ".join(self.transports)
             return Refusal(key, RefusalReason.MISMATCH, f"transport differs: sender {transport}, receiver {offered}")
-        if len(self._residents) + len(self._pending) >= self._max_sequences:
+        others = sum(other.attempt != key.attempt for other in self._pending)
+        if len(self._residents) + others >= self._max_sequences:
             message = f"all {self._max_sequences} sequence slots are taken"
             return Refusal(key, RefusalReason.NO_CAPACITY, message, SLOT_RETRY_S)
         return None
@@ -317,13 +319,10 @@ class DecodeRole:
         self._load.changed()
 
     def _load_report(self) -> wire.LoadReport:
-        statistics = self.pool.statistics()
-        return wire.LoadReport(
+        return load_report(
+            self.pool,
             waiting=len(self._pending),
             running=len(self._residents),
-            free_blocks=statistics.free,
-            cached_blocks=statistics.cached,
-            held_blocks=statistics.held,
-            quarantined_blocks=statistics.quarantined,
+            waiting_tokens=0,
             resident_tokens=sum(len(resident.tokens) for resident in self._residents.values()),
         )

@@ -158,9 +158,12 @@ class PairStream:
     async def _shake_hands(self, call: Call) -> wire.Endpoint:
         self._lease = PeerLease()
         self._lease.asked(time.monotonic())
-        async with asyncio.timeout(HANDSHAKE_S):
-            await call.write(wire.SenderFrame(handshake=self._handshake()))
-            frame = await call.read()
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                await call.write(wire.SenderFrame(handshake=self._handshake()))
+                frame = await call.read()
+        except TimeoutError:
+            raise errors.DeadlineExceeded(f"no answer to the handshake within {HANDSHAKE_S:g} s") from None
         if not isinstance(frame, wire.ReceiverFrame) or frame.WhichOneof("body") != "handshake":
             raise errors.PeerClosed("no answer to the handshake")
         answer = frame.handshake
@@ -207,8 +210,11 @@ class PairStream:
             self._renewed.clear()
             self.send(renew=wire.RenewRequestFrame())
             until = self._lease.deadline or 0.0
-            async with asyncio.timeout(max(0.01, until - time.monotonic())):
-                await self._renewed.wait()
+            try:
+                async with asyncio.timeout(max(0.01, until - time.monotonic())):
+                    await self._renewed.wait()
+            except TimeoutError:
+                raise errors.DeadlineExceeded("the lease on granted memory was not renewed") from None
 
     def _end(self, message: str) -> None:
         self.closed = True

@@ -13,6 +13,7 @@ import structlog
 
 from baton import errors
 from baton.engine.api import Engine, Sequence
+from baton.engine.load_report import load_report
 from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import process_from_wire, run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
@@ -36,6 +37,7 @@ from prefill_worker.tombstones import Tombstones
 HOLD_S = 120.0
 """How long a computed prompt is held for a decode worker to take it; the router gives up earlier, and says so."""
 INTERNAL, EXHAUSTED = 13, 8  # google.rpc.Code
+NOT_HELD = "the prompt is not held here any more"
 log = structlog.get_logger(__name__)
 
 
@@ -87,7 +89,7 @@ class PrefillRole:
         if kind == "prefill":
             self._prefill(router, frame.prefill.spec)
         elif kind == "bind":
-            self._bind(frame.bind)
+            self._bind(router, frame.bind)
         elif kind == "cancel":
             self._cancel(router, frame.cancel.attempt)
 
@@ -115,9 +117,15 @@ class PrefillRole:
         self._waiting.push(attempt)
         self._start_waiting()
 
-    def _bind(self, message: wire.BindCommand) -> None:
+    def _bind(self, router: RouterSession, message: wire.BindCommand) -> None:
         attempt = self._attempts.get(message.attempt)
-        if attempt is None or attempt.over or attempt.state is State.WAITING:
+        if attempt is None:
+            self._counts.add("late_messages")
+            failed = wire.HandoffFailed(attempt=message.attempt, handoff=message.handoff, message=NOT_HELD)
+            failed.reason = wire.REFUSAL_REASON_EXPIRED
+            router.send(handoff_failed=failed)
+            return
+        if attempt.over or attempt.state is State.WAITING:
             self._counts.add("late_messages")  # or early: a router binds after `Started` only
             return
         key = HandoffKey(message.attempt, message.handoff)
@@ -289,10 +297,9 @@ class PrefillRole:
 
     def expire(self) -> None:
         """Gives up prompts that nobody came for, and forgets old cancels."""
-        now = time.monotonic()
-        self._tombstones.expire(now)
+        self._tombstones.expire(now := time.monotonic())
         for attempt in list(self._attempts.values()):
-            if attempt.hold_until is not None and attempt.hold_until < now and not attempt.granted:
+            if attempt.hold_until and attempt.hold_until < now and not (attempt.granted or attempt.over):
                 self._fail(attempt, EXHAUSTED, f"no decode worker took it within {HOLD_S:g} s")
 
     async def stop(self) -> None:
@@ -332,15 +339,11 @@ class PrefillRole:
         self._start_waiting()
 
     def _load_report(self) -> wire.LoadReport:
-        statistics = self.pool.statistics()
         computing = sum(attempt.uncomputed for attempt in self._started.values() if attempt.in_engine)
-        return wire.LoadReport(
+        return load_report(
+            self.pool,
             waiting=len(self._waiting),
             running=len(self._started),
             waiting_tokens=self._waiting.tokens + computing,
-            free_blocks=statistics.free,
-            cached_blocks=statistics.cached,
-            held_blocks=statistics.held,
-            quarantined_blocks=statistics.quarantined,
-            resident_tokens=statistics.held * self.layout.block_tokens,
+            resident_tokens=self.pool.statistics().held * self.layout.block_tokens,
         )

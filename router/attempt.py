@@ -64,6 +64,15 @@ class Attempt:
             self.holding.add(worker)
         return self.handoffs.failed(worker.name, reason, message, retry_after_s)
 
+    def readopt(self, worker: Worker, demand: Demand) -> bool:
+        """The sequence did arrive at a worker whose handoff was given up; False where it was not given up there."""
+        if self._left.get(worker.name) is not worker:
+            return False
+        del self._left[worker.name]
+        self.decode = worker
+        worker.decode.bind(self.key, demand)
+        return True
+
     def unbind(self) -> None:
         """The sequence does not go to the worker that it was bound to."""
         if self.decode is not None:

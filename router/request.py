@@ -147,7 +147,12 @@ class Request:
 
     def on_resident(self, worker: Worker, handoff: int) -> None:
         """The decode worker owns the sequence now."""
-        if worker is not self.attempt.decode or handoff != self.attempt.handoffs.number or self._reason is not None:
+        attempt = self.attempt
+        if self._reason is not None or handoff > attempt.handoffs.number:
+            return self._late("resident")
+        if attempt.decode is None and attempt.readopt(worker, self.order.demand):
+            self._counts.add("handoffs_readopted")  # the news of its failure overtook that of its success
+        elif worker is not attempt.decode:
             return self._late("resident")
         return self._decoding()
 
@@ -296,7 +301,7 @@ class Request:
         )
 
     def _on_deadline(self) -> None:
-        self.fail(DeadlineExceeded("the request's deadline has passed"))
+        self.fail(DeadlineExceeded("the request's deadline has passed"), cut=True)
 
     def _on_handoff_deadline(self) -> None:
         self._counts.add("handoffs_given_up")

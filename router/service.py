@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from baton.config import RouterConfig
-from baton.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from baton.errors import BatonError, DeadlineExceeded, ResourceExhausted, Unavailable
 from baton.identity import mint_attempt
 from baton.rpc.status import abort
 from baton.spec import ProcessRef, SequenceSpec
@@ -182,10 +182,14 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
 
     stream.interrupt = interrupt
     try:
-        await context.write(accepted(request.order.spec, model))
-        while isinstance(item := await stream.next(), Piece):
-            await context.write(tokens(item))
-        await context.write(finished(item))
+        # A client that reads nothing must not keep its place, nor what is buffered for it, for ever.
+        async with asyncio.timeout_at(request.order.deadline + ABORT_S):
+            await context.write(accepted(request.order.spec, model))
+            while isinstance(item := await stream.next(), Piece):
+                await context.write(tokens(item))
+            await context.write(finished(item))
+    except TimeoutError:
+        raise DeadlineExceeded("the client did not read its answer before the deadline") from None
     except asyncio.CancelledError:
         if not cut or task.uncancel() > 0:
             raise
@@ -200,7 +204,9 @@ async def _answer(work: Awaitable[T], context: Any) -> T:
         return await work
     except asyncio.CancelledError:
         raise
-    except Exception as error:  # noqa: BLE001 (the boundary; what is not ours is logged there)
+    except Exception as error:
+        if not isinstance(error, BatonError) and context.done():
+            raise asyncio.CancelledError("the client went away while it was written to") from error
         async with asyncio.timeout(ABORT_S):
             await abort(context, error)
 

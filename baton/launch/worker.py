@@ -119,7 +119,10 @@ async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], 
     expiry = asyncio.create_task(_expire(parts), name="expiry")
     announce = asyncio.create_task(_announce(parts, server, on_ready), name="announce")
     try:
-        await joined  # ends with `stop`, or raises when the router refuses this worker
+        # Registration ends with `stop`; the others never do. Whichever raises ends the worker, and says why.
+        done, _ = await asyncio.wait((joined, expiry, announce), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
         for task in (expiry, announce, joined):
             task.cancel()

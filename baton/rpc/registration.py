@@ -77,7 +77,7 @@ class Registration:
             except errors.NotFound:
                 log.info("the router forgot this worker; registering again")
                 return
-            except TRANSIENT as error:
+            except errors.BatonError as error:  # whatever it is: only the lease decides whether we are still known
                 log.warning("lease not renewed", router=self._address, error=str(error))
                 continue
             if answer.router.incarnation != incarnation:

@@ -135,7 +135,7 @@ async def measure() -> list[Row]:
 
 
 def main() -> None:
-    publish("overhead", asyncio.run(measure()))
+    sys.exit(0 if publish("overhead", asyncio.run(measure())) else 1)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def spread(values: Sequence[float]) -> str:
     return f"{min(values):.4g} [{low:.4g} {high:.4g}] {max(values):.4g}"
 
 
-def publish(name: str, rows: Sequence[Row]) -> None:
-    """Prints the table and writes the file."""
+def publish(name: str, rows: Sequence[Row]) -> bool:
+    """Prints the table and writes the file; whether every target is met."""
     table = Table(title=f"bench-{name}", title_justify="left")
     for column in ("case", "unit", "ours", "peer", "theirs", "ratio", "target", "met", r"min \[quartiles] max"):
         table.add_column(column, overflow="fold")
@@ -71,6 +71,7 @@ def publish(name: str, rows: Sequence[Row]) -> None:
         "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    return all(row.met is not False for row in rows)
 
 
 def _processor() -> str:

@@ -50,7 +50,7 @@ class Wire:
         self.open.append(bare)
         if hello:
             bare.sendall(wire.HELLO.pack(wire.MAGIC, wire.VERSION, wire.Flags.CHECKSUMS, SIZE))
-            assert len(bare.recv(wire.HELLO.size, socket.MSG_WAITALL)) == wire.HELLO.size
+            assert len(exactly(bare, wire.HELLO.size)) == wire.HELLO.size
         return bare
 
     def close(self) -> None:
@@ -85,6 +85,14 @@ def batch(ticket: Ticket, data: bytes, index: int = 0, checksum: int | None = No
     return wire.pack_batch(ticket, [wire.Entry(index, ticket.blocks[index], checksum)]) + data
 
 
+def exactly(bare: socket.socket, size: int) -> bytes:
+    """`size` bytes, or fewer where the connection ends. (MSG_WAITALL does not wait on a socket with a time-out.)"""
+    data = b""
+    while len(data) < size and (piece := bare.recv(size - len(data))):
+        data += piece
+    return data
+
+
 def ends(bare: socket.socket) -> bool:
     try:
         return bare.recv(1) == b""
@@ -99,7 +107,7 @@ def test_a_message_in_single_bytes_is_understood(tcp: Wire) -> None:
     for position in range(150):
         bare.sendall(message[position : position + 1])
     bare.sendall(message[150:] + batch(ticket, data, 1))
-    answers = bare.recv(2 * wire.ACK.size, socket.MSG_WAITALL)
+    answers = exactly(bare, 2 * wire.ACK.size)
     assert answers == wire.pack_ack(wire.Status.OK) * 2
     assert tcp.events.landed_indices(ticket.key) == {0, 1}
     assert bytes(tcp.memory.block(1)) == data
@@ -128,10 +136,10 @@ def test_a_flipped_byte_is_noticed_and_does_not_count(tcp: Wire) -> None:
     ticket, data = tcp.ticket(), pattern(5, 0, SIZE)
     bare = tcp.bare()
     bare.sendall(batch(ticket, data, checksum=zlib.crc32(data) ^ 1) + batch(ticket, data))
-    magic, status, length = wire.ACK.unpack(bare.recv(wire.ACK.size, socket.MSG_WAITALL))
+    magic, status, length = wire.ACK.unpack(exactly(bare, wire.ACK.size))
     assert (magic, status) == (wire.MAGIC, wire.Status.CHECKSUM)
-    bare.recv(length, socket.MSG_WAITALL)
-    assert bare.recv(wire.ACK.size, socket.MSG_WAITALL) == wire.pack_ack(wire.Status.OK)
+    exactly(bare, length)
+    assert exactly(bare, wire.ACK.size) == wire.pack_ack(wire.Status.OK)
     assert len(tcp.events.landings) == 1
     assert len(tcp.events.refusals) == 1
 
@@ -145,11 +153,11 @@ def test_the_writer_hears_of_a_corrupted_block(tcp: Wire) -> None:
         def relay() -> None:
             with server.accept()[0] as near, socket.create_connection((host, int(port)), GENEROUS) as far:
                 near.settimeout(GENEROUS)
-                far.sendall(near.recv(wire.HELLO.size, socket.MSG_WAITALL))
-                near.sendall(far.recv(wire.HELLO.size, socket.MSG_WAITALL))
+                far.sendall(exactly(near, wire.HELLO.size))
+                near.sendall(exactly(far, wire.HELLO.size))
                 size = wire.BATCH_BYTES + wire.ENTRY.size + SIZE
                 for spoil in (1, 0):
-                    message = bytearray(near.recv(size, socket.MSG_WAITALL))
+                    message = bytearray(exactly(near, size))
                     message[-1] ^= spoil
                     far.sendall(message)
                     near.sendall(far.recv(4096))
@@ -183,7 +191,7 @@ def test_a_revoke_in_the_middle_of_a_block_closes_its_connection(tcp: Wire) -> N
     assert ends(bare)
     assert bytes(tcp.memory.block(0)) == frozen
     bystander.sendall(other_message[half:])
-    assert bystander.recv(wire.ACK.size, socket.MSG_WAITALL) == wire.pack_ack(wire.Status.OK)
+    assert exactly(bystander, wire.ACK.size) == wire.pack_ack(wire.Status.OK)
     assert tcp.events.landed_indices(ticket.key) == set()
 
 
@@ -195,7 +203,7 @@ def test_a_writer_that_stops_in_a_message_is_let_go(impatient: Wire, stop_at: in
     bare = impatient.bare(hello=False)
     bare.sendall(message[:stop_at])
     if stop_at > wire.HELLO.size:
-        bare.recv(wire.HELLO.size, socket.MSG_WAITALL)
+        exactly(bare, wire.HELLO.size)
     started = time.monotonic()
     assert ends(bare)
     assert time.monotonic() - started < 30
@@ -244,7 +252,7 @@ def test_a_reset_ends_the_write(tcp: Wire) -> None:
 
         def reset() -> None:
             near = server.accept()[0]
-            near.sendall(near.recv(wire.HELLO.size, socket.MSG_WAITALL))
+            near.sendall(exactly(near, wire.HELLO.size))
             near.recv(10)
             near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             near.close()
@@ -264,7 +272,7 @@ def test_closing_a_channel_ends_its_write(tcp: Wire) -> None:
 
         def greet() -> None:
             near = server.accept()[0]
-            near.sendall(near.recv(wire.HELLO.size, socket.MSG_WAITALL))
+            near.sendall(exactly(near, wire.HELLO.size))
             accepted.append(near)
 
         thread = threading.Thread(target=greet)

@@ -117,6 +117,22 @@ async def test_a_late_failure_of_an_older_handoff_is_dropped(cluster: Cluster) -
     assert ids_of([event async for event in call]) == cluster.answer
 
 
+async def test_success_that_its_failure_overtook_is_taken_back(cluster: Cluster) -> None:
+    """The prefill worker lost the answer to its commit; the decode worker has the sequence all the same."""
+    gate = cluster.decode.gate("received")
+    call = cluster.call()
+    await cluster.decode.at("received")
+    attempt = cluster.prefill.attempts[0]
+    failed = refused("UNREACHABLE", attempt=attempt, handoff=1, retry_after_ms=5000.0)
+    cluster.prefill.says(handoff_failed=failed)
+    await cluster.until(lambda: cluster.counted("handoffs_failed_unreachable") == 1)
+    gate.set()
+    assert ids_of([event async for event in call]) == cluster.answer
+    assert cluster.counted("handoffs_readopted") == 1
+    assert cluster.prefill.count("bind") == 1
+    await cluster.idle()
+
+
 async def test_a_handoff_that_failed_after_it_succeeded_frees_the_prefill_worker(cluster: Cluster) -> None:
     gate = cluster.decode.gate("step 1")
     call = cluster.call()

@@ -75,11 +75,11 @@ async def test_a_short_request_does_not_wait_for_cancelled_long_ones(cluster: Cl
         cluster.router.cancel(cluster.p, spec)
     short = cluster.router.spec(5, max_tokens=1)
     cluster.router.prefill(cluster.p, short)
-    await until(lambda: cluster.p.busy().get("attempts") == 2, "one that computes, and the short one")
+    await until(lambda: cluster.p.busy().get("attempts", 0) <= 3, "what the engine has, and the short one")
     cluster.p.engine.gate.set()
     await cluster.router.hears(cluster.p, "ended", short)
-    computed = [key for batch in cluster.p.engine.batches for key, _ in batch]
-    assert computed.index(short.attempt) <= 2
+    keys = [[key for key, _ in batch] for batch in cluster.p.engine.batches]
+    assert next(number for number, batch in enumerate(keys) if short.attempt in batch) <= 1
 
 
 async def test_computed_and_unbound(pair: Cluster) -> None:

@@ -69,9 +69,10 @@ async def test_a_close_that_was_lost_is_asked_for_again(cluster: Cluster, monkey
         cluster.router.cancel(cluster.d, spec)
         cluster.router.cancel(cluster.p, spec)
         await until(lambda: lost, "the close")
-    assert cluster.d.role.live["aborting"] == 1
-    assert cluster.router.heard(cluster.d, "freed", spec) == []
-    cluster.d.break_control_streams()
+        cluster.d.break_control_streams()
+        await until(lambda: not cluster.d.transfer.peers, "the end of the stream that all closes were lost on")
+        assert cluster.d.role.live["aborting"] == 1
+        assert cluster.router.heard(cluster.d, "freed", spec) == []
     cluster.p.engine.gate.set()
     await cluster.serve(cluster.router.spec(5))
     await cluster.router.hears(cluster.d, "freed", spec)
