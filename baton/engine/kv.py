@@ -70,3 +70,9 @@ class KvPool:
         found = self._shares.index_select(0, rows)
         keys, values = found.view(2, sequences, heads, blocks * self.layout.block_tokens, self.layout.head_dim)
         return keys, values
+
+
+def make_pool(layout: KvLayout, buffer: Buffer | None, blocks: int | None, device: str = "cpu") -> KvPool:
+    """A pool in `buffer`, as many blocks as fit, or of `blocks` blocks of its own: give one of the two."""
+    assert (buffer is None) != (blocks is None), "give either the pool's memory or its size"
+    return KvPool.over(buffer, layout) if buffer is not None else KvPool.allocate(blocks or 0, layout, torch.device(device))
