@@ -176,7 +176,7 @@ template <class From, int MATRICES, class Emit>
 void for_tiles(const Matrix* const (&matrices)[MATRICES], const Operand& rows, Emit emit) {
   alignas(64) static thread_local float tiles[MATRICES][MOST_PANELS * ROWS * LANES];
   static thread_local Array<uint8_t> wide[MATRICES];
-  const int height = rows.height(), groups = rows.groups, panels = matrices[0]->panels();
+  const int height = rows.height, groups = rows.groups, panels = matrices[0]->panels();
   const int together = KERNELS<From>[height - 1].width;
   const bool widens = std::is_same_v<From, Nibbles> && rows.rows >= WIDEN_FROM * ROWS;
   const size_t wide_bytes = static_cast<size_t>(groups) * Bytes::STRIDE;

@@ -18,9 +18,16 @@ namespace baton {
 
 constexpr int PANEL = 16;
 constexpr int GROUP = 32;
-constexpr int ROWS = 12;  // rows of one tile: as many as the registers hold
+constexpr int ROWS = 12;  // most rows of one tile
 
 enum class Format : int32_t { none = 0, bf16 = 1, int8 = 2, int4 = 3 };
+
+// Rows of one tile for a product of so many: as even as can be (16 rows of bytes are two tiles of 8), and as many as the
+// kernels of the format keep in registers.
+constexpr int tile_height(Format format, int rows) {
+  const int most = format == Format::bf16 ? ROWS / 2 : ROWS, tiles = (rows + most - 1) / most;
+  return (rows + tiles - 1) / tiles;
+}
 
 constexpr int group_bytes(Format format) {
   return format == Format::bf16 ? GROUP * PANEL * 2 : (format == Format::int8 ? 512 : 256) + 64;
@@ -46,16 +53,10 @@ struct Matrix {
 // by row so that what the kernel broadcasts lies in a line: bf16 [k/2][tile rows][2]; bytes [k/4][tile rows][4] with a
 // scale and scale * sum per group of 32, [k/32][tile rows] each.
 struct Operand {
-  int rows = 0, groups = 0;
+  int rows = 0, groups = 0, height = 0;
   Array<uint16_t> pairs;
   Array<int8_t> bytes;
   Array<float> scales, sums;
-
-  // As even as can be: 16 rows are two tiles of 8, not one of 12 and one of 4.
-  int height() const {
-    const int tiles = (rows + ROWS - 1) / ROWS;
-    return (rows + tiles - 1) / tiles;
-  }
 
   // Takes `count` rows of `inputs` numbers, `stride` apart. With `weights`, each is first normalised: RMSNorm.
   void take(Format format, const float* from, int count, int inputs, int stride, const float* weights, float eps);

@@ -65,10 +65,10 @@ void Operand::take(Format format, const float* from, int count, int inputs, int 
   } else {
     bytes.reserve(total), scales.reserve(total / GROUP), sums.reserve(total / GROUP);
   }
-  const int tallest = height();
+  height = tile_height(format, count);
   for (int row = 0; row < count; row++, from += stride) {
-    const int first = row / tallest * tallest, at = row - first;
-    const int tall = count - first < tallest ? count - first : tallest;
+    const int first = row / height * height, at = row - first;
+    const int tall = count - first < height ? count - first : height;
     if (weights)
       normalise(from, weights, eps, inputs, line);
     else

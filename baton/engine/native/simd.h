@@ -32,7 +32,7 @@ BATON_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p);
 BATON_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
 BATON_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_u*>(p); }
 BATON_INLINE void store(int32_t* p, vi x) { *reinterpret_cast<vi_u*>(p) = x; }
-BATON_INLINE vf splat(float x) { return vf{} + x; }
+BATON_INLINE vf splat(float x) { return x - vf{}; }  // x + 0 would not be x for -0, so it would be computed
 BATON_INLINE vi splat(int32_t x) { return vi{} + x; }
 BATON_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
 BATON_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
@@ -200,19 +200,28 @@ BATON_INLINE float largest(vf x) {
 #endif
 }
 
-// 2^x for x <= 0, to 2 ulp: 2^n by the exponent's bits, 2^f on [-0.5, 0.5] by a polynomial. Below 2^-126 it is 0.
+// 2^x for x <= 0, to a few ulp, exactly 1 for 0: a polynomial of the fraction, times 2^n by the exponent's bits. What
+// would be subnormal may be 0.
 BATON_INLINE vf exp2_of_negative(vf x) {
+#if defined(__AVX512DQ__)
+  const vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+#else
   x = max(x, splat(-127.0f));
-  const vi n = round_to_int(x);
+  vi n = round_to_int(x);
+  n = n + (to_float(n) > x);  // a true comparison is -1
   const vf f = x - to_float(n);
-  vf p = splat(1.5403530e-4f);
-  p = fma(p, f, splat(1.3333558e-3f));
-  p = fma(p, f, splat(9.6181291e-3f));
-  p = fma(p, f, splat(5.5504109e-2f));
-  p = fma(p, f, splat(2.4022651e-1f));
-  p = fma(p, f, splat(6.9314718e-1f));
+#endif
+  vf p = splat(1.86718290e-03f);
+  p = fma(p, f, splat(9.01668798e-03f));
+  p = fma(p, f, splat(5.58004454e-02f));
+  p = fma(p, f, splat(2.40164161e-01f));
+  p = fma(p, f, splat(6.93151355e-01f));
   p = fma(p, f, splat(1.0f));
+#if defined(__AVX512DQ__)
+  return _mm512_scalef_ps(p, x);
+#else
   return p * as_float((n + 127) << 23);
+#endif
 }
 
 // x / (1 + e^-x), by e^-|x| so that nothing overflows.
