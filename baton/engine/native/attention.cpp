@@ -4,6 +4,7 @@
 #include "attention.h"
 
 #include <type_traits>
+#include <vector>
 
 #include "kv_step.h"
 
@@ -41,11 +42,13 @@ BATON_INLINE void scores_of(const Packed& from, const uint16_t* const* queries, 
 
 template <int R>
 BATON_INLINE void scores_of(const Rows& from, const uint16_t* const* queries, int pairs, vf (&score)[R][VECTORS_OF_KEYS]) {
+  const int per_part = (2 * from.lines + pairs - 1) / pairs;
   UNROLL for (int v = 0; v < VECTORS_OF_KEYS; v += 2) {  // two at a time: enough chains to hide the latency
     vf left[R], right[R];
     UNROLL for (int r = 0; r < R; r++) left[r] = right[r] = vf{};
     if (v < from.blocks) {
       for (int p = 0; p < pairs; p += 4) {
+        from.fetch_ahead(0, (v * pairs / 2 + p) / 4, per_part);
         vi a[4], b[4];
         four_pairs(from.keys + v * LANES, p, a);
         four_pairs(from.keys + (v + 1) * LANES, p, b);
@@ -74,7 +77,9 @@ BATON_INLINE void add_values(const Packed& from, const uint16_t (&weights)[R][ST
 
 template <int R, int V>
 BATON_INLINE void add_values(const Rows& from, const uint16_t (&weights)[R][STEP], int d, int, vf (&sum)[R][V]) {
+  const int per_part = (2 * from.lines + STEP - 1) / STEP;
   for (int t = 0; t < from.blocks * BLOCK / 2; t++) {
+    if (d == 0) from.fetch_ahead(1, t, per_part);
     vi values[V];
     UNROLL for (int v = 0; v < V; v += 2)
       pairs_at(from.values[2 * t] + d + v * LANES, from.values[2 * t + 1] + d + v * LANES, values[v], values[v + 1]);
@@ -192,33 +197,72 @@ void store_kv(const KvShape& shape, uint8_t* share, int offset, const float* fro
   std::memcpy(share + BLOCK * dim + offset * sizeof(float), &scale, sizeof scale);
 }
 
-void attend(const KvShape& shape, void* pool, int layer, int head, int group, const Span& span,
-            const uint16_t* queries, int query_stride, float* out, int out_stride) {
+namespace {
+
+// Where one kv head's rows of queries and results lie: row r is query head r % group of token r / group.
+struct Place {
+  const Span& span;
+  int group, head, dim;
+  const uint16_t* queries;
+  int query_stride;
+  float* out;
+  int out_stride;
+
+  size_t at(int row, int stride) const {
+    return static_cast<size_t>(span.start + row / group) * stride + (head * group + row % group) * dim;
+  }
+};
+
+// Starts the softmax of rows [start, start + count); `values` is the tile's scratch.
+void begin(const Place& place, int start, int count, float* values, Tile& tile) {
+  tile.padded = round_up(place.dim, LANES);
+  tile.values = values;
+  std::memset(values, 0, static_cast<size_t>(count) * tile.padded * sizeof(float));
+  for (int r = 0; r < count; r++) {
+    tile.queries[r] = place.queries + place.at(start + r, place.query_stride);
+    tile.positions[r] = place.span.position + (start + r) / place.group;
+    tile.best[r] = NEVER, tile.total[r] = vf{};
+  }
+}
+
+void finish(const Place& place, int start, int count, const Tile& tile) {
+  for (int r = 0; r < count; r++) {
+    float* to = place.out + place.at(start + r, place.out_stride);
+    const float total = sum(tile.total[r]);
+    for (int d = 0; d < place.dim; d++) to[d] = tile.values[r * tile.padded + d] / total;
+  }
+}
+
+// A few rows a head: all heads of a step together, since they lie side by side in a block.
+void attend_few(const KvShape& shape, void* pool, int layer, Place place) {
   static thread_local Array<float> sums;
-  const int dim = shape.dim, rows = span.count * group;
-  const Head from(shape, pool, layer, head, span);
-  const bool direct = reads_rows(shape, rows);
-  PackedSteps packed(shape, from, direct ? 0 : (span.position + span.count - 1) / STEP + 1);
+  static thread_local std::vector<Tile> tiles;
+  const int rows = place.span.count * place.group, padded = round_up(shape.dim, LANES);
+  tiles.resize(shape.heads);
+  float* values = sums.reserve(static_cast<size_t>(shape.heads) * rows * padded);
+  for (place.head = 0; place.head < shape.heads; place.head++)
+    begin(place, 0, rows, values + static_cast<size_t>(place.head) * rows * padded, tiles[place.head]);
+  for (int step = 0; step <= tiles[0].positions[rows - 1] / STEP; step++) {
+    for (int head = 0; head < shape.heads; head++) {
+      Rows now;
+      Head(shape, pool, layer, head, place.span).rows(step, now);
+      ADVANCE<Rows>[rows - 1](shape, now, step * STEP, 0, tiles[head]);
+    }
+  }
+  for (place.head = 0; place.head < shape.heads; place.head++) finish(place, 0, rows, tiles[place.head]);
+}
+
+void attend_many(const KvShape& shape, void* pool, int layer, const Place& place) {
+  static thread_local Array<float> sums;
+  const int rows = place.span.count * place.group;
+  const Head head(shape, pool, layer, place.head, place.span);
+  PackedSteps packed(shape, head, (place.span.position + place.span.count - 1) / STEP + 1);
   Tile tile;
-  tile.padded = round_up(dim, LANES);
-  tile.values = sums.reserve(static_cast<size_t>(TILE) * tile.padded);
+  float* values = sums.reserve(static_cast<size_t>(TILE) * round_up(shape.dim, LANES));
   for (int start = 0; start < rows; start += TILE) {
     const int count = rows - start < TILE ? rows - start : TILE;
-    const auto column = [&](int r) { return (head * group + (start + r) % group) * dim; };
-    const auto row = [&](int r) { return static_cast<size_t>(span.start + (start + r) / group); };
-    for (int r = 0; r < count; r++) {
-      tile.queries[r] = queries + row(r) * query_stride + column(r);
-      tile.positions[r] = span.position + (start + r) / group;
-      tile.best[r] = NEVER, tile.total[r] = vf{};
-    }
-    std::memset(tile.values, 0, static_cast<size_t>(TILE) * tile.padded * sizeof(float));
+    begin(place, start, count, values, tile);
     for (int step = 0; step <= tile.positions[count - 1] / STEP; step++) {
-      if (direct) {
-        Rows now;
-        from.rows(step, now);
-        ADVANCE<Rows>[count - 1](shape, now, step * STEP, 0, tile);
-        continue;
-      }
       const Packed now = packed.at(step);
       for (int r = 0; r < count; r += MICRO) {
         const int height = count - r < MICRO ? count - r : MICRO;
@@ -226,12 +270,17 @@ void attend(const KvShape& shape, void* pool, int layer, int head, int group, co
         ADVANCE<Packed>[height - 1](shape, now, step * STEP, r, tile);
       }
     }
-    for (int r = 0; r < count; r++) {
-      float* to = out + row(r) * out_stride + column(r);
-      const float total = sum(tile.total[r]);
-      for (int d = 0; d < dim; d++) to[d] = tile.values[r * tile.padded + d] / total;
-    }
+    finish(place, start, count, tile);
   }
+}
+
+}  // namespace
+
+void attend(const KvShape& shape, void* pool, int layer, int group, const Span& span, const uint16_t* queries,
+            int query_stride, float* out, int out_stride) {
+  Place place{span, group, 0, shape.dim, queries, query_stride, out, out_stride};
+  if (reads_rows(shape, span.count * group)) return attend_few(shape, pool, layer, place);
+  for (; place.head < shape.heads; place.head++) attend_many(shape, pool, layer, place);
 }
 
 }  // namespace baton

@@ -18,10 +18,13 @@ void Head::rows(int step, Rows& to) const {
   const int end = span_.position + span_.count, dim = shape_.dim;
   const bool narrow = shape_.format == KvFormat::int8;
   uint16_t* buffer = narrow ? wide.reserve(2 * STEP * dim) : nullptr;
-  to.blocks = 0;
+  to.blocks = 0, to.lines = static_cast<int>((shape_.share_bytes() + 63) / 64);
   for (int b = 0; b < STEP / BLOCK; b++) {
     const int first = step * STEP + b * BLOCK, at = b * BLOCK;
     const int held = end - first < 0 ? 0 : end - first < BLOCK ? end - first : BLOCK;
+    const int next = first + STEP < end ? first + STEP : end - 1;
+    for (int kind = 0; kind < 2; kind++)
+      to.ahead[kind][b] = shape_.share(pool_, span_.table[next / BLOCK], layer_, kind, head_);
     for (int t = held; t < BLOCK; t++) {
       to.keys[at + t] = to.values[at + t] = NOTHING;
       to.key_scales[at + t] = to.value_scales[at + t] = 0;
@@ -30,7 +33,6 @@ void Head::rows(int step, Rows& to) const {
     to.blocks = b + 1;
     const int64_t block = span_.table[first / BLOCK];
     const uint8_t* shares[2] = {shape_.share(pool_, block, layer_, 0, head_), shape_.share(pool_, block, layer_, 1, head_)};
-    if (first + STEP < end) prefetch(first + STEP);
     const uint16_t* rows[2] = {reinterpret_cast<const uint16_t*>(shares[0]), reinterpret_cast<const uint16_t*>(shares[1])};
     if (narrow) {
       std::memcpy(to.key_scales + at, shares[0] + BLOCK * dim, held * sizeof(float));
@@ -42,16 +44,6 @@ void Head::rows(int step, Rows& to) const {
       }
     }
     for (int t = 0; t < held; t++) to.keys[at + t] = rows[0] + t * dim, to.values[at + t] = rows[1] + t * dim;
-  }
-}
-
-// Blocks lie anywhere, so that the processor can't guess the next one. Into the second cache only: the blocks of a pool
-// are whole pages apart, and would push each other out of the first.
-void Head::prefetch(int position) const {
-  const int64_t block = span_.table[position / BLOCK];
-  for (int kind = 0; kind < 2; kind++) {
-    const uint8_t* share = shape_.share(pool_, block, layer_, kind, head_);
-    for (size_t i = 0; i < shape_.share_bytes(); i += 64) __builtin_prefetch(share + i, 0, 2);
   }
 }
 

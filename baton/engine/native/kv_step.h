@@ -21,11 +21,22 @@ struct Packed {
   float *key_scales, *value_scales;
 };
 
-// Rows of keys and values [dim]; absent ones are zeros. `blocks` are those that hold anything.
+// Rows of keys and values [dim]; absent ones are zeros. `blocks` are those that hold anything. `ahead` are the shares of
+// the step after this one, `lines` cache lines each: blocks lie anywhere, so that the processor can't guess them.
 struct Rows {
   const uint16_t *keys[STEP], *values[STEP];
   float key_scales[STEP], value_scales[STEP];
-  int blocks;
+  int blocks, lines;
+  const uint8_t* ahead[2][STEP / BLOCK];
+
+  // Asks for part `part` of `parts` of the next keys (kind 0) or values. Asked for all at once they would hold up what
+  // is computed meanwhile. Into the second cache only: blocks are whole pages apart and would push each other out of
+  // the first.
+  void fetch_ahead(int kind, int part, int per_part) const {
+    const int first = part * per_part, last = first + per_part < lines ? first + per_part : lines;
+    for (int line = first; line < last; line++)
+      for (const uint8_t* share : ahead[kind]) __builtin_prefetch(share + 64 * line, 0, 2);
+  }
 };
 
 // Sixteen pairs (first low, second high) of two rows.
@@ -90,8 +101,6 @@ class Head {
   void pack(const Rows& from, const Packed& to) const;
 
  private:
-  void prefetch(int position) const;
-
   const KvShape& shape_;
   void* pool_;
   int layer_, head_;

@@ -34,7 +34,8 @@ struct Weights {
   Matrix head;
 };
 
-// A batch: `spans` cover rows [0, rows) of `tokens`; `sampled` are the rows whose logits [sampled, vocabulary] are asked.
+// A batch: `spans` cover rows [0, rows) of `tokens`; `sampled_rows`, rising, are those whose
+// logits [sampled, vocabulary] are asked for.
 struct Batch {
   int32_t rows, spans, sampled;
   const int32_t* tokens;
@@ -65,6 +66,8 @@ class Model {
   void tables(const Batch& batch);
   void rotate_and_store(int layer, void* pool, const Batch& batch);
   void rotate(float* head, const float* cosine, const float* sine, const float* norm) const;
+  Batch narrow(const Batch& batch);
+  void project(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch);
   void attention(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch);
   void mlp(int layer, const LayerMatrices& matrices, int rows);
   void logits(const Batch& batch);
@@ -79,8 +82,9 @@ class Model {
   Profile profile_;
 
   // Scratch of a step, [rows, ...].
-  Array<float> hidden_, qkv_, attended_, gated_, cosine_, sine_, last_;
+  Array<float> hidden_, qkv_, attended_, gated_, cosine_, sine_;
   Array<uint16_t> queries_;
+  std::vector<Span> narrowed_;
   Operand operand_;
 };
 

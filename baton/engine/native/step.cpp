@@ -22,10 +22,29 @@ void Model::step(void* pool, const Batch& batch) {
   tables(batch);
   const Weights& weights = set_for(rows);
   for (int layer = 0; layer < config_.layers; layer++) {
-    attention(layer, weights.layers[layer], pool, batch);
-    mlp(layer, weights.layers[layer], rows);
+    project(layer, weights.layers[layer], pool, batch);
+    // Past its keys and values, the last layer is for the rows that are asked for.
+    const Batch narrowed = layer + 1 < config_.layers ? batch : narrow(batch);
+    if (narrowed.rows == 0) return;
+    attention(layer, weights.layers[layer], pool, narrowed);
+    mlp(layer, weights.layers[layer], narrowed.rows);
   }
-  if (batch.sampled) logits(batch);
+  logits(batch);
+}
+
+// The batch of the sampled rows alone, each a span of its own; what they need of the scratch moves to the front.
+Batch Model::narrow(const Batch& batch) {
+  if (batch.sampled == batch.rows) return batch;
+  const size_t width = config_.hidden, heads = static_cast<size_t>(config_.heads) * config_.head_dim;
+  narrowed_.clear();
+  for (int i = 0, s = 0; i < batch.sampled; i++) {
+    const int row = batch.sampled_rows[i];
+    while (batch.span[s].start + batch.span[s].count <= row) s++;
+    narrowed_.push_back({i, 1, batch.span[s].position + row - batch.span[s].start, batch.span[s].table});
+    std::memmove(hidden_.get() + i * width, hidden_.get() + row * width, width * sizeof(float));
+    std::memmove(queries_.get() + i * heads, queries_.get() + row * heads, heads * sizeof(uint16_t));
+  }
+  return {batch.sampled, batch.sampled, batch.sampled, nullptr, narrowed_.data(), nullptr, batch.logits};
 }
 
 const Weights& Model::set_for(int rows) const {
@@ -111,21 +130,26 @@ void Model::rotate_and_store(int layer, void* pool, const Batch& batch) {
   }
 }
 
-void Model::attention(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch) {
+// Queries of all rows, and their keys and values into the pool.
+void Model::project(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch) {
   const LayerVectors& vectors = vectors_[layer];
-  const int dim = config_.head_dim, heads = config_.heads, kv_heads = config_.kv_heads, width = heads * dim;
+  const int width = (config_.heads + 2 * config_.kv_heads) * config_.head_dim;
   take(matrices.slots[QKV], hidden_.get(), batch.rows, config_.hidden, vectors.of[INPUT_NORM].get());
   {
     Timer timer(profile_, QKV_PRODUCT);
-    multiply(matrices.slots[QKV], operand_, qkv_.get(), width + 2 * kv_heads * dim, vectors.of[QKV_BIAS].get(), false);
+    multiply(matrices.slots[QKV], operand_, qkv_.get(), width, vectors.of[QKV_BIAS].get(), false);
   }
   rotate_and_store(layer, pool, batch);
+}
+
+void Model::attention(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch) {
+  const LayerVectors& vectors = vectors_[layer];
+  const int dim = config_.head_dim, heads = config_.heads, kv_heads = config_.kv_heads, width = heads * dim;
   {
     Timer timer(profile_, ATTEND);
     const KvShape shape{config_.layers, kv_heads, dim, config_.kv_format};
     for (int s = 0; s < batch.spans; s++)
-      for (int h = 0; h < kv_heads; h++)
-        attend(shape, pool, layer, h, heads / kv_heads, batch.span[s], queries_.get(), width, attended_.get(), width);
+      attend(shape, pool, layer, heads / kv_heads, batch.span[s], queries_.get(), width, attended_.get(), width);
   }
   take(matrices.slots[OUTPUT], attended_.get(), batch.rows, width, nullptr);
   Timer timer(profile_, OUTPUT_PRODUCT);
@@ -143,13 +167,10 @@ void Model::mlp(int layer, const LayerMatrices& matrices, int rows) {
   multiply(matrices.slots[DOWN], operand_, hidden_.get(), config_.hidden, nullptr, true);
 }
 
+// The sampled rows are the front ones by now.
 void Model::logits(const Batch& batch) {
-  const size_t width = config_.hidden;
-  float* last = last_.reserve(batch.sampled * width);
-  for (int i = 0; i < batch.sampled; i++)
-    std::memcpy(last + i * width, hidden_.get() + batch.sampled_rows[i] * width, width * sizeof(float));
   const Matrix& head = set_for(batch.sampled).head;
-  take(head, last, batch.sampled, config_.hidden, norm_.get());
+  take(head, hidden_.get(), batch.sampled, config_.hidden, norm_.get());
   Timer timer(profile_, HEAD_PRODUCT);
   multiply(head, operand_, batch.logits, config_.vocabulary, nullptr, false);
 }
