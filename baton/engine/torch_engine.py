@@ -6,7 +6,7 @@ import torch
 
 from baton.engine.api import Work
 from baton.engine.card import ModelDescription
-from baton.engine.kv import TORCH_DTYPES, Buffer, KvPool
+from baton.engine.kv import TORCH_DTYPES, Buffer, KvPool, make_pool
 from baton.engine.model import Model
 from baton.engine.plan import make_plan
 from baton.engine.sampler import Logits
@@ -38,14 +38,14 @@ class TorchEngine(Stepper):
         `blocks` blocks of the engine's own. Raises ModelFileError for damaged files, ConfigError for a device that is
         not there.
         """
-        assert (buffer is None) != (blocks is None), "give either the pool's memory or its size"
         where = resolve_device(device)
         assert buffer is None or where.type == "cpu", "a pool in the caller's memory is for the CPU"
         layout = description.card.kv_layout
+        if layout.dtype not in TORCH_DTYPES:
+            raise ConfigError(f"kv_dtype: KV in {layout.dtype} needs the native kernels")
         source = open_tensors(description.model, description.config)
         weights = load_weights(source, description.config, TORCH_DTYPES[layout.dtype], where)
-        pool = KvPool.over(buffer, layout) if buffer is not None else KvPool.allocate(blocks or 0, layout, where)
-        return cls(description, Model(description.config, weights), pool)
+        return cls(description, Model(description.config, weights), make_pool(layout, buffer, blocks, str(where)))
 
     @torch.inference_mode()
     def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
