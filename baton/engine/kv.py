@@ -28,7 +28,7 @@ class KvPool:
         assert blocks.shape[1:] == layout.shape, "the pool has the layout's shape"
         self.layout = layout
         self.blocks = blocks
-        self._shares = blocks.view(-1, blocks.shape[3:].numel())
+        self._shares = blocks.view(-1, blocks.shape[4:].numel())
         kinds = torch.arange(2, device=blocks.device)[:, None] * layout.kv_heads
         self._share_offsets = kinds + torch.arange(layout.kv_heads, device=blocks.device)
 
@@ -80,4 +80,8 @@ def _storage(layout: KvLayout) -> torch.dtype:
 def make_pool(layout: KvLayout, buffer: Buffer | None, blocks: int | None, device: str = "cpu") -> KvPool:
     """A pool in `buffer`, as many blocks as fit, or of `blocks` blocks of its own: give one of the two."""
     assert (buffer is None) != (blocks is None), "give either the pool's memory or its size"
-    return KvPool.over(buffer, layout) if buffer is not None else KvPool.allocate(blocks or 0, layout, torch.device(device))
+    return (
+        KvPool.over(buffer, layout)
+        if buffer is not None
+        else KvPool.allocate(blocks or 0, layout, torch.device(device))
+    )

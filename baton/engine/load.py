@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import structlog
 
+from baton.config import KernelChoice, WeightChoice
 from baton.engine.card import ModelDescription
 from baton.engine.kv import Buffer
 from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.engine import NativeEngine
-from baton.engine.native.weights import WeightChoice
 from baton.engine.torch_engine import TorchEngine, resolve_device
 from baton.errors import ConfigError
-
-KernelChoice = Literal["auto", "native", "torch"]
 
 log = structlog.get_logger(__name__)
 

@@ -47,6 +47,11 @@ class TorchEngine(Stepper):
         weights = load_weights(source, description.config, TORCH_DTYPES[layout.dtype], where)
         return cls(description, Model(description.config, weights), make_pool(layout, buffer, blocks, str(where)))
 
+    @property
+    def kernels(self) -> str:
+        """What computes, for logs."""
+        return f"torch {torch.__version__}"
+
     @torch.inference_mode()
     def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
         plan = make_plan(batch, self._pool)

@@ -52,6 +52,11 @@ int baton_pack(Model* model, int set, int layer, int slot, int first, int rows, 
       [&] { pack(matrix_of(*model, set, layer, slot), first, rows, static_cast<Source>(source), from, order); });
 }
 
+// Row `row` of a matrix as numbers [inputs].
+void baton_row(Model* model, int set, int layer, int slot, int row, float* out) {
+  unpack_row(matrix_of(*model, set, layer, slot), row, out);
+}
+
 // Sets a vector. Layer -1 is the final norm.
 int baton_vector(Model* model, int layer, int slot, const float* from, int count) {
   return guarded([&] { std::memcpy(vector_of(*model, layer, slot).reserve(count), from, count * sizeof(float)); });

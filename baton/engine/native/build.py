@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ SOURCES = Path(__file__).parent
 COMPILE_LIMIT_S = 120.0
 # No contraction: an instruction that rounds once instead of twice is chosen by the source alone, so that one element
 # gets the same bits from every instance of a kernel.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 
@@ -58,7 +59,8 @@ def target_for(features: frozenset[str]) -> Target:
         raise NativeUnavailable("the processor has no AVX2 with FMA")
     if not {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features:
         return Target("avx2", _AVX2)
-    name, flags = "avx512", _AVX2 + _AVX512
+    name = "avx512"
+    flags: tuple[str, ...] = _AVX2 + _AVX512
     for feature, flag in (("avx512_vnni", "-mavx512vnni"), ("avx512_bf16", "-mavx512bf16")):
         if feature in features:
             name, flags = f"{name}+{feature.removeprefix('avx512_')}", (*flags, flag)
@@ -102,14 +104,25 @@ def _key(target: Target) -> str:
 
 
 def _compile(compiler: str, target: Target, sources: list[Path], path: Path) -> None:
+    flags = (*_FLAGS, *target.flags)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        commands = [
+            [compiler, *flags, "-c", str(source), "-o", str(made)]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(_run, commands))
         made = Path(scratch) / path.name
-        command = [compiler, *_FLAGS, *target.flags, *map(str, sources), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise NativeUnavailable(f"{compiler} took more than {COMPILE_LIMIT_S:.0f} s") from None
-        if done.returncode:
-            cause = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
-            raise NativeUnavailable(f"{compiler} can't compile the kernels: {cause}")
+        _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(made)])
         made.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise NativeUnavailable(f"{command[0]} took more than {COMPILE_LIMIT_S:.0f} s") from None
+    if done.returncode:
+        cause = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+        raise NativeUnavailable(f"{command[0]} can't compile the kernels: {cause}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from baton.config import WeightChoice
 from baton.engine.api import Work
 from baton.engine.card import ModelDescription
 from baton.engine.kv import Buffer, KvPool, make_pool
-from baton.engine.native.library import KV_FORMATS, SPAN, NativeModel, load
 from baton.engine.native.build import NativeUnavailable
-from baton.engine.native.weights import WeightChoice, load_model
+from baton.engine.native.library import KV_FORMATS, SPAN, Library, NativeModel, load
+from baton.engine.native.weights import load_model
 from baton.engine.sampler import Logits
 from baton.engine.state import state_of
 from baton.engine.stepper import Stepper
@@ -40,8 +41,9 @@ class NativeEngine(Stepper):
         buffer: Buffer | None = None,
         blocks: int | None = None,
         weights: WeightChoice = "auto",
+        library: Library | None = None,
     ) -> NativeEngine:
-        """Loads the weights; the pool as for `TorchEngine.load`.
+        """Loads the weights; the pool as for `TorchEngine.load`, `library` the processor's own where None is given.
 
         Raises NativeUnavailable where the kernels can't be had or don't serve the layout, ModelFileError for damaged
         files.
@@ -51,10 +53,15 @@ class NativeEngine(Stepper):
             raise NativeUnavailable(f"the kernels keep KV in {' or '.join(KV_FORMATS)}, not {layout.dtype}")
         if layout.block_tokens != BLOCK_TOKENS or config.head_dim > MAX_HEAD_DIM:
             raise NativeUnavailable(f"blocks of {layout.block_tokens} tokens with heads of {config.head_dim}")
-        library = load()
+        library = library or load()
         source = open_tensors(description.model, config)
         model = load_model(library, source, config, layout.dtype, weights)
         return cls(description, model, make_pool(layout, buffer, blocks))
+
+    @property
+    def kernels(self) -> str:
+        """What computes, for logs and fingerprints."""
+        return f"native {self._model.library.target.name}"
 
     @property
     def model(self) -> NativeModel:

@@ -110,6 +110,8 @@ def _bind(path: Path) -> ctypes.CDLL:
     calls.baton_close.argtypes = (c_void_p,)
     calls.baton_shape.argtypes = (c_void_p, *(c_int,) * 6)
     calls.baton_pack.argtypes = (c_void_p, *(c_int,) * 6, c_void_p, c_void_p)
+    calls.baton_row.restype = None
+    calls.baton_row.argtypes = (c_void_p, *(c_int,) * 4, c_void_p)
     calls.baton_vector.argtypes = (c_void_p, c_int, c_int, c_void_p, c_int)
     calls.baton_step.argtypes = (c_void_p, c_void_p, POINTER(_Batch))
     calls.baton_bytes.restype = c_int64
@@ -156,6 +158,12 @@ class NativeModel:
         assert data.flags.c_contiguous, "rows follow each other"
         where = None if order is None else order.ctypes.data
         _check(self._calls.baton_pack(self._handle, which, layer, slot, first, rows, source, data.ctypes.data, where))
+
+    def row(self, which: int, layer: int, slot: int, row: int, inputs: int) -> npt.NDArray[np.float32]:
+        """A packed row as numbers."""
+        out = np.empty(inputs, np.float32)
+        self._calls.baton_row(self._handle, which, layer, slot, row, out.ctypes.data)
+        return out
 
     def vector(self, layer: int, slot: int, data: npt.NDArray[np.float32]) -> None:
         """Sets a vector of a layer."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from baton.config import WeightChoice
 from baton.engine import rope
 from baton.engine.config import ModelConfig
 from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE, Format, Library, NativeModel, Slot, Source, Vector
 from baton.engine.tensors import TensorSource
 
-WeightChoice = Literal["auto", "bf16", "int8", "int4"]
-
-_OWN_GRIDS = {"Q4_0": (Source.Q4_0, Format.INT4), "Q4_1": (Source.Q4_1, Format.INT4), "Q8_0": (Source.Q8_0, Format.INT8)}
+_OWN_GRIDS = {
+    "Q4_0": (Source.Q4_0, Format.INT4),
+    "Q4_1": (Source.Q4_1, Format.INT4),
+    "Q8_0": (Source.Q8_0, Format.INT8),
+}
 _CHOSEN = {"bf16": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
 
 
