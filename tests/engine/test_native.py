@@ -108,13 +108,8 @@ def test_shapes_of_heads(
     kernels: library.Library, tmp_path: Path, hidden: int, heads: int, kv_heads: int, dim: int,
     kv_dtype: str, times: float,
 ) -> None:  # fmt: skip
-    shape: dict[str, Any] = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": dim,
-        "hidden_size": hidden,
-    }
-    model = make_tiny(tmp_path, "llama", intermediate_size=72, **shape)
+    shape: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+    model = make_tiny(tmp_path, "llama", hidden_size=hidden, intermediate_size=72, **shape)
     tokens, counts = tokens_for(200), [70, 1, 50, 1, 20, 1, 56, 1]
     found = last_logits(native(model, "bf16", kv_dtype), sequence(tokens, list(range(13))), counts)
     error = error_of(found, model.logits(tokens), np.cumsum(counts).tolist())
