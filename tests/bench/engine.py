@@ -112,7 +112,7 @@ def compare(others: list[peers.Peer], rounds: int) -> list[Row]:
             found = {
                 p.name: statistics.median(theirs[case.name, p.name]) for p in others if (case.name, p.name) in theirs
             }
-            rows += [_row(case, form, rate, share, peer, value) for peer, value in (found or {"": None}).items()]
+            rows += [_row(case, form, rate, share, peer, value) for peer, value in (found.items() or [("", None)])]
     return rows + _ready_rows(others)
 
 
