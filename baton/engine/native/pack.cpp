@@ -30,8 +30,8 @@ size_t block_bytes(Source source) {
   return GROUP * sizeof(float);
 }
 
-// A GGUF block: a scale, in Q4_1 a minimum, then 32 numbers. The grid is kept exactly; a factor that f16 can't hold
-// (Q8_0 scales past 511) saturates.
+// A GGUF block: a scale, in Q4_1 a minimum, then 32 numbers. The grid is kept exactly. (The minimum of a Q8_0 scale past
+// 511 would overflow f16; weights of tens of thousands are no weights.)
 Group from_gguf(Source source, const uint8_t* block) {
   Group group;
   std::memcpy(&group.scale, block, 2);
