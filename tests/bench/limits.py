@@ -22,6 +22,14 @@ class Limits:
     bf16_gop_s: float
     int8_gop_s: float
 
+    def or_better(self, other: Limits) -> Limits:
+        """The greater of each: a limit that was measured beside other work is none."""
+        return Limits(
+            max(self.read_gb_s, other.read_gb_s),
+            max(self.bf16_gop_s, other.bf16_gop_s),
+            max(self.int8_gop_s, other.int8_gop_s),
+        )
+
     def seconds(self, engine: NativeEngine, case: Case, uses_bytes: bool) -> float:
         """The least time of a case: the greater of its operations at peak and its bytes at full bandwidth."""
         config = engine.description.config
