@@ -14,7 +14,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly test-gpu lint types format proto pins bench-overhead clean
+.PHONY: help setup model demo test test-nightly test-gpu lint types format proto pins bench-overhead bench-engine profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,12 @@ pins: $(STAMP) ## write constraints.txt from what .venv has now
 
 bench-overhead: model ## what the cluster adds to the engine's own time to first token
 	$(BIN)/python -m tests.bench.overhead $(ARGS)
+
+bench-engine: model ## our engine beside the peers of PEERS=DIR, or beside the hardware's limit alone
+	$(BIN)/python -m tests.bench.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+profile: model ## where a step's time goes
+	$(BIN)/python -m tests.bench.profile $(ARGS)
 
 clean: ## remove caches and build output; .venv and the model stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

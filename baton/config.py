@@ -6,12 +6,15 @@ A bad value raises ConfigError with the field's name. "auto" is resolved by whoe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from baton.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_LISTEN = "127.0.0.1:9700"
+KernelChoice = Literal["auto", "native", "torch"]
+WeightChoice = Literal["auto", "bf16", "int8", "int4"]
+KvChoice = Literal["auto", "int8"]
 TransportChoice = Literal["auto", "shm", "tcp"]
 RoleName = Literal["prefill", "decode"]
 
@@ -67,6 +70,12 @@ class WorkerConfig:
     """cpu, or auto, which is the same today: workers can't hand over blocks in a GPU's memory yet."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the device is good at."""
+    kernels: KernelChoice = "auto"
+    """native: compiled for this processor; torch: slower, equally right; auto: native where it can be had."""
+    weights: WeightChoice = "auto"
+    """bf16, int8, int4 (native kernels only), or auto: a file's own 4-bit or 8-bit grid, else int8."""
+    kv_dtype: KvChoice = "auto"
+    """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
     transport: TransportChoice = "auto"
     """How KV blocks move; auto prefers shared memory where both ends share a machine."""
     pool_tokens: int = 32_768
@@ -91,6 +100,9 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         require(len(self.roles) == 1, "roles", "one of prefill and decode; both in one process are not built yet")
         require(self.transport in ("auto", "shm", "tcp"), "transport", f"auto, shm or tcp, not {self.transport!r}")
+        for field, choices in (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice)):
+            known = get_args(choices)
+            require(getattr(self, field) in known, field, f"{', '.join(known)}, not {getattr(self, field)!r}")
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):
             require(getattr(self, field) >= 1, field, f"must be at least 1, not {getattr(self, field)}")
         for field in ("lease_s", "handoff_deadline_s"):

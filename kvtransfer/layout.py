@@ -1,7 +1,8 @@
 """The shape of a KV block.
 
 A block holds all layers' keys and values of `block_tokens` tokens in one contiguous span, so that a block is one copy
-or one send, and so is a layer's share of it: `[layer][key|value][head][token][dim]`.
+or one send, and so is a layer's share of it: `[layer][key|value][head][token][dim]`. In int8, each head's tokens are
+followed by their scales, one float32 a token.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from dataclasses import asdict, dataclass
 
 LAYOUT_VERSION = 1
 BLOCK_TOKENS = 16
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = {"int8": 4}
+"""Beside each token of a head, in the dtypes that need it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,16 @@ class KvLayout:
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """(layer, key|value, head, token, dim) of one block."""
+    def shape(self) -> tuple[int, ...]:
+        """(layer, key|value, head, token, dim) of one block; in int8 the last two are the bytes of a share."""
+        if self.dtype in SCALE_BYTES:
+            return (self.layers, 2, self.kv_heads, self.share_bytes)
         return (self.layers, 2, self.kv_heads, self.block_tokens, self.head_dim)
+
+    @property
+    def share_bytes(self) -> int:
+        """One head's keys or values in one block, with their scales."""
+        return self.block_tokens * (self.head_dim * DTYPE_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0))
 
     @property
     def block_bytes(self) -> int:
@@ -45,7 +55,7 @@ class KvLayout:
     @property
     def layer_bytes(self) -> int:
         """One layer's keys and values in one block."""
-        return 2 * self.kv_heads * self.block_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * self.kv_heads * self.share_bytes
 
     @property
     def token_bytes(self) -> int:

@@ -10,7 +10,15 @@ from cyclopts import Parameter
 from baton.cli.flags import ProcessFlags
 
 # The last name stands in annotations that the flag classes inherit as text, which are looked up in this module.
-from baton.config import RoleName, RouterConfig, TransportChoice, WorkerConfig  # noqa: F401
+from baton.config import (  # noqa: F401
+    KernelChoice,
+    KvChoice,
+    RoleName,
+    RouterConfig,
+    TransportChoice,
+    WeightChoice,
+    WorkerConfig,
+)
 from baton.launch.lifetime import announce, serve
 
 

@@ -15,7 +15,7 @@ from baton.engine import config as hf_config
 from baton.engine import gguf_config, tokenizer
 from baton.engine.config import ModelConfig
 from baton.engine.digests import weights_digest
-from baton.engine.dtypes import resolve_dtype
+from baton.engine.dtypes import resolve_dtype, resolve_kv_dtype
 from baton.engine.gguf_file import GgufFile
 from baton.engine.metadata import Metadata, read_json, read_json_if_there
 from baton.engine.models import ResolvedModel
@@ -67,8 +67,10 @@ class _Text:
     eos_token: str
 
 
-def describe(model: ResolvedModel, dtype: str = "auto", device: str = "cpu") -> ModelDescription:
-    """Reads shape and card; `dtype` (of weights, arithmetic and KV) may be "auto".
+def describe(
+    model: ResolvedModel, dtype: str = "auto", device: str = "cpu", kv_dtype: str = "auto"
+) -> ModelDescription:
+    """Reads shape and card; `dtype` (of weights and arithmetic) may be "auto", `kv_dtype` too: the same, or int8.
 
     Raises ModelFileError where a file is missing, damaged or of an unknown kind, ConfigError for an unknown dtype.
     """
@@ -78,7 +80,8 @@ def describe(model: ResolvedModel, dtype: str = "auto", device: str = "cpu") -> 
     else:
         settings = read_json(model.path / "config.json")
         config, text = hf_config.from_hf(settings), _text_of_folder(model, settings)
-    layout = KvLayout(config.layers, config.kv_heads, config.head_dim, resolve_dtype(dtype, device))
+    kept = resolve_kv_dtype(kv_dtype, resolve_dtype(dtype, device))
+    layout = KvLayout(config.layers, config.kv_heads, config.head_dim, kept)
     card = ModelCard(
         name=model.name,
         fingerprint=fingerprint(weights_digest(model.weight_files()), config, layout),

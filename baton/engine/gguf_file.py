@@ -54,9 +54,7 @@ class GgufFile:
 
     def read(self, name: str) -> FloatArray:
         """One tensor as float32, of the shape the header gives."""
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise ModelFileError(f"{self.path}: tensor {name} is missing")
+        tensor = self._tensor(name)
         raw = np.frombuffer(self._map, np.uint8, tensor.size, tensor.offset)
         if tensor.kind in _FLOATS:
             return raw.view(_FLOATS[tensor.kind]).reshape(tensor.shape).astype(np.float32)
@@ -66,6 +64,22 @@ class GgufFile:
             raise ModelFileError(f"{self.path}: tensor {name}: {tensor.kind.name} can't be read: {error}") from None
         result: FloatArray = values.reshape(tensor.shape)
         return result
+
+    def quantisation(self, name: str) -> str:
+        """The name of a tensor's type, such as Q4_1; empty for plain floats."""
+        kind = self._tensor(name).kind
+        return "" if kind in _FLOATS or kind is GGMLQuantizationType.BF16 else kind.name
+
+    def read_blocks(self, name: str) -> tuple[npt.NDArray[np.uint8], tuple[int, ...]]:
+        """A tensor's bytes as they lie in the file, which stays mapped for as long, and its shape."""
+        tensor = self._tensor(name)
+        return np.frombuffer(self._map, np.uint8, tensor.size, tensor.offset), tensor.shape
+
+    def _tensor(self, name: str) -> GgufTensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ModelFileError(f"{self.path}: tensor {name} is missing")
+        return tensor
 
     def _read_header(self, cursor: _Cursor) -> tuple[Metadata, dict[str, GgufTensor]]:
         if cursor.take(4) != b"GGUF":

@@ -9,6 +9,7 @@ import torch
 from kvtransfer.layout import KvLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What torch computes in; a pool of another dtype is bytes to it."""
 
 
 Buffer = memoryview | mmap.mmap | bytearray
@@ -27,7 +28,7 @@ class KvPool:
         assert blocks.shape[1:] == layout.shape, "the pool has the layout's shape"
         self.layout = layout
         self.blocks = blocks
-        self._shares = blocks.view(-1, layout.block_tokens * layout.head_dim)
+        self._shares = blocks.view(-1, blocks.shape[4:].numel())
         kinds = torch.arange(2, device=blocks.device)[:, None] * layout.kv_heads
         self._share_offsets = kinds + torch.arange(layout.kv_heads, device=blocks.device)
 
@@ -41,13 +42,13 @@ class KvPool:
         count = len(memory) // layout.block_bytes
         assert count > 0, "the pool's memory holds at least one block"
         assert not memory.readonly, "the pool's memory is writable"
-        flat = torch.frombuffer(memory[: count * layout.block_bytes], dtype=TORCH_DTYPES[layout.dtype])
+        flat = torch.frombuffer(memory[: count * layout.block_bytes], dtype=_storage(layout))
         return cls(flat.view(count, *layout.shape), layout)
 
     @classmethod
     def allocate(cls, count: int, layout: KvLayout, device: torch.device) -> KvPool:
         """A pool of the engine's own memory."""
-        return cls(torch.zeros((count, *layout.shape), dtype=TORCH_DTYPES[layout.dtype], device=device), layout)
+        return cls(torch.zeros((count, *layout.shape), dtype=_storage(layout), device=device), layout)
 
     @property
     def count(self) -> int:
@@ -70,3 +71,17 @@ class KvPool:
         found = self._shares.index_select(0, rows)
         keys, values = found.view(2, sequences, heads, blocks * self.layout.block_tokens, self.layout.head_dim)
         return keys, values
+
+
+def _storage(layout: KvLayout) -> torch.dtype:
+    return TORCH_DTYPES.get(layout.dtype, torch.uint8)
+
+
+def make_pool(layout: KvLayout, buffer: Buffer | None, blocks: int | None, device: str = "cpu") -> KvPool:
+    """A pool in `buffer`, as many blocks as fit, or of `blocks` blocks of its own: give one of the two."""
+    assert (buffer is None) != (blocks is None), "give either the pool's memory or its size"
+    return (
+        KvPool.over(buffer, layout)
+        if buffer is not None
+        else KvPool.allocate(blocks or 0, layout, torch.device(device))
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -24,6 +27,20 @@ class TensorSource(Protocol):
 
         Raises ModelFileError where it is missing, unreadable or of another shape.
         """
+
+    def kind(self, name: str) -> str:
+        """How the tensor `name` is stored, by GGUF's names of types; empty where that is in plain floats."""
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
+        """The tensor's quantised blocks as they are, for a `kind` that is not empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Quantised rows as a GGUF file holds them. Row i of the tensor is row `order[i]` of `data`, or i."""
+
+    data: npt.NDArray[np.uint8]
+    order: npt.NDArray[np.int32] | None
 
 
 def open_tensors(model: ResolvedModel, config: ModelConfig) -> TensorSource:
@@ -75,9 +92,23 @@ class GgufTensors:
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = torch.from_numpy(self._file.read(gguf_name(name)))
         _check_shape(f"{self._file.path}", gguf_name(name), tuple(tensor.shape), shape)
-        match = _LAYER_NAME.fullmatch(name)
-        heads = self._rotated_heads.get(match.group(2)) if match else None
+        heads = self._heads_to_reorder(name)
         return tensor if heads is None else _to_half_split(tensor, heads)
+
+    def kind(self, name: str) -> str:
+        return self._file.quantisation(gguf_name(name))
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
+        data, found = self._file.read_blocks(gguf_name(name))
+        _check_shape(f"{self._file.path}", gguf_name(name), found, shape)
+        heads = self._heads_to_reorder(name)
+        if heads is None:
+            return Blocks(data, None)
+        return Blocks(data, _to_half_split(torch.arange(shape[0], dtype=torch.int32), heads).numpy())
+
+    def _heads_to_reorder(self, name: str) -> int | None:
+        match = _LAYER_NAME.fullmatch(name)
+        return self._rotated_heads.get(match.group(2)) if match else None
 
 
 def _to_half_split(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -112,6 +143,12 @@ class SafetensorsFolder:
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ModelFileError(f"{path}: tensor {name} has dtype {tensor.dtype}, which is not supported")
         return tensor
+
+    def kind(self, name: str) -> str:
+        return ""
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
+        raise AssertionError("safetensors hold plain floats")
 
     def _check_index(self) -> None:
         path = self._folder / "model.safetensors.index.json"

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from baton.engine.api import Sampled, Sequence, Work
+from baton.engine.api import Work
 from baton.engine.card import ModelDescription
-from baton.engine.kv import TORCH_DTYPES, Buffer, KvPool
+from baton.engine.kv import TORCH_DTYPES, Buffer, KvPool, make_pool
 from baton.engine.model import Model
-from baton.engine.plan import Plan, make_plan
-from baton.engine.sampler import Logits, logprobs, sample
-from baton.engine.state import state_of
+from baton.engine.plan import make_plan
+from baton.engine.sampler import Logits
+from baton.engine.stepper import Stepper
 from baton.engine.tensors import open_tensors
 from baton.engine.weights import load_weights
 from baton.errors import ConfigError
-from baton.spec import Sampling, TokenLogprobs
-from kvtransfer.layout import KvLayout
 
 
-class TorchEngine:
+class TorchEngine(Stepper):
     """`baton.engine.api.Engine` in plain torch, on a CPU or one CUDA device. Used from one thread."""
 
     def __init__(self, description: ModelDescription, model: Model, pool: KvPool) -> None:
-        self.description = description
+        super().__init__(description, pool)
         self._model = model
-        self._pool = pool
 
     @classmethod
     def load(
@@ -41,56 +38,24 @@ class TorchEngine:
         `blocks` blocks of the engine's own. Raises ModelFileError for damaged files, ConfigError for a device that is
         not there.
         """
-        assert (buffer is None) != (blocks is None), "give either the pool's memory or its size"
         where = resolve_device(device)
         assert buffer is None or where.type == "cpu", "a pool in the caller's memory is for the CPU"
         layout = description.card.kv_layout
+        if layout.dtype not in TORCH_DTYPES:
+            raise ConfigError(f"kv_dtype: KV in {layout.dtype} needs the native kernels")
         source = open_tensors(description.model, description.config)
         weights = load_weights(source, description.config, TORCH_DTYPES[layout.dtype], where)
-        pool = KvPool.over(buffer, layout) if buffer is not None else KvPool.allocate(blocks or 0, layout, where)
-        return cls(description, Model(description.config, weights), pool)
+        return cls(description, Model(description.config, weights), make_pool(layout, buffer, blocks, str(where)))
 
     @property
-    def layout(self) -> KvLayout:
-        return self._pool.layout
-
-    @property
-    def pool(self) -> KvPool:
-        """The blocks it computes on."""
-        return self._pool
+    def kernels(self) -> str:
+        """What computes, for logs."""
+        return f"torch {torch.__version__}"
 
     @torch.inference_mode()
-    def step(self, batch: list[Work]) -> list[Sampled | None]:
-        """See `api.Engine.step`. Every token id must be below the vocabulary's size."""
-        plan, logits = self._forward(batch)
-        results: list[Sampled | None] = [None] * len(batch)
-        for row, index in enumerate(plan.sampled):
-            results[index] = _sampled(batch[index].sequence, logits[row])
-        return results
-
-    @torch.inference_mode()
-    def logits(self, batch: list[Work]) -> dict[int, Logits]:
-        """A step that draws nothing: per index of a work item that would sample, its logits [vocabulary]."""
-        plan, logits = self._forward(batch)
-        return {index: logits[row] for row, index in enumerate(plan.sampled)}
-
-    def warm_up(self) -> None:
-        """Runs one prefill and one decode step on block 0, before any sequence holds it."""
-        tokens = min(self.layout.block_tokens, self.description.config.context_tokens)
-        sequence = Sequence(bytes(16), [0] * (tokens - 1), tokens - 1, [0], 0, Sampling(temperature=0.0))
-        self.step([Work(sequence, tokens - 1)])
-        sequence.tokens.append(0)
-        self.step([Work(sequence, 1)])
-
-    def _forward(self, batch: list[Work]) -> tuple[Plan, Logits]:
-        assert batch, "a step computes something"
-        for work in batch:
-            _check(work, self.layout)
+    def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
         plan = make_plan(batch, self._pool)
-        logits: Logits = self._model.forward(plan, self._pool).cpu().numpy()
-        for work in batch:
-            work.sequence.computed += work.count
-        return plan, logits
+        return plan.sampled, self._model.forward(plan, self._pool).cpu().numpy()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -106,21 +71,3 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def _check(work: Work, layout: KvLayout) -> None:
-    sequence = work.sequence
-    assert 1 <= work.count <= sequence.remaining, "a step computes known tokens"
-    covered = len(sequence.blocks) * layout.block_tokens
-    assert sequence.computed + work.count <= covered, "blocks cover what is computed"
-
-
-def _sampled(sequence: Sequence, logits: Logits) -> Sampled:
-    sampling, penalties = sequence.sampling, state_of(sequence).penalties
-    if penalties is not None:
-        penalties.observe(sequence.tokens, len(logits))
-    token = sample(logits, sampling, len(sequence.tokens), penalties)
-    reported: tuple[TokenLogprobs, ...] = ()
-    if sampling.logprobs is not None:
-        reported = (logprobs(logits, token, sampling.logprobs),)
-    return Sampled((token,), reported)

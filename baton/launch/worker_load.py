@@ -56,23 +56,26 @@ def load(config: WorkerConfig) -> Loaded:
     import torch
 
     from baton.engine.card import describe
+    from baton.engine.load import load_engine
     from baton.engine.models import resolve
-    from baton.engine.torch_engine import TorchEngine
 
     torch.set_num_threads(config.threads)
     if config.device not in ("auto", "cpu"):
         raise ConfigError(
             f"device {config.device!r}: workers serve from CPU memory only, until there is the nccl transport"
         )
-    description = describe(resolve(config.model), config.dtype, "cpu")
+    description = describe(resolve(config.model), config.dtype, "cpu", config.kv_dtype)
     layout = description.card.kv_layout
     memory = PoolMemory(layout, layout.blocks_for(config.pool_tokens))
-    engine = TorchEngine.load(description, device="cpu", buffer=memory.buffer)
+    engine = load_engine(
+        description, device="cpu", buffer=memory.buffer, kernels=config.kernels, weights=config.weights
+    )
     engine.warm_up()
     log.info(
         "model loaded",
         model=description.card.name,
-        dtype=layout.dtype,
+        kv_dtype=layout.dtype,
+        kernels=engine.kernels,
         blocks=memory.blocks,
         pool_bytes=memory.bytes,
         seconds=round(time.monotonic() - started, 2),

@@ -26,7 +26,7 @@ from tests.engine.test_model import assert_close, last_logits, sequence
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-def write_gguf(tiny: Tiny, path: Path, architecture: str, quantised: bool = False) -> Path:
+def write_gguf(tiny: Tiny, path: Path, architecture: str, quantised: gguf.GGMLQuantizationType | None = None) -> Path:
     """What llama.cpp's converter would write of a tiny model."""
     config = tiny.reference.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -57,15 +57,20 @@ def write_gguf(tiny: Tiny, path: Path, architecture: str, quantised: bool = Fals
 
 
 def add_tensor(
-    writer: gguf.GGUFWriter, tiny: Tiny, name: str, value: np.ndarray, architecture: str, quantised: bool
+    writer: gguf.GGUFWriter,
+    tiny: Tiny,
+    name: str,
+    value: np.ndarray,
+    architecture: str,
+    quantised: gguf.GGMLQuantizationType | None,
 ) -> None:
     config = tiny.reference.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     owner = name.split(".")[-2]
     if architecture == "llama" and owner in heads:
         value = value.reshape(heads[owner], 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-    if quantised and value.ndim == 2 and "embed" not in name:
-        writer.add_tensor(gguf_name(name), quantize(value, Q8), raw_dtype=Q8)
+    if quantised is not None and value.ndim == 2 and "embed" not in name:
+        writer.add_tensor(gguf_name(name), quantize(value, quantised), raw_dtype=quantised)
     else:
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(value))
 
@@ -84,7 +89,7 @@ def test_gguf_of_each_architecture(
 
 def test_quantised_gguf_is_near(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
     model = tiny("llama")
-    path = write_gguf(model, tmp_path / "m.gguf", "llama", quantised=True)
+    path = write_gguf(model, tmp_path / "m.gguf", "llama", quantised=Q8)
     tokens = tokens_for(40)
     engine = TorchEngine.load(describe(resolve(str(path)), "float32"), blocks=4)
     found = last_logits(engine, sequence(tokens, [0, 1, 2]), [40])[0]

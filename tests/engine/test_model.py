@@ -11,6 +11,7 @@ import torch
 
 from baton.engine.api import Sequence, Work
 from baton.engine.models import ResolvedModel
+from baton.engine.stepper import Stepper
 from baton.engine.torch_engine import TorchEngine
 from baton.spec import Sampling
 from tests.engine.conftest import VARIANTS, Tiny, make_tiny, tokens_for
@@ -22,7 +23,7 @@ def sequence(tokens: list[int], blocks: list[int], computed: int = 0) -> Sequenc
     return Sequence(bytes(16), list(tokens), len(tokens), blocks, computed, Sampling(temperature=0.0))
 
 
-def last_logits(engine: TorchEngine, whole: Sequence, counts: list[int]) -> list[np.ndarray]:
+def last_logits(engine: Stepper, whole: Sequence, counts: list[int]) -> list[np.ndarray]:
     """Computes a sequence in pieces of `counts` tokens, each piece as if it were all that is known."""
     known, rows = whole.tokens, []
     for count in counts:

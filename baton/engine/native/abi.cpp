@@ -1,0 +1,90 @@
+// What Python calls, by ctypes. Pointers are trusted: the Python side checks shapes. Calls return 0, or 1 when memory
+// ran out.
+#include <new>
+
+#include "model.h"
+
+using namespace baton;
+
+namespace {
+
+template <class Do>
+int guarded(Do body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+Matrix& matrix_of(Model& model, int set, int layer, int slot) {
+  if (layer >= 0) return model.weights(set).layers[layer].slots[slot];
+  return slot == 0 ? model.weights(set).head : model.embedding();
+}
+
+Array<float>& vector_of(Model& model, int layer, int slot) {
+  return layer >= 0 ? model.vectors(layer).of[slot] : model.norm();
+}
+
+}  // namespace
+
+extern "C" {
+
+// A model without weights; null when memory ran out.
+Model* baton_open(const Config* config, const float* inverse_frequencies) {
+  Model* model = nullptr;
+  guarded([&] { model = new Model(*config, inverse_frequencies); });
+  return model;
+}
+
+void baton_close(Model* model) { delete model; }
+
+// Makes room for a matrix. Layer -1 is outside the layers: slot 0 the head, slot 1 the embedding.
+int baton_shape(Model* model, int set, int layer, int slot, int format, int outputs, int inputs) {
+  return guarded([&] { matrix_of(*model, set, layer, slot).shape(static_cast<Format>(format), outputs, inputs); });
+}
+
+// See `pack`.
+int baton_pack(Model* model, int set, int layer, int slot, int first, int rows, int source, const void* from,
+               const int32_t* order) {
+  return guarded(
+      [&] { pack(matrix_of(*model, set, layer, slot), first, rows, static_cast<Source>(source), from, order); });
+}
+
+// Row `row` of a matrix as numbers [inputs].
+void baton_row(Model* model, int set, int layer, int slot, int row, float* out) {
+  unpack_row(matrix_of(*model, set, layer, slot), row, out);
+}
+
+// Sets a vector. Layer -1 is the final norm.
+int baton_vector(Model* model, int layer, int slot, const float* from, int count) {
+  return guarded([&] { std::memcpy(vector_of(*model, layer, slot).reserve(count), from, count * sizeof(float)); });
+}
+
+int baton_step(Model* model, void* pool, const Batch* batch) {
+  return guarded([&] { model->step(pool, *batch); });
+}
+
+// Bytes of all matrices.
+int64_t baton_bytes(Model* model) {
+  int64_t total = model->embedding().data.bytes();
+  for (int set = 0; set < 2; set++) {
+    total += model->weights(set).head.data.bytes();
+    for (LayerMatrices& layer : model->weights(set).layers)
+      for (Matrix& matrix : layer.slots) total += matrix.data.bytes();
+  }
+  return total;
+}
+
+void baton_set_wide_from(Model* model, int rows) { model->set_wide_from(rows); }
+
+// Starts or stops timing; either way copies the seconds per part so far, [PARTS], and clears them.
+void baton_profile(Model* model, int on, double* seconds) {
+  Profile& profile = model->profile();
+  std::memcpy(seconds, profile.seconds, sizeof profile.seconds);
+  profile = Profile{};
+  profile.on = on;
+}
+
+}  // extern "C"

@@ -1,0 +1,91 @@
+"""The engine over the compiled kernels: a step is one call, whatever the number of layers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from baton.config import WeightChoice
+from baton.engine.api import Work
+from baton.engine.card import ModelDescription
+from baton.engine.kv import Buffer, KvPool, make_pool
+from baton.engine.native.build import NativeUnavailable
+from baton.engine.native.library import KV_FORMATS, SPAN, Library, NativeModel, load
+from baton.engine.native.weights import load_model
+from baton.engine.sampler import Logits
+from baton.engine.state import state_of
+from baton.engine.stepper import Stepper
+from baton.engine.tensors import open_tensors
+
+BLOCK_TOKENS = 16
+"""What the kernels are written for."""
+MAX_HEAD_DIM = 512
+
+
+class NativeEngine(Stepper):
+    """Weights in bf16 or in groups of 8 or 4 bits, KV in bf16 or 8 bits, on one thread of the CPU.
+
+    Each logit is one fixed order of operations over its own sequence: with one set of weights, its bits depend neither
+    on the batch nor on how the sequence was cut into steps.
+    """
+
+    def __init__(self, description: ModelDescription, model: NativeModel, pool: KvPool) -> None:
+        super().__init__(description, pool)
+        self._model = model
+        self._logits = np.empty((0, description.config.vocabulary), np.float32)
+
+    @classmethod
+    def load(
+        cls,
+        description: ModelDescription,
+        *,
+        buffer: Buffer | None = None,
+        blocks: int | None = None,
+        weights: WeightChoice = "auto",
+        library: Library | None = None,
+    ) -> NativeEngine:
+        """Loads the weights; the pool as for `TorchEngine.load`, `library` the processor's own where None is given.
+
+        Raises NativeUnavailable where the kernels can't be had or don't serve the layout, ModelFileError for damaged
+        files.
+        """
+        layout, config = description.card.kv_layout, description.config
+        if layout.dtype not in KV_FORMATS:
+            raise NativeUnavailable(f"the kernels keep KV in {' or '.join(KV_FORMATS)}, not {layout.dtype}")
+        if layout.block_tokens != BLOCK_TOKENS or config.head_dim > MAX_HEAD_DIM:
+            raise NativeUnavailable(f"blocks of {layout.block_tokens} tokens with heads of {config.head_dim}")
+        library = library or load()
+        source = open_tensors(description.model, config)
+        model = load_model(library, source, config, layout.dtype, weights)
+        return cls(description, model, make_pool(layout, buffer, blocks))
+
+    @property
+    def kernels(self) -> str:
+        """What computes, for logs and fingerprints."""
+        return f"native {self._model.library.target.name}"
+
+    @property
+    def model(self) -> NativeModel:
+        """The weights in the library's memory."""
+        return self._model
+
+    def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
+        tokens: list[int] = []
+        spans, sampled, rows = [], [], []
+        for index, work in enumerate(batch):
+            sequence = work.sequence
+            first = sequence.computed
+            spans.append((len(tokens), work.count, first, 0, state_of(sequence).table.data_ptr()))
+            tokens += sequence.tokens[first : first + work.count]
+            if work.samples:
+                sampled.append(index)
+                rows.append(len(tokens) - 1)
+        if len(rows) > len(self._logits):
+            self._logits = np.empty((len(rows), self._logits.shape[1]), np.float32)
+        self._model.step(
+            self._pool.blocks.data_ptr(),
+            np.array(tokens, np.int32),
+            np.array(spans, SPAN),
+            np.array(rows, np.int32),
+            self._logits,
+        )
+        return tuple(sampled), self._logits

@@ -1,0 +1,81 @@
+// Weight matrices, packed for the kernels, and the rows that are multiplied with them.
+//
+// A matrix of n outputs and k inputs lies in panels of 16 outputs, so that a vector register holds one output per lane
+// and no sum ever crosses lanes: each output is one chain over k in rising order, whatever the number of rows. k is
+// padded with zeros to whole groups of 32.
+//
+//   bf16   panel: [k/2][16 outputs][2]
+//   int8   panel: [k/32] of { [8][16 outputs][4] bytes; scales f16 [16]; minima f16 [16] }   9 bits a weight
+//   int4   panel: [k/32] of { [4][16 outputs][4] bytes; scales f16 [16]; minima f16 [16] }   5 bits a weight
+//
+// A weight is scale * q + minimum, with q unsigned; GGUF's Q4_0, Q4_1 and Q8_0 fit in without rounding. In int4, the low
+// half of line j's bytes holds inputs 4j..4j+3 of the group and the high half inputs 16+4j...
+#pragma once
+
+#include "memory.h"
+
+namespace baton {
+
+constexpr int PANEL = 16;
+constexpr int GROUP = 32;
+constexpr int ROWS = 12;  // most rows of one tile
+
+enum class Format : int32_t { none = 0, bf16 = 1, int8 = 2, int4 = 3 };
+
+// Rows of one tile for a product of so many: as even as can be (16 rows of bytes are two tiles of 8), and as many as the
+// kernels of the format keep in registers.
+constexpr int tile_height(Format format, int rows) {
+  const int most = format == Format::bf16 ? ROWS / 2 : ROWS, tiles = (rows + most - 1) / most;
+  return (rows + tiles - 1) / tiles;
+}
+
+constexpr int group_bytes(Format format) {
+  return format == Format::bf16 ? GROUP * PANEL * 2 : (format == Format::int8 ? 512 : 256) + 64;
+}
+
+struct Matrix {
+  Format format = Format::none;
+  int outputs = 0, inputs = 0;
+  Array<uint8_t> data;
+
+  void shape(Format kind, int n, int k) {
+    format = kind, outputs = n, inputs = k;
+    data.reserve(panels() * panel_bytes());
+  }
+  int groups() const { return (inputs + GROUP - 1) / GROUP; }
+  int panels() const { return (outputs + PANEL - 1) / PANEL; }
+  size_t panel_bytes() const { return static_cast<size_t>(groups()) * group_bytes(format); }
+  uint8_t* panel(int index) { return data.get() + index * panel_bytes(); }
+  const uint8_t* panel(int index) const { return data.get() + index * panel_bytes(); }
+};
+
+// Rows in the form a format's kernel reads: cut into tiles of `height` rows (the last may be shorter), a tile interleaved
+// by row so that what the kernel broadcasts lies in a line: bf16 [k/2][tile rows][2]; bytes [k/4][tile rows][4] with a
+// scale and scale * sum per group of 32, [k/32][tile rows] each.
+struct Operand {
+  int rows = 0, groups = 0, height = 0;
+  Array<uint16_t> pairs;
+  Array<int8_t> bytes;
+  Array<float> scales, sums;
+
+  // Takes `count` rows of `inputs` numbers, `stride` apart. With `weights`, each is first normalised: RMSNorm.
+  void take(Format format, const float* from, int count, int inputs, int stride, const float* weights, float eps);
+};
+
+// out [rows, outputs], `stride` apart, gets the product (plus `bias`, where there is one) or, accumulating, adds it.
+void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride, const float* bias, bool accumulate);
+
+// out gets silu(gate product) * up product, of two matrices of one shape and format.
+void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride);
+
+// A weight row as numbers: out [inputs].
+void unpack_row(const Matrix& matrix, int row, float* out);
+
+// What weights come as.
+enum class Source : int32_t { f32 = 0, q4_0 = 1, q4_1 = 2, q8_0 = 3 };
+
+// Packs `rows` rows from `from` into rows [first, first + rows) of a shaped matrix; source row of the i-th is order[i],
+// or i. GGUF sources must go to the format that holds them exactly: q4_* to int4, q8_0 to int8.
+void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order);
+
+}  // namespace baton

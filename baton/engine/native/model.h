@@ -1,0 +1,91 @@
+// A decoder of the Llama family: its weights, and one step over a batch.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "matrix.h"
+#include "profile.h"
+
+namespace baton {
+
+struct Config {
+  int32_t layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary;
+  KvFormat kv_format;
+  float eps, rope_scale;  // rope_scale: what cosine and sine are multiplied by
+  int32_t wide_from;      // rows from which the second set of weights is used, where there is one
+};
+
+// Matrices of a layer, in the order of the ABI.
+enum Slot { QKV, OUTPUT, GATE, UP, DOWN, SLOTS };
+// Vectors of a layer, in the order of the ABI; those the architecture lacks stay empty.
+enum Vector { INPUT_NORM, MLP_NORM, Q_NORM, K_NORM, QKV_BIAS, OUTPUT_BIAS, VECTORS };
+
+struct LayerMatrices {
+  Matrix slots[SLOTS];
+};
+struct LayerVectors {
+  Array<float> of[VECTORS];
+};
+
+// One copy of all matrices, in a format of its own.
+struct Weights {
+  std::vector<LayerMatrices> layers;
+  Matrix head;
+};
+
+// A batch: `spans` cover rows [0, rows) of `tokens`; `sampled_rows`, rising, are those whose
+// logits [sampled, vocabulary] are asked for.
+struct Batch {
+  int32_t rows, spans, sampled;
+  const int32_t* tokens;
+  const Span* span;
+  const int32_t* sampled_rows;
+  float* logits;
+};
+
+class Model {
+ public:
+  Model(const Config& config, const float* inverse_frequencies);
+
+  const Config& config() const { return config_; }
+  Weights& weights(int set) { return sets_[set]; }
+  LayerVectors& vectors(int layer) { return vectors_[layer]; }
+  Array<float>& norm() { return norm_; }
+  // Where token embeddings are read; the head of the first set where the two are tied.
+  Matrix& embedding() { return embedding_; }
+  Profile& profile() { return profile_; }
+  void set_wide_from(int rows) { config_.wide_from = rows; }
+
+  // Writes the KV of the batch's tokens into the pool and its logits.
+  void step(void* pool, const Batch& batch);
+
+ private:
+  const Weights& set_for(int rows) const;
+  void embed(const Batch& batch);
+  void tables(const Batch& batch);
+  void rotate_and_store(int layer, void* pool, const Batch& batch);
+  void rotate(float* head, const float* cosine, const float* sine, const float* norm) const;
+  Batch narrow(const Batch& batch);
+  void project(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch);
+  void attention(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch);
+  void mlp(int layer, const LayerMatrices& matrices, int rows);
+  void logits(const Batch& batch);
+  void take(const Matrix& matrix, const float* rows, int count, int stride, const float* norm);
+
+  Config config_;
+  std::vector<float> inverse_frequencies_;
+  Weights sets_[2];
+  std::vector<LayerVectors> vectors_;
+  Array<float> norm_;
+  Matrix embedding_;
+  Profile profile_;
+
+  // Scratch of a step, [rows, ...].
+  Array<float> hidden_, qkv_, attended_, gated_, cosine_, sine_;
+  Array<uint16_t> queries_;
+  std::vector<Span> narrowed_;
+  Operand operand_;
+};
+
+}  // namespace baton

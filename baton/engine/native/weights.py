@@ -1,0 +1,101 @@
+"""A checkpoint packed for the kernels: each matrix in the file's own grid where it has one, or in a chosen format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from baton.config import WeightChoice
+from baton.engine import rope
+from baton.engine.config import ModelConfig
+from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE, Format, Library, NativeModel, Slot, Source, Vector
+from baton.engine.tensors import TensorSource
+
+_OWN_GRIDS = {
+    "Q4_0": (Source.Q4_0, Format.INT4),
+    "Q4_1": (Source.Q4_1, Format.INT4),
+    "Q8_0": (Source.Q8_0, Format.INT8),
+}
+_CHOSEN = {"bf16": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
+
+
+@dataclass(frozen=True, slots=True)
+class _Packer:
+    """Reads tensors out of a source and packs them, as one set of weights."""
+
+    model: NativeModel
+    source: TensorSource
+    choice: WeightChoice
+    which: int
+
+    def matrix(self, layer: int, slot: int, parts: list[tuple[str, int]], columns: int) -> None:
+        """The named tensors, of so many rows each, one above the other."""
+        kinds = {self.source.kind(name) for name, _ in parts}
+        own = _OWN_GRIDS.get(next(iter(kinds))) if len(kinds) == 1 else None
+        form = self._format(own, is_outside=layer == OUTSIDE)
+        keeps_grid = own is not None and own[1] is form and columns % 32 == 0
+        self.model.shape(self.which, layer, slot, form, sum(rows for _, rows in parts), columns)
+        first = 0
+        for name, rows in parts:
+            if keeps_grid and own is not None:
+                blocks = self.source.blocks(name, (rows, columns))
+                self.model.pack(self.which, layer, slot, first, rows, own[0], blocks.data, blocks.order)
+            else:
+                numbers = self.source.read(name, (rows, columns)).float().contiguous().numpy()
+                self.model.pack(self.which, layer, slot, first, rows, Source.F32, numbers)
+            first += rows
+
+    def vector(self, layer: int, slot: int, parts: list[tuple[str, int]]) -> None:
+        """The named vectors, one after the other."""
+        read = [self.source.read(name, (size,)).float() for name, size in parts]
+        self.model.vector(layer, slot, torch.cat(read).numpy())
+
+    def _format(self, own: tuple[Source, Format] | None, is_outside: bool) -> Format:
+        if self.choice == "auto":
+            return own[1] if own is not None else Format.INT8
+        if self.choice == "int4" and (is_outside or own is not None):
+            return own[1] if own is not None else Format.INT8  # the head decides what is said: it keeps 8 bits
+        return _CHOSEN[self.choice]
+
+
+def load_model(
+    library: Library, source: TensorSource, config: ModelConfig, kv_dtype: str, choice: WeightChoice
+) -> NativeModel:
+    """Packs all weights. "auto" keeps a file's own 4-bit and 8-bit grids exactly and rounds the rest to 8 bits.
+
+    Raises ModelFileError where the files lack a tensor or have it in another shape.
+    """
+    inverse, scale = rope.frequencies(config)
+    model = NativeModel(library, config, kv_dtype, np.ascontiguousarray(inverse.numpy()), scale)
+    packer = _Packer(model, source, choice, 0)
+    head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+    packer.matrix(OUTSIDE, HEAD, [(head, config.vocabulary)], config.hidden)
+    if not config.tied_embeddings:
+        packer.matrix(OUTSIDE, EMBEDDING, [("model.embed_tokens.weight", config.vocabulary)], config.hidden)
+    packer.vector(OUTSIDE, 0, [("model.norm.weight", config.hidden)])
+    for layer in range(config.layers):
+        _layer(packer, config, layer)
+    return model
+
+
+def _layer(packer: _Packer, config: ModelConfig, layer: int) -> None:
+    prefix = f"model.layers.{layer}"
+    attention = f"{prefix}.self_attn"
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    packer.matrix(layer, Slot.QKV, [(f"{attention}.{name}.weight", n) for name, n in rows.items()], config.hidden)
+    packer.matrix(layer, Slot.OUTPUT, [(f"{attention}.o_proj.weight", config.hidden)], queries)
+    packer.matrix(layer, Slot.GATE, [(f"{prefix}.mlp.gate_proj.weight", config.mlp)], config.hidden)
+    packer.matrix(layer, Slot.UP, [(f"{prefix}.mlp.up_proj.weight", config.mlp)], config.hidden)
+    packer.matrix(layer, Slot.DOWN, [(f"{prefix}.mlp.down_proj.weight", config.hidden)], config.mlp)
+    packer.vector(layer, Vector.INPUT_NORM, [(f"{prefix}.input_layernorm.weight", config.hidden)])
+    packer.vector(layer, Vector.MLP_NORM, [(f"{prefix}.post_attention_layernorm.weight", config.hidden)])
+    if config.qk_norm:
+        packer.vector(layer, Vector.Q_NORM, [(f"{attention}.q_norm.weight", config.head_dim)])
+        packer.vector(layer, Vector.K_NORM, [(f"{attention}.k_norm.weight", config.head_dim)])
+    if config.attention_bias:
+        packer.vector(layer, Vector.QKV_BIAS, [(f"{attention}.{name}.bias", n) for name, n in rows.items()])
+    if config.output_bias:
+        packer.vector(layer, Vector.OUTPUT_BIAS, [(f"{attention}.o_proj.bias", config.hidden)])
