@@ -73,7 +73,7 @@ class WorkerConfig:
     kernels: KernelChoice = "auto"
     """native: compiled for this processor; torch: slower, equally right; auto: native where it can be had."""
     weights: WeightChoice = "auto"
-    """bf16, int8, int4 (native kernels only), or auto: a file's own 4-bit or 8-bit grid, else int8."""
+    """bf16, int8, int4 (native kernels only), or auto: a file's own 4-bit or 8-bit grid, else bf16."""
     kv_dtype: KvChoice = "auto"
     """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
     transport: TransportChoice = "auto"

@@ -31,9 +31,9 @@ torch.set_num_threads(1)
 from baton.engine.api import Sequence, Work
 from baton.engine.card import describe
 from baton.engine.models import resolve
-from baton.engine.torch_engine import TorchEngine
+from baton.engine.load import load_engine
 from baton.spec import Sampling
-engine = TorchEngine.load(describe(resolve("smollm2-135m")), blocks=80)
+engine = load_engine(describe(resolve("smollm2-135m")), blocks=80)
 engine.warm_up()
 print("ready", flush=True)
 for line in sys.stdin:

@@ -54,7 +54,7 @@ class _Packer:
 
     def _format(self, own: tuple[Source, Format] | None, is_outside: bool) -> Format:
         if self.choice == "auto":
-            return own[1] if own is not None else Format.INT8
+            return own[1] if own is not None else Format.BF16  # nobody asked for other weights than the file's
         if self.choice == "int4" and (is_outside or own is not None):
             return own[1] if own is not None else Format.INT8  # the head decides what is said: it keeps 8 bits
         return _CHOSEN[self.choice]
@@ -63,7 +63,7 @@ class _Packer:
 def load_model(
     library: Library, source: TensorSource, config: ModelConfig, kv_dtype: str, choice: WeightChoice
 ) -> NativeModel:
-    """Packs all weights. "auto" keeps a file's own 4-bit and 8-bit grids exactly and rounds the rest to 8 bits.
+    """Packs all weights. "auto" keeps a file's own 4-bit and 8-bit grids exactly and the rest in bf16.
 
     Raises ModelFileError where the files lack a tensor or have it in another shape.
     """
