@@ -13,6 +13,7 @@ import time
 
 import structlog
 
+from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
 from baton.engine.load_report import load_report
 from baton.engine.runner import Runner, StepItem, StepReport
@@ -47,8 +48,10 @@ class DecodeRole:
         transports: dict[str, Transport],
         limits: LedgerLimits,
         max_sequences: int,
+        chunk_tokens: int,
         worker: WorkerService,
         counts: Counts,
+        model: CostModel | None = None,
     ) -> None:
         self.layout = engine.layout
         self.pool = pool
@@ -57,12 +60,13 @@ class DecodeRole:
         self.ledger = GrantLedger(pool, limits, self._on_abort)
         self.writers: Writers | None = None
         self._max_sequences = max_sequences
+        self._chunk_tokens = chunk_tokens
         self._worker = worker
         self._counts = counts
         self._pending: dict[HandoffKey, Pending] = {}
         self._residents: dict[AttemptKey, Resident] = {}
         self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
-        self.runner = Runner(engine, DecodeScheduler(), self)
+        self.runner = Runner(engine, DecodeScheduler(), self, model)
         self._load = LoadReporter(worker, self._load_report)
 
     @property
@@ -325,4 +329,6 @@ class DecodeRole:
             running=len(self._residents),
             waiting_tokens=0,
             resident_tokens=sum(len(resident.tokens) for resident in self._residents.values()),
+            model=self.runner.model,
+            chunk_tokens=self._chunk_tokens,
         )

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import structlog
 
 from baton import errors
+from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
 from baton.engine.load_report import load_report
+from baton.engine.prompt_queue import PromptQueue
 from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import process_from_wire, run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
@@ -22,14 +24,13 @@ from baton.spec import AttemptKey, FinishReason, HandoffKey
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
+from kvtransfer.admission import Admission
 from kvtransfer.delivery import Delivery
 from kvtransfer.handoff import RefusalReason
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
-from prefill_worker.admission import Admission
 from prefill_worker.attempt import Attempt, State
 from prefill_worker.outbound import Outbound
-from prefill_worker.queue import PromptQueue
 from prefill_worker.scheduler import PrefillScheduler
 from prefill_worker.senders import Senders
 from prefill_worker.tombstones import Tombstones
@@ -57,6 +58,7 @@ class PrefillRole:
         handoff_deadline_s: float,
         worker: WorkerService,
         counts: Counts,
+        model: CostModel | None = None,
     ) -> None:
         self.layout = engine.layout
         self.pool = pool
@@ -65,10 +67,10 @@ class PrefillRole:
         self._counts = counts
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._started: dict[AttemptKey, Attempt] = {}
-        self._waiting = PromptQueue()
+        self._waiting: PromptQueue[Attempt] = PromptQueue()
         self._senders = Senders(handshake, transports, self, handoff_deadline_s, counts)
         self._tombstones = Tombstones()
-        self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self)
+        self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self, model)
         self._load = LoadReporter(worker, self._load_report)
 
     @property
@@ -110,11 +112,13 @@ class PrefillRole:
         if spec.attempt in self._tombstones:
             self._counts.add("late_messages")  # it is over, or its cancel came first, and that was acknowledged
             return
-        if obstacle := self._admission.obstacle(spec):
+        if obstacle := self._admission.obstacle(spec.known_tokens):
             router.send(ended=wire.Ended(attempt=spec.attempt, status=EXHAUSTED, message=obstacle))
             return
-        attempt = self._attempts[spec.attempt] = Attempt(spec, router)
-        self._waiting.push(attempt)
+        attempt = self._attempts[spec.attempt] = Attempt(spec, router, digests=self._admission.digests(spec))
+        cached = self._admission.cached(spec, attempt.digests)
+        work_s = self.runner.cost.prefill(spec.known_tokens - cached, cached, self._chunk_tokens)
+        self._waiting.push(attempt, work_s)
         self._start_waiting()
 
     def _bind(self, router: RouterSession, message: wire.BindCommand) -> None:
@@ -167,17 +171,18 @@ class PrefillRole:
     # -- computing -----------------------------------------------------------------------------------------------
 
     def _start_waiting(self) -> None:
-        """Starts prompts in turn, while the engine has less than two chunks ahead and decode workers keep up."""
-        while (attempt := self._waiting.first()) is not None:
-            ahead = sum(other.uncomputed for other in self._started.values() if other.in_engine)
-            ungranted = sum(not other.granted for other in self._started.values())
-            if (
-                ahead >= 2 * self._chunk_tokens
-                or ungranted >= self._max_ungranted
-                or not self._admission.reserve(attempt)
-            ):
+        """Starts prompts in turn while the engine has less than two chunks ahead of them and decode workers keep up."""
+        while (attempt := self._waiting.first(time.monotonic())) is not None:
+            started = self._started.values()
+            ahead = sum(other.uncomputed for other in started if other.in_engine and other.rank <= attempt.rank)
+            ungranted = sum(not other.granted for other in started)
+            if ahead >= 2 * self._chunk_tokens or ungranted >= self._max_ungranted:
+                break
+            room = self._admission.reserve(attempt.spec, attempt.digests, attempt.spec.known_tokens)
+            if room is None:
                 break
             self._waiting.remove(attempt)
+            attempt.blocks, attempt.cached_tokens = list(room.blocks), room.cached_tokens
             self._start(attempt)
         self._load.changed()
 
@@ -187,7 +192,7 @@ class PrefillRole:
         attempt.started_at = time.monotonic()
         attempt.in_engine = True
         attempt.computed = attempt.cached_tokens
-        self.runner.add(Sequence.from_spec(attempt.spec, attempt.blocks, attempt.cached_tokens))
+        self.runner.add(Sequence.from_spec(attempt.spec, attempt.blocks, attempt.cached_tokens, attempt.rank))
         attempt.router.send(
             started=wire.Started(attempt=attempt.key, queue_ms=attempt.queue_ms, cached_tokens=attempt.cached_tokens)
         )
@@ -230,7 +235,7 @@ class PrefillRole:
     def _first_token(self, attempt: Attempt, item: StepItem, now: float) -> None:
         attempt.first, attempt.first_token_at = item, now
         attempt.state = State.DELIVERING
-        self._admission.remember(attempt)
+        self._admission.remember(attempt.blocks, attempt.digests)
         if item.finish is not None:
             self._finish(attempt, item.finish)
             return
@@ -346,4 +351,6 @@ class PrefillRole:
             running=len(self._started),
             waiting_tokens=self._waiting.tokens + computing,
             resident_tokens=self.pool.statistics().held * self.layout.block_tokens,
+            model=self.runner.model,
+            chunk_tokens=self._chunk_tokens,
         )

@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 
 from baton.config import WorkerConfig
+from baton.cost import CostModel
 from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
@@ -180,8 +181,10 @@ def _compose(parts: Parts) -> list[Service]:
             transports=parts.transports,
             limits=LedgerLimits(lease_s=config.lease_s, handoff_s=HANDOFF_LIMIT_S, tombstone_s=HANDOFF_LIMIT_S),
             max_sequences=config.max_sequences,
+            chunk_tokens=config.chunk_tokens,
             worker=parts.worker,
             counts=counts,
+            model=CostModel(loaded.measured),
         )
         events.deliver_to(decode)
         transfer = TransferService(decode, parts.current_process, config.lease_s, counts, config.checksums)
@@ -201,6 +204,7 @@ def _compose(parts: Parts) -> list[Service]:
             handoff_deadline_s=config.handoff_deadline_s,
             worker=parts.worker,
             counts=counts,
+            model=CostModel(loaded.measured),
         )
         parts.roles.append(prefill)
     for role in parts.roles:

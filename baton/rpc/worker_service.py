@@ -68,6 +68,8 @@ class WorkerService(WorkerServicer):
         self._counts = counts
         self._sessions: dict[str, RouterSession] = {}
         self._handlers: list[RoleHandler] = []
+        self.on_attach: list[Callable[[RouterSession], None]] = []
+        """Each is called with a router that starts a session."""
         self.attached, self.detached = asyncio.Event(), asyncio.Event()
         self.detached.set()
 
@@ -146,6 +148,9 @@ class WorkerService(WorkerServicer):
         self.attached.set()
         self.detached.clear()
         log.info("router attached", router=router.name, resumed=resumed)
+        if not resumed:
+            for tell in self.on_attach:
+                tell(record)
         return record, resumed, stream
 
     def _begin(self, router: ProcessRef, session_id: str) -> RouterSession:

@@ -186,6 +186,7 @@ class DecodeNode(Node):
             transports={settings.kind: self.transport},
             limits=LedgerLimits(lease_s=settings.lease_s),
             max_sequences=settings.max_sequences,
+            chunk_tokens=settings.chunk_tokens,
             worker=self.worker,
             counts=self.counts,
         )
