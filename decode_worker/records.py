@@ -39,6 +39,8 @@ class Resident:
     resident_at: float
     first_step_at: float | None = None
     ending: bool = field(default=False)
+    failure: str = ""
+    """Why it ends, where its own results could not be handled."""
 
 
 class Writers(Protocol):

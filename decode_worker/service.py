@@ -19,6 +19,7 @@ from baton.engine.load_report import load_report
 from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
+from baton.rpc.results import TokenFrames, for_each
 from baton.rpc.worker_service import RouterSession, WorkerService
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
@@ -33,6 +34,7 @@ from kvtransfer.prefix import block_digests
 from kvtransfer.transports.base import Transport
 
 SLOT_RETRY_S = 0.25
+INTERNAL = 13  # google.rpc.Code
 log = structlog.get_logger(__name__)
 
 
@@ -181,6 +183,7 @@ class DecodeRole:
         cancelled = self.ledger.cancel(attempt, time.monotonic())
         resident = self._residents.get(attempt)
         if resident is not None:
+            resident.failure = ""
             if not resident.ending:
                 resident.ending = True
                 self.runner.remove(attempt)
@@ -196,33 +199,44 @@ class DecodeRole:
     # -- the engine's steps --------------------------------------------------------------------------------------
 
     def on_step(self, report: StepReport) -> None:
-        """See `StepEvents`. One frame per router carries the tokens of all its sequences."""
-        frames: dict[int, tuple[RouterSession, list[wire.TokenRun]]] = {}
-        finished: list[tuple[Resident, StepItem]] = []
-        for item in report.items:
-            resident = self._residents.get(item.key)
-            if resident is None or resident.ending:
-                continue  # cancelled while the step ran
-            if resident.first_step_at is None:
-                resident.first_step_at = report.started
-            resident.tokens.extend(item.token_ids)
-            if item.token_ids:
-                _, runs = frames.setdefault(id(resident.router), (resident.router, []))
-                runs.append(run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
-            if item.finish is not None or report.error:
-                finished.append((resident, item))
-        for router, runs in frames.values():
-            router.send(tokens=wire.TokenFrame(runs=runs))
-        for resident, item in finished:
-            self._finish(resident, item, report)
+        """See `StepEvents`. One frame per router carries the tokens of all its sequences; what raises for one sequence
+        ends that one alone."""
+        frames = TokenFrames()
+        for_each(report.items, lambda item: self._decoded(item, report, frames), self._broken)
+        frames.send()
+        over = report.items if report.error else [item for item in report.items if item.finish is not None]
+        for_each(over, lambda item: self._finish(item, report), self._broken)
         self._load.changed()
 
     def on_removed(self, key: AttemptKey) -> None:
-        """See `StepEvents`: the engine has let go of a cancelled sequence."""
+        """See `StepEvents`: the engine has let go of a sequence that was cancelled, or could not go on."""
         resident = self._residents.get(key)
-        if resident is not None:
-            self._release(resident)
+        if resident is None:
+            return
+        self._release(resident)
+        if resident.failure:
+            ended = wire.Ended(attempt=key, status=INTERNAL, message=f"decode failed: {resident.failure}")
+            resident.router.send(ended=ended)
+        else:
             resident.router.send(freed=wire.Freed(attempt=key))
+
+    def _decoded(self, item: StepItem, report: StepReport, frames: TokenFrames) -> None:
+        resident = self._residents.get(item.key)
+        if resident is None or resident.ending:
+            return  # cancelled while the step ran
+        if resident.first_step_at is None:
+            resident.first_step_at = report.started
+        resident.tokens.extend(item.token_ids)
+        if item.token_ids:
+            frames.add(resident.router, run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
+
+    def _broken(self, item: StepItem, reason: str) -> None:
+        """Ends the sequence, once no step touches its blocks."""
+        self._counts.add("results_failed")
+        resident = self._residents.get(item.key)
+        if resident is not None and not resident.ending:
+            resident.ending, resident.failure = True, reason
+            self.runner.remove(item.key)
 
     async def stop(self) -> None:
         """Ends the engine's thread; whatever is resident is lost with it."""
@@ -276,23 +290,26 @@ class DecodeRole:
         pending.router.send(tokens=wire.TokenFrame(runs=[run]))
         self._load.changed()
 
-    def _finish(self, resident: Resident, item: StepItem, report: StepReport) -> None:
-        self._release(resident)
+    def _finish(self, item: StepItem, report: StepReport) -> None:
+        resident = self._residents.get(item.key)
+        if resident is None or resident.ending:
+            return
         ended = wire.Ended(attempt=item.key, output_tokens=len(resident.tokens) - len(resident.spec.prompt))
         if report.error:
-            ended.status, ended.message = 13, f"decode failed: {report.error}"  # google.rpc.Code.INTERNAL
+            ended.status, ended.message = INTERNAL, f"decode failed: {report.error}"
         elif item.finish is not None:
             ended.reason = int(item.finish)  # type: ignore[assignment]  # the same numbers
         if resident.first_step_at is not None:
             ended.first_step_wait_ms = (resident.first_step_at - resident.resident_at) * 1e3
             ended.decode_ms = (report.started + report.seconds - resident.first_step_at) * 1e3
+        self._release(resident)
         resident.router.send(ended=ended)
 
     def _release(self, resident: Resident) -> None:
         """Blocks whose tokens were all computed stay in the prefix cache for a next turn: the last token is not."""
-        del self._residents[resident.key.attempt]
         computed = resident.tokens[:-1]
         digests = block_digests(computed, self.layout.block_tokens, resident.spec.tenant_salt, self.fingerprint)
+        del self._residents[resident.key.attempt]
         self.ledger.release(resident.key, time.monotonic(), digests)
         self._load.changed()
 

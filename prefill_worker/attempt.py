@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 
 from baton.engine.runner import StepItem
 from baton.rpc.worker_service import RouterSession
-from baton.spec import AttemptKey, SequenceSpec
+from baton.spec import AttemptKey, FinishReason, HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
+from kvtransfer.handoff import RefusalReason
 from prefill_worker.outbound import Outbound
 from prefill_worker.sender import Sender
 
@@ -90,6 +91,12 @@ class Attempt:
             outbound.first_logprobs = self.first.logprobs[0] if self.first.logprobs else None
             outbound.delivery.first_token()
 
+    def finished(self, reason: FinishReason) -> wire.Ended:
+        """Its first token was its last."""
+        ended = wire.Ended(attempt=self.key, output_tokens=len(self.spec.output) + 1)
+        ended.reason = reason.value  # type: ignore[assignment]  # the same numbers
+        return ended
+
     def report(self) -> wire.PrefillReport:
         """What it cost here."""
         done = self.first_token_at or time.monotonic()
@@ -108,3 +115,16 @@ class Attempt:
             report.transfer_blocks = cost.blocks
             report.transfer_cached_blocks = cost.cached_blocks
         return report
+
+
+def handoff_failed(
+    key: HandoffKey, reason: RefusalReason, message: str, retry_after_s: float | None
+) -> wire.HandoffFailed:
+    """A handoff came to nothing."""
+    return wire.HandoffFailed(
+        attempt=key.attempt,
+        handoff=key.handoff,
+        reason=wire.RefusalReason.Value(f"REFUSAL_REASON_{reason.name}"),
+        message=message,
+        retry_after_ms=None if retry_after_s is None else retry_after_s * 1e3,
+    )

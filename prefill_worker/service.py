@@ -19,6 +19,7 @@ from baton.engine.prompt_queue import PromptQueue
 from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import process_from_wire, run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
+from baton.rpc.results import TokenFrames, for_each
 from baton.rpc.worker_service import RouterSession, WorkerService
 from baton.spec import AttemptKey, FinishReason, HandoffKey
 from baton.telemetry import Counts
@@ -29,7 +30,7 @@ from kvtransfer.delivery import Delivery
 from kvtransfer.handoff import RefusalReason
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
-from prefill_worker.attempt import Attempt, State
+from prefill_worker.attempt import Attempt, State, handoff_failed
 from prefill_worker.outbound import Outbound
 from prefill_worker.scheduler import PrefillScheduler
 from prefill_worker.senders import Senders
@@ -198,32 +199,36 @@ class PrefillRole:
         )
 
     def on_step(self, report: StepReport) -> None:
-        """See `StepEvents`."""
-        first_tokens: dict[int, tuple[RouterSession, list[wire.TokenRun]]] = {}
-        drawn: list[tuple[Attempt, StepItem]] = []
-        for item in report.items:
-            attempt = self._attempts.get(item.key)
-            if attempt is None:
-                continue
-            attempt.in_engine = not (item.token_ids or report.error)
-            if attempt.over:
-                continue  # `on_removed` follows
-            if report.error:
-                self._fail(attempt, INTERNAL, f"prefill failed: {report.error}")
-                continue
-            attempt.computed = item.computed
-            if item.token_ids:
-                _, runs = first_tokens.setdefault(id(attempt.router), (attempt.router, []))
-                runs.append(run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
-                drawn.append((attempt, item))
-            elif attempt.outbound is not None and attempt.sender is not None:
-                attempt.outbound.delivery.computed(attempt.computed)
-                attempt.sender.advance(attempt.outbound)
-        for router, runs in first_tokens.values():
-            router.send(tokens=wire.TokenFrame(runs=runs))
-        for attempt, item in drawn:
-            self._first_token(attempt, item, report.started + report.seconds)
+        """See `StepEvents`. What raises for one sequence ends that one alone."""
+        frames = TokenFrames()
+        for_each(report.items, lambda item: self._computed(item, report, frames), self._broken)
+        frames.send()
+        drawn = [item for item in report.items if item.token_ids]
+        for_each(drawn, lambda item: self._first_token(item, report.started + report.seconds), self._broken)
         self._start_waiting()
+
+    def _computed(self, item: StepItem, report: StepReport, frames: TokenFrames) -> None:
+        attempt = self._attempts.get(item.key)
+        if attempt is None:
+            return
+        attempt.in_engine = not (item.token_ids or report.error)
+        if attempt.over:
+            return  # `on_removed` follows
+        if report.error:
+            self._fail(attempt, INTERNAL, f"prefill failed: {report.error}")
+            return
+        attempt.computed = item.computed
+        if item.token_ids:
+            frames.add(attempt.router, run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
+        elif attempt.outbound is not None and attempt.sender is not None:
+            attempt.outbound.delivery.computed(attempt.computed)
+            attempt.sender.advance(attempt.outbound)
+
+    def _broken(self, item: StepItem, reason: str) -> None:
+        self._counts.add("results_failed")
+        attempt = self._attempts.get(item.key)
+        if attempt is not None and not attempt.over:
+            self._fail(attempt, INTERNAL, f"prefill failed: {reason}")
 
     def on_removed(self, key: AttemptKey) -> None:
         """See `StepEvents`."""
@@ -232,7 +237,10 @@ class PrefillRole:
             attempt.in_engine = False
             self._release_if_idle(attempt)
 
-    def _first_token(self, attempt: Attempt, item: StepItem, now: float) -> None:
+    def _first_token(self, item: StepItem, now: float) -> None:
+        attempt = self._attempts.get(item.key)
+        if attempt is None or attempt.over:
+            return
         attempt.first, attempt.first_token_at = item, now
         attempt.state = State.DELIVERING
         self._admission.remember(attempt.blocks, attempt.digests)
@@ -248,10 +256,7 @@ class PrefillRole:
     def _finish(self, attempt: Attempt, reason: FinishReason) -> None:
         """The first token was the last one: nobody needs the KV."""
         attempt.router.send(prefill_report=attempt.report())
-        output = len(attempt.spec.output) + 1
-        ended = wire.Ended(attempt=attempt.key, output_tokens=output)
-        ended.reason = reason.value  # type: ignore[assignment]  # the same numbers
-        attempt.router.send(ended=ended)
+        attempt.router.send(ended=attempt.finished(reason))
         self._end(attempt, acknowledge=False)
 
     # -- the handoff (`OutboundEvents`) --------------------------------------------------------------------------
@@ -282,15 +287,7 @@ class PrefillRole:
         log.info("handoff failed", request=request, handoff=str(outbound.key), reason=reason.name, message=message)
         attempt.granted = False
         attempt.hold_until = time.monotonic() + HOLD_S
-        attempt.router.send(
-            handoff_failed=wire.HandoffFailed(
-                attempt=attempt.key,
-                handoff=outbound.key.handoff,
-                reason=wire.RefusalReason.Value(f"REFUSAL_REASON_{reason.name}"),
-                message=message,
-                retry_after_ms=None if retry_after_s is None else retry_after_s * 1e3,
-            )
-        )
+        attempt.router.send(handoff_failed=handoff_failed(outbound.key, reason, message, retry_after_s))
 
     def settled(self, outbound: Outbound) -> None:
         """See `OutboundEvents`."""

@@ -73,6 +73,10 @@ class Parts:
     transports: dict[str, Transport] = field(default_factory=dict)
     roles: list[Role] = field(default_factory=list)
     transfer: TransferService | None = None
+    check_books: Callable[[], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.check_books = self.pool.check_integrity
 
     def current_process(self) -> ProcessRef:
         """Its address is known once the server listens."""
@@ -188,7 +192,7 @@ def _compose(parts: Parts) -> list[Service]:
         )
         events.deliver_to(decode)
         transfer = TransferService(decode, parts.current_process, config.lease_s, counts, config.checksums)
-        parts.transfer = transfer
+        parts.transfer, parts.check_books = transfer, decode.ledger.check_integrity
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
         parts.roles.append(decode)
     if "prefill" in config.roles:
@@ -210,7 +214,7 @@ def _compose(parts: Parts) -> list[Service]:
     for role in parts.roles:
         parts.worker.add_handler(role)
     kinds = [ROLES[name] for name in sorted(config.roles)]
-    admin = WorkerAdmin(parts.current_process, kinds, parts.pool, parts.live, counts)
+    admin = WorkerAdmin(parts.current_process, kinds, parts.pool, parts.live, parts.check_books, counts)
     services.append(service(admin_pb2_grpc.add_AdminServicer_to_server, admin, "Admin"))
     return services
 

@@ -29,9 +29,12 @@ class WorkerAdmin(AdminServicer):
         roles: list[worker_pb2.Role.ValueType],
         pool: BlockPool,
         live: Callable[[], dict[str, int]],
+        check_books: Callable[[], None],
         counts: Counts,
     ) -> None:
+        """`check_books` raises PoolCorrupt where the pool and the ledgers over it do not add up."""
         self._process, self._roles, self._pool, self._live, self._counts = process, roles, pool, live, counts
+        self._check_books = check_books
 
     async def ListWorkers(self, request: wire.ListWorkersRequest, context: Any) -> wire.ListWorkersResponse:
         """Only a router knows the workers."""
@@ -50,7 +53,7 @@ class WorkerAdmin(AdminServicer):
                 held=statistics.held,
                 cached=statistics.cached,
                 quarantined=statistics.quarantined,
-                integrity_error=_integrity_error(self._pool),
+                integrity_error=_integrity_error(self._check_books),
             ),
             live=live,
             counters=self._counts.snapshot(),
@@ -64,9 +67,9 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def _integrity_error(pool: BlockPool) -> str:
+def _integrity_error(check_books: Callable[[], None]) -> str:
     try:
-        pool.check_integrity()
+        check_books()
     except PoolCorrupt as error:
         return str(error)
     return ""

@@ -220,7 +220,7 @@ class PoolStatus(_message.Message):
     cached: _builtins.int
     quarantined: _builtins.int
     integrity_error: _builtins.str
-    """Empty when the pool's integrity check passes, or what it found."""
+    """Empty when the books of the pool, and of the grants over it, add up; or what does not."""
     def __init__(
         self,
         *,
