@@ -239,7 +239,7 @@ async def test_a_prefill_result_that_raises_costs_the_others_nothing(
     victim = specs[0].attempt
     if what == "remember":
         admission = cluster.p.role._admission
-        broken = breaking(admission.remember, lambda attempt: attempt.key == victim)
+        broken = breaking(admission.remember, lambda blocks: True)  # the first of them is the victim
         monkeypatch.setattr(admission, "remember", broken)
     else:
         broken = breaking(vars(prefill_service)["run_to_wire"], lambda key: key == victim)
