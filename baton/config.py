@@ -84,6 +84,8 @@ class WorkerConfig:
     """Sequences in one decode step."""
     chunk_tokens: int = 512
     """Prompt tokens computed in one prefill step."""
+    tpot_budget_ms: float = 0.0
+    """Bounds a decode step that also computes prompts in place; 0 goes by the objectives of the sequences in it."""
     max_ungranted: int = 4
     """A prefill worker starts no further prompt while this many of its prompts lack a grant."""
     threads: int = 1
@@ -107,3 +109,4 @@ class WorkerConfig:
             require(getattr(self, field) >= 1, field, f"must be at least 1, not {getattr(self, field)}")
         for field in ("lease_s", "handoff_deadline_s"):
             require(getattr(self, field) > 0, field, "must be positive")
+        require(self.tpot_budget_ms >= 0, "tpot_budget_ms", f"must not be negative, not {self.tpot_budget_ms}")

@@ -186,6 +186,7 @@ def _compose(parts: Parts) -> list[Service]:
             limits=LedgerLimits(lease_s=config.lease_s, handoff_s=HANDOFF_LIMIT_S, tombstone_s=HANDOFF_LIMIT_S),
             max_sequences=config.max_sequences,
             chunk_tokens=config.chunk_tokens,
+            tpot_budget_s=config.tpot_budget_ms / 1e3 or None,
             worker=parts.worker,
             counts=counts,
             model=CostModel(loaded.measured),

@@ -9,7 +9,7 @@ import pytest
 
 from baton.spec import Sampling
 from baton.v1 import worker_pb2 as wire
-from decode_worker import service as decode_service
+from decode_worker import residents as decode_service
 from prefill_worker import service as prefill_service
 from tests.rpc.waiting import until
 from tests.workers.conftest import Cluster
