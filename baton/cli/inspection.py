@@ -84,10 +84,12 @@ def _status_rows(found: ProcessStatus) -> list[list[str]]:
         ["roles", ", ".join(found.roles) or "router"],
         ["resident memory", f"{found.resident_bytes / 1e6:.0f} MB"],
     ]
+    if found.weight_bytes:
+        rows.append(["weights", f"{found.weight_bytes / 1e6:.0f} MB"])
     if found.pool is not None:
         pool = found.pool
         states = f"{pool.free} free, {pool.held} held, {pool.cached} cached, {pool.quarantined} quarantined"
-        rows.append(["pool", f"{pool.blocks} blocks: {states}"])
+        rows.append(["pool", f"{pool.bytes / 1e6:.0f} MB, {pool.blocks} blocks: {states}"])
         rows.append(["pool integrity", pool.integrity_error or "ok"])
     rows += [[f"live {name}", str(value)] for name, value in sorted(found.live.items())]
     rows += [[f"count {name}", str(value)] for name, value in sorted(found.counters.items())]

@@ -27,6 +27,7 @@ class Loaded:
     card: ModelCard
     engine: Engine
     memory: PoolMemory
+    weight_bytes: int
 
 
 def claim_cpus(config: WorkerConfig) -> None:
@@ -78,6 +79,7 @@ def load(config: WorkerConfig) -> Loaded:
         kernels=engine.kernels,
         blocks=memory.blocks,
         pool_bytes=memory.bytes,
+        weight_bytes=engine.weight_bytes,
         seconds=round(time.monotonic() - started, 2),
     )
-    return Loaded(description.card, engine, memory)
+    return Loaded(description.card, engine, memory, engine.weight_bytes)
