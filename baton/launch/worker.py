@@ -18,7 +18,7 @@ from baton.cost import CostModel
 from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
-from baton.launch.worker_admin import WorkerAdmin
+from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
@@ -215,7 +215,8 @@ def _compose(parts: Parts) -> list[Service]:
     for role in parts.roles:
         parts.worker.add_handler(role)
     kinds = [ROLES[name] for name in sorted(config.roles)]
-    admin = WorkerAdmin(parts.current_process, kinds, parts.pool, parts.live, parts.check_books, counts)
+    sizes = Sizes(loaded.memory.bytes, loaded.weight_bytes)
+    admin = WorkerAdmin(parts.current_process, kinds, parts.pool, sizes, parts.live, parts.check_books, counts)
     services.append(service(admin_pb2_grpc.add_AdminServicer_to_server, admin, "Admin"))
     return services
 

@@ -28,6 +28,7 @@ class Loaded:
     card: ModelCard
     engine: Engine
     memory: PoolMemory
+    weight_bytes: int
     measured: tuple[tuple[StepShape, float], ...] = ()
 
 
@@ -82,6 +83,7 @@ def load(config: WorkerConfig) -> Loaded:
         kernels=engine.kernels,
         blocks=memory.blocks,
         pool_bytes=memory.bytes,
+        weight_bytes=engine.weight_bytes,
         seconds=round(time.monotonic() - started, 2),
     )
-    return Loaded(description.card, engine, memory, measured)
+    return Loaded(description.card, engine, memory, engine.weight_bytes, measured)
