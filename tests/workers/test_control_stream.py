@@ -116,6 +116,23 @@ async def test_what_is_left_on_the_former_stream_is_dropped(pair: Cluster) -> No
     assert pair.d.role.live["grants"] == 0
 
 
+async def test_pieces_that_make_no_frame_end_the_stream(pair: Cluster) -> None:
+    """The writer hears why; its handoffs fail, and the same pair goes on with the next."""
+    await pair.serve(pair.router.spec(3))
+    pair.p.engine.gate.clear()
+    spec = pair.router.spec(80, max_tokens=4)
+    await pair.bound(spec)
+    await until(lambda: pair.d.role.live["grants"], "the grant")
+    (sender,) = pair.p.role._senders
+    sender._stream.send(fragment=wire.Fragment(message_id=5, data=b"\xff", last=True))
+    failed = await pair.router.hears(pair.p, "handoff_failed", spec)
+    assert failed.reason == UNREACHABLE
+    assert "message 5 are no SenderFrame" in failed.message
+    pair.p.engine.gate.set()
+    pair.router.bind(pair.p, spec, pair.d, 2)
+    await pair.finished(spec)
+
+
 async def test_freed_is_said_once_all_handoffs_are_over(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm")
