@@ -37,7 +37,7 @@ def test_a_handoff_from_open_to_release() -> None:
     assert blocks is not None
     assert ledger.commit(key, grant.generation, blocks, "token", 0.0) is Outcome.RESIDENT
     assert delivery.committed(key)
-    assert delivery.may_release
+    assert delivery.in_flight == 0
     ledger.release(key, 1.0)
     assert pool.statistics().cached == 4
     ledger.check_integrity()
