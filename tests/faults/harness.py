@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -174,25 +175,22 @@ class Workers:
         failures = len(self.router.heard(p, "handoff_failed", spec))
         self.bind(spec, prefill, decode, handoff)
         while True:
-            await until(
-                lambda: self.router.heard(d, "ended", spec)
-                or len(self.router.heard(p, "handoff_failed", spec)) > failures,
-                f"the end of {spec.attempt.hex()[:6]}",
-            )
+            await until(partial(self._news, spec, p, failures, d, "ended"), f"the end of {spec.attempt.hex()[:6]}")
             if self.router.heard(d, "ended", spec):
                 break
             failures, handoff = failures + 1, handoff + 1
             await asyncio.sleep(0.05)  # as the router's own pause
             self.bind(spec, prefill, decode, handoff)
         await self.ended(spec, decode)
-        await until(
-            lambda: self.router.heard(p, "prefill_report", spec)
-            or len(self.router.heard(p, "handoff_failed", spec)) > failures,
-            "the prefill worker's word",
-        )
+        await until(partial(self._news, spec, p, failures, p, "prefill_report"), "the prefill worker's word")
         if not self.router.heard(p, "prefill_report", spec):  # the sequence did arrive: only the news of it got lost
             self.router.cancel(p, spec)
         return handoff
+
+    def _news(self, spec: SequenceSpec, prefill: RemoteNode, failures: int, node: RemoteNode, kind: str) -> bool:
+        """Whether a worker said this, or more handoffs than those have failed."""
+        failed = self.router.heard(prefill, "handoff_failed", spec)
+        return bool(self.router.heard(node, kind, spec)) or len(failed) > failures
 
     async def ended(self, spec: SequenceSpec, decode: str) -> None:
         """Waits for the end; all tokens must be what the whole KV leads to."""

@@ -172,13 +172,13 @@ class WatchedPrefill(PrefillNode):
     def _stop_commits(self) -> None:
         send, node = PairStream.send, self
 
-        def watched(stream: PairStream, **body: object) -> None:
+        def watched(stream: PairStream, **body: object) -> int:
             if "commit" in body and node._stop.at is Step.BEFORE_COMMIT:
                 node.watched.wait_placed(node._plan.prompt_blocks)
                 node._stop.here(Step.BEFORE_COMMIT)
-            send(stream, **body)
+            return send(stream, **body)
 
-        PairStream.send = watched  # type: ignore[method-assign]
+        PairStream.send = watched  # type: ignore[assignment,method-assign]
 
 
 class WatchedDecode(DecodeNode):
@@ -203,15 +203,15 @@ class WatchedDecode(DecodeNode):
 
     def compose(self) -> list[Any]:
         services = super().compose()
-        committed, aborted = self.transfer.committed, self.transfer.aborted
+        committed, abort = self.transfer.committed, self.transfer.aborted
 
         def watched(writer: str, key: HandoffKey) -> None:
             self._stop.here(Step.AFTER_COMMIT)
             committed(writer, key)
 
-        def noted(writer: str, given_up: Aborted) -> None:
-            self.aborts.append(f"{given_up.reason.name}: {given_up.message}")
-            aborted(writer, given_up)
+        def noted(writer: str, aborted: Aborted) -> None:
+            self.aborts.append(f"{aborted.reason.name}: {aborted.message}")
+            abort(writer, aborted)
 
         self.transfer.committed = watched  # type: ignore[method-assign]
         self.transfer.aborted = noted  # type: ignore[method-assign]

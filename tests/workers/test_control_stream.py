@@ -115,7 +115,8 @@ async def test_closes_that_were_heard_are_forgotten(cluster: Cluster) -> None:
         (sender,) = cluster.p.role._senders
         number = max(number for number, _ in sender._said.values())
         assert len(sender._said) == 1
-        await until(lambda number=number: sender._stream.heard > number, "a renewal")  # type: ignore[misc]
+        stream = sender._stream
+        await until(lambda number=number, stream=stream: stream.heard > number, "a renewal")  # type: ignore[misc]
     cluster.d.break_control_streams()
     await until(lambda: not sender._said, "the break")
     assert not sender.has_business
