@@ -165,7 +165,7 @@ class WorkerService(WorkerServicer):
             log.warning("router is silent; stream broken off", router=record.router.name)
         except errors.TransferError as error:
             log.warning("stream broken off", router=record.router.name, error=str(error))
-        except errors.ResourceExhausted as error:
+        except (errors.ResourceExhausted, errors.InvalidArgument) as error:
             log.warning("router given up", router=record.router.name, error=str(error))
             record.link.close()
         finally:

@@ -803,24 +803,20 @@ class BindCommand(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
-    TRANSPORTS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.bytes
     handoff: _builtins.int
     @_builtins.property
     def decode_worker(self) -> Global___ProcessId: ...
-    @_builtins.property
-    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         attempt: _builtins.bytes = ...,
         handoff: _builtins.int = ...,
         decode_worker: Global___ProcessId | None = ...,
-        transports: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode_worker", b"decode_worker", "handoff", b"handoff", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode_worker", b"decode_worker", "handoff", b"handoff"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
