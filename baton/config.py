@@ -16,6 +16,7 @@ KernelChoice = Literal["auto", "native", "torch"]
 WeightChoice = Literal["auto", "bf16", "int8", "int4"]
 KvChoice = Literal["auto", "int8"]
 TransportChoice = Literal["auto", "shm", "tcp"]
+PathChoice = Literal["adaptive", "disaggregated", "direct"]
 RoleName = Literal["prefill", "decode"]
 
 
@@ -47,12 +48,18 @@ class RouterConfig:
     """Bounds a request that came without a deadline of its own."""
     handoff_wait_s: float = 60.0
     """How long a computed prompt waits for a decode worker with room."""
+    path: PathChoice = "adaptive"
+    """disaggregated: over both pools; direct: prompts are computed on decode workers; adaptive: by each request."""
+    slo: str = ""
+    """Objectives of requests that come without: `[MODEL@]PRIORITY:ttft=MS,tpot=MS`, `*` for any priority, with `;`."""
     client_buffer_tokens: int = 4096
     """Tokens kept for a client that does not read; past it the request is cancelled."""
 
     def __post_init__(self) -> None:
         for field in ("lease_s", "request_limit_s", "handoff_wait_s"):
             require(getattr(self, field) > 0, field, "must be positive")
+        paths = get_args(PathChoice)
+        require(self.path in paths, "path", f"{', '.join(paths)}, not {self.path!r}")
         for field in ("max_requests", "client_buffer_tokens"):
             require(getattr(self, field) >= 1, field, "must be at least 1")
 

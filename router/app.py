@@ -18,6 +18,7 @@ from baton.telemetry import Counts
 from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
 from router.admin import AdminService
+from router.placing import Placer
 from router.registry import NOBODY_RETRY_S, Registry
 from router.registry_service import RegistryService
 from router.requests import Requests
@@ -38,7 +39,8 @@ class Router:
         self.config, self.counts = config, Counts()
         self.process = mint_process("router", config.listen, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
-        self.requests = Requests(config.max_requests, self.counts)
+        self.placer = Placer(config.path)
+        self.requests = Requests(config.max_requests, self.counts, self.placer)
         self.registry = Registry(
             self._identity,
             config.lease_s,
@@ -55,8 +57,8 @@ class Router:
 
     @property
     def ready(self) -> bool:
-        """Some model has a worker of each role."""
-        return any(model.usable("prefill") and model.usable("decode") for model in self.registry.models.values())
+        """Some model has a worker of each role that is needed."""
+        return any(all(map(model.usable, self.placer.roles)) for model in self.registry.models.values())
 
     async def start(self) -> None:
         """Serves from here on; ready once workers have joined. Raises ConfigError when the address can't be used."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from baton.errors import BatonError
 from baton.spec import AttemptKey, HandoffKey
 from router.handoff import UNCERTAIN, Handoffs, Refusal
-from router.placement import Demand
+from router.snapshot import Demand
 from router.timeline import PrefillTimes, Reason
 from router.worker import Worker
 
@@ -45,12 +45,22 @@ class Attempt:
     def __post_init__(self) -> None:
         self.holding.add(self.prefill)
 
-    def bind(self, worker: Worker, demand: Demand) -> tuple[HandoffKey, Worker | None]:
+    @property
+    def direct(self) -> bool:
+        """Computed and decoded on one worker."""
+        return self.decode is self.prefill
+
+    def stay(self, demand: Demand, tpot_s: float | None) -> None:
+        """The worker that computes the prompt decodes it too."""
+        self.decode = self.prefill
+        self.prefill.decode.bind(self.key, demand, tpot_s)
+
+    def bind(self, worker: Worker, demand: Demand, tpot_s: float | None) -> tuple[HandoffKey, Worker | None]:
         """The next handoff goes to `worker`. Also returns a worker that must be told to forget the attempt."""
         self.unbind()
         self.decode = worker
         self.holding.add(worker)
-        worker.decode.bind(self.key, demand)
+        worker.decode.bind(self.key, demand, tpot_s)
         leave = self.handoffs.bound(worker.process.incarnation)
         left = None if leave is None else self._left.pop(leave, None)
         self.holding -= {left}
@@ -64,12 +74,12 @@ class Attempt:
             self.holding.add(worker)
         return self.handoffs.failed(worker.process.incarnation, reason, message, retry_after_s)
 
-    def readopt(self, worker: Worker, demand: Demand) -> bool:
+    def readopt(self, worker: Worker, demand: Demand, tpot_s: float | None) -> bool:
         """The sequence did arrive at a worker whose handoff was given up; False where it was not given up there."""
         if self._left.pop(worker.process.incarnation, None) is None:
             return False
         self.decode = worker
-        worker.decode.bind(self.key, demand)
+        worker.decode.bind(self.key, demand, tpot_s)
         return True
 
     def unbind(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from baton.rpc.convert import logprobs_to_wire
 from baton.spec import SequenceSpec
 from baton.v1 import generation_pb2 as gen
+from router.placement import Plan
 from router.streams import Piece
 from router.timeline import Outcome
 
 
-def accepted(spec: SequenceSpec, model: str) -> gen.GenerateResponse:
-    """The first event. Predictions are absent, not zero, while the router makes none."""
+def accepted(spec: SequenceSpec, model: str, plan: Plan) -> gen.GenerateResponse:
+    """The first event, the promise. Predictions are absent, not zero, while the router makes none."""
     return gen.GenerateResponse(
         accepted=gen.Accepted(
             request_id=spec.request_id,
@@ -18,6 +19,8 @@ def accepted(spec: SequenceSpec, model: str) -> gen.GenerateResponse:
             seed=spec.sampling.seed,
             prompt_tokens=len(spec.prompt),
             max_tokens=spec.max_tokens,
+            predicted_ttft_ms=None if plan.ttft_s is None else plan.ttft_s * 1e3,
+            predicted_tpot_ms=None if plan.tpot_s is None else plan.tpot_s * 1e3,
         )
     )
 

@@ -6,45 +6,80 @@ remembers of the last report only what is *not* in them: other routers' work, an
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from baton.spec import AttemptKey
-from router.placement import Demand
+from router.snapshot import Demand, Queued
+
+NEARLY_DONE = 0.1
+"""Of a prompt's predicted work, what is assumed to be left of it at the least."""
+
+
+@dataclass(slots=True)
+class _Prompt:
+    tokens: int
+    queued: Queued
+    started_at: float | None = None
 
 
 class PrefillLedger:
-    """Prompt tokens placed on a prefill worker and not computed yet."""
+    """Prompts placed on a worker and not computed yet: their tokens, and their work in order of rank."""
 
     def __init__(self) -> None:
-        self._tokens: dict[AttemptKey, int] = {}
+        self._prompts: dict[AttemptKey, _Prompt] = {}
+        self._order: list[tuple[float, AttemptKey]] = []
         self._total = 0
         self._foreign = 0
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._prompts)
 
     @property
     def queued_tokens(self) -> int:
         """Ours, and what the worker last reported beyond ours."""
         return self._total + self._foreign
 
-    def place(self, attempt: AttemptKey, tokens: int) -> None:
-        """A prompt is on its way there."""
-        assert attempt not in self._tokens, "an attempt is placed once"
-        self._tokens[attempt] = tokens
+    def place(self, attempt: AttemptKey, tokens: int, queued: Queued | None = None) -> None:
+        """A prompt is on its way there; `queued` where its work can be predicted."""
+        assert attempt not in self._prompts, "an attempt is placed once"
+        prompt = self._prompts[attempt] = _Prompt(tokens, queued or Queued(0.0, 0.0, False))
+        bisect.insort(self._order, (prompt.queued.rank, attempt))
         self._total += tokens
+
+    def started(self, attempt: AttemptKey, now: float) -> None:
+        """The worker computes it from now on."""
+        prompt = self._prompts.get(attempt)
+        if prompt is not None and prompt.started_at is None:
+            prompt.started_at = now
 
     def release(self, attempt: AttemptKey) -> None:
         """It is computed, or given up. Idempotent."""
-        self._total -= self._tokens.pop(attempt, 0)
+        prompt = self._prompts.pop(attempt, None)
+        if prompt is not None:
+            self._total -= prompt.tokens
+            del self._order[bisect.bisect_left(self._order, (prompt.queued.rank, attempt))]
+
+    def queue(self, now: float) -> list[Queued]:
+        """What is left to do, in order of rank. What takes longer than predicted is taken to be nearly done."""
+        found = []
+        for _, attempt in self._order:
+            prompt = self._prompts[attempt]
+            queued = prompt.queued
+            if prompt.started_at is not None:
+                left = max(queued.seconds - (now - prompt.started_at), NEARLY_DONE * queued.seconds)
+                queued = Queued(queued.rank, left, False)  # nobody can make it start too late any more
+            found.append(queued)
+        return found
 
     def reported(self, waiting_tokens: int) -> None:
         """The worker's own count, now."""
         self._foreign = max(0, waiting_tokens - self._total)
 
     def check_integrity(self) -> None:
-        """The total is the sum of its parts."""
-        assert self._total == sum(self._tokens.values())
+        """The total is the sum of its parts, and everything has its place in the order."""
+        assert self._total == sum(prompt.tokens for prompt in self._prompts.values())
+        assert sorted(attempt for _, attempt in self._order) == sorted(self._prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +100,7 @@ class DecodeLedger:
     def __init__(self, capacity_blocks: int) -> None:
         self._capacity = capacity_blocks
         self._demands: dict[AttemptKey, Demand] = {}
+        self._objectives: dict[AttemptKey, float] = {}
         self._unreported: dict[AttemptKey, bool] = {}  # -> resident already
         self._unreported_blocks = 0
         self._total_blocks = 0
@@ -87,10 +123,22 @@ class DecodeLedger:
             return self._capacity - self._total_blocks
         return self._report.free_blocks - self._unreported_blocks
 
-    def bind(self, attempt: AttemptKey, demand: Demand) -> None:
-        """A sequence is to go there."""
+    @property
+    def strictest_s(self) -> float | None:
+        """The least objective per token among what is bound, in seconds."""
+        return min(self._objectives.values(), default=None)
+
+    @property
+    def mean_blocks(self) -> float:
+        """Of what is bound."""
+        return self._total_blocks / len(self._demands) if self._demands else 0.0
+
+    def bind(self, attempt: AttemptKey, demand: Demand, tpot_s: float | None = None) -> None:
+        """A sequence is to go there, with its objective per token."""
         assert attempt not in self._demands, "an attempt is bound to one worker at a time"
         self._demands[attempt] = demand
+        if tpot_s is not None:
+            self._objectives[attempt] = tpot_s
         self._unreported[attempt] = False
         self._unreported_blocks += demand.blocks
         self._total_blocks += demand.blocks
@@ -106,6 +154,7 @@ class DecodeLedger:
         demand = self._demands.pop(attempt, None)
         if demand is None:
             return
+        self._objectives.pop(attempt, None)
         self._total_blocks -= demand.blocks
         self._total_tokens -= demand.tokens
         if self._unreported.pop(attempt, None) is not None:
@@ -122,6 +171,7 @@ class DecodeLedger:
 
     def check_integrity(self) -> None:
         """The totals are the sums of their parts."""
+        assert self._objectives.keys() <= self._demands.keys()
         assert self._total_blocks == sum(demand.blocks for demand in self._demands.values())
         assert self._total_tokens == sum(demand.tokens for demand in self._demands.values())
         assert self._unreported_blocks == sum(self._demands[attempt].blocks for attempt in self._unreported)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from router.detokenisation import OutputText
-from router.placement import Demand
+from router.snapshot import Demand
 from router.worker import Worker
 
 if TYPE_CHECKING:
@@ -41,6 +41,19 @@ class Order:
     arrived: float
     deadline: float
     handoff_wait_s: float
+    refuses: bool = False
+    """Refused where its objectives can't be met."""
+
+    def ttft_left_s(self, now: float) -> float | None:
+        """Until the first token is due; None without such an objective."""
+        limit = self.spec.objectives.ttft_ms
+        return None if limit is None else limit / 1e3 - (now - self.arrived)
+
+    @property
+    def tpot_s(self) -> float | None:
+        """The objective per token."""
+        limit = self.spec.objectives.tpot_ms
+        return None if limit is None else limit / 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +70,10 @@ class Port(Protocol):
     def choose_decode(self, request: Request, avoid: str) -> Choice | None:
         """The decode worker to bind, not one that the attempt excludes; None when there is none."""
 
-    def send_prefill(self, worker: Worker, spec: SequenceSpec, deadline_s: float) -> None:
-        """Queues the prompt at the worker."""
+    def send_prompt(
+        self, worker: Worker, spec: SequenceSpec, deadline_s: float, ttft_left_s: float | None, direct: bool
+    ) -> None:
+        """Queues the prompt at the worker; `direct`: to be decoded there too."""
 
     def send_bind(self, worker: Worker, key: HandoffKey, decode: Worker) -> None:
         """Tells the prefill worker where the blocks go."""

@@ -1,60 +1,82 @@
-"""Which worker takes a prompt, and which one decodes it: pure functions of a snapshot.
+"""Which workers serve a request, and by which path: pure functions of a snapshot.
 
-No clock, no I/O, no randomness: the same code runs live, in tests and in a simulator. Each pick returns a Decision
-that carries every candidate with its predicted load, so that it can be explained later. Predictions of time come
-with the objectives; here a load is a number of tokens.
+No clock, no I/O, no randomness: the same code runs live, in tests and in a simulator. Each pick carries every candidate
+with what was predicted for it, so that it can be explained later.
+
+A request that meets its objectives over both pools takes them: that leaves the decode workers undisturbed. It is
+computed in place on a decode worker where only that meets its objectives, or where that is light work (a short prompt,
+the next turn of a conversation whose KV is there, an idle worker) and takes less than half the time. Where nothing
+meets them, what misses by the least factor is offered; the caller refuses it or serves it as well as can be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
+from router import prediction
+from router.prediction import Forecast
+from router.snapshot import Ask, DecodeLoad, Demand, PrefillLoad, Queued
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a sequence will hold on a decode worker: blocks for its whole length, and the tokens known now."""
-
-    blocks: int
-    tokens: int
-
-
-class PrefillLoad(NamedTuple):
-    """A prefill worker in a snapshot. `queued_tokens` are prompt tokens that it has still to compute."""
-
-    name: str
-    queued_tokens: int
-    capacity_blocks: int
+DIRECT_GAIN = 0.5
+"""In place, a prompt that meets its objectives either way must be faster by this factor."""
+LIGHT_TOKENS = 64
+"""A prompt of at most so many tokens that are not cached is light work."""
+LEAST_RETRY_S = 0.05
 
 
-class DecodeLoad(NamedTuple):
-    """A decode worker in a snapshot. `free_blocks` is what nobody holds and nobody was promised."""
+class Way(Enum):
+    """Where a prompt is computed."""
 
-    name: str
-    tokens: int
-    sequences: int
-    free_blocks: int
-    capacity_blocks: int
-    max_sequences: int
+    PREFILL = "prefill"
+    DIRECT = "direct"
 
 
 class Candidate(NamedTuple):
-    """One worker that was looked at. `load` in tokens (prefill) or as a share of the pool (decode)."""
+    """One worker that was looked at. `load` in tokens (prefill) or as a share of the pool (decode); times in seconds
+    where they can be predicted. `miss` is the factor by which the worst objective would be missed, at most 1 where all
+    are kept; `light` work may be done in place although both pools keep the objectives too."""
 
     name: str
     load: float
     feasible: bool
     note: str = ""
+    way: Way | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    miss: float = 0.0
+    light: bool = False
+    forecast: Forecast | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The worker that was chosen, why, and whom else there was."""
 
     chosen: str
     reason: str
     candidates: tuple[Candidate, ...]
+
+
+class Plan(NamedTuple):
+    """Where the prompt goes. Without a prediction the times are None and `meets` is True. `raw_ttft_s` is what was
+    predicted before anything was added to keep the promise; `queued` is the prompt in the worker's queue.
+
+    `constraint` names what is missed: ttft, tpot, or others (somebody who was placed before); `retry_s` is when that
+    may have changed.
+    """
+
+    chosen: str
+    way: Way
+    meets: bool
+    reason: str
+    candidates: tuple[Candidate, ...]
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    constraint: str = ""
+    retry_s: float = 1.0
+    raw_ttft_s: float | None = None
+    queued: Queued | None = None
 
 
 def pick_prefill(workers: Sequence[PrefillLoad], blocks: int) -> Decision | None:
@@ -65,6 +87,7 @@ def pick_prefill(workers: Sequence[PrefillLoad], blocks: int) -> Decision | None
             worker.queued_tokens,
             worker.capacity_blocks >= blocks,
             "" if worker.capacity_blocks >= blocks else f"its pool has {worker.capacity_blocks} blocks",
+            Way.PREFILL,
         )
         for worker in workers
     )
@@ -78,32 +101,157 @@ def pick_prefill(workers: Sequence[PrefillLoad], blocks: int) -> Decision | None
     return Decision(best.name, f"least to compute: {best.load:.0f} tokens", candidates)
 
 
+def plan(
+    ask: Ask, prefills: Sequence[PrefillLoad], decodes: Sequence[DecodeLoad], blocks: int, direct: bool = True
+) -> Plan | None:
+    """Path and worker of a prompt of `blocks` blocks; `direct` allows it to be computed on a decode worker.
+
+    None when no pool can hold it. Where some worker has not told its cost yet, tokens decide instead of times.
+    """
+    fitting = [worker for worker in decodes if worker.capacity_blocks >= ask.demand.blocks]
+    able = [worker for worker in prefills if worker.capacity_blocks >= blocks]
+    if not all(worker.cost is not None and worker.cost.knows_prefill for worker in able) or not all(
+        worker.cost is not None and worker.cost.knows_decode for worker in fitting
+    ):
+        return _by_tokens(ask, prefills, fitting, blocks, direct)
+    tpot = _best_step(ask, fitting)
+    offers = [_over_both(ask, worker, tpot) for worker in able] if fitting or ask.single_token else []
+    if direct:
+        offers += [_in_place(ask, worker) for worker in fitting if worker.cost and worker.cost.knows_prefill]
+    if not offers:
+        return None
+    return _choose(ask, tuple(offers), fitting)
+
+
 def pick_decode(
-    workers: Sequence[DecodeLoad], demand: Demand, exclude: Set[str] = frozenset(), avoid: str = ""
+    workers: Sequence[DecodeLoad],
+    demand: Demand,
+    exclude: Set[str] = frozenset(),
+    avoid: str = "",
+    tpot_s: float | None = None,
 ) -> Decision | None:
-    """The least loaded worker, those first that have room for the whole sequence now.
+    """The least loaded worker, those first that have room for the whole sequence and keep all objectives.
 
     A worker without room may still be chosen: it refuses, and the prompt waits for it. `exclude` are out of the
     question; `avoid` is the one that just refused, taken only when there is no other. None when nobody is left.
     """
-    candidates, best, best_key = [], None, None
+    ask = Ask(0.0, demand.tokens, demand, tpot_s=tpot_s)
+    candidates, best, best_key, best_room = [], None, None, False
     for worker in workers:
         note = _obstacle(worker, demand, exclude)
         room = not note and has_room(worker, demand)
         load = (worker.tokens + demand.tokens) / worker.capacity_blocks
-        candidates.append(Candidate(worker.name, load, room, note if note or room else "no room now"))
-        key = (worker.name == avoid, not room, load, worker.sequences, worker.name)
-        if not note and (best_key is None or key < best_key):
-            best, best_key = worker, key
+        seconds = prediction.step(worker, ask) if worker.cost is not None and worker.cost.knows_decode else None
+        misses = seconds is not None and _misses_tpot(ask, worker, seconds)
+        note = note or ("" if room else "no room now") or ("an objective would be missed" if misses else "")
+        candidates.append(Candidate(worker.name, load, room, note, tpot_s=seconds))
+        key = (worker.name == avoid, not room, misses, load, worker.sequences, worker.name)
+        if not _obstacle(worker, demand, exclude) and (best_key is None or key < best_key):
+            best, best_key, best_room = worker, key, room
     if best is None:
         return None
-    reason = "least loaded with room" if has_room(best, demand) else "least loaded; none has room"
+    reason = "least loaded with room" if best_room else "least loaded; none has room"
     return Decision(best.name, reason, tuple(candidates))
 
 
 def has_room(worker: DecodeLoad, demand: Demand) -> bool:
     """Whether the whole sequence would fit at once."""
     return worker.free_blocks >= demand.blocks and worker.sequences < worker.max_sequences
+
+
+def _by_tokens(
+    ask: Ask, prefills: Sequence[PrefillLoad], decodes: Sequence[DecodeLoad], blocks: int, direct: bool
+) -> Plan | None:
+    found = pick_prefill(prefills, blocks)
+    if found is not None:
+        return Plan(found.chosen, Way.PREFILL, True, found.reason, found.candidates)
+    here = pick_decode(decodes, ask.demand) if direct else None
+    return here and Plan(here.chosen, Way.DIRECT, True, here.reason, here.candidates)
+
+
+def _best_step(ask: Ask, workers: Sequence[DecodeLoad]) -> tuple[float, bool] | None:
+    """Seconds per token on the decode worker that will suit best, and whether all objectives are kept there."""
+    best: tuple[bool, float] | None = None
+    for worker in workers:
+        seconds = prediction.step(worker, ask)
+        misses = _misses_tpot(ask, worker, seconds) or not has_room(worker, ask.demand)
+        if best is None or (misses, seconds) < best:
+            best = misses, seconds
+    return None if best is None else (best[1], not best[0])
+
+
+def _misses_tpot(ask: Ask, worker: DecodeLoad, seconds: float) -> bool:
+    own, others = ask.tpot_s, worker.strictest_s
+    return (own is not None and seconds > own) or (others is not None and seconds > others)
+
+
+def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -> Candidate:
+    forecast = prediction.prefill(worker, ask)
+    seconds, kept = (None, True) if tpot is None or ask.single_token else tpot
+    return _offer(ask, worker.name, Way.PREFILL, forecast, seconds, kept, worker.queued_tokens)
+
+
+def _in_place(ask: Ask, worker: DecodeLoad) -> Candidate:
+    seconds = prediction.step(worker, ask)
+    kept = has_room(worker, ask.demand) and not _misses_tpot(ask, worker, seconds)
+    forecast = prediction.direct(worker, ask)
+    made = _offer(ask, worker.name, Way.DIRECT, forecast, seconds, kept, worker.tokens / worker.capacity_blocks)
+    return made._replace(light=not worker.sequences or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS)
+
+
+def _offer(
+    ask: Ask, name: str, way: Way, forecast: Forecast, tpot_s: float | None, kept: bool, load: float
+) -> Candidate:
+    ttft = forecast.ttft_s / max(ask.ttft_s, 1e-3) if ask.ttft_s is not None else 0.0
+    tpot = tpot_s / ask.tpot_s if ask.tpot_s is not None and tpot_s is not None else 0.0
+    if ttft > 1:
+        note = "ttft"
+    elif not kept:
+        note = "tpot"
+    else:
+        note = "others" if forecast.breaks else ""
+    return Candidate(name, load, not note, note, way, forecast.ttft_s, tpot_s, max(ttft, tpot), forecast=forecast)
+
+
+def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoad]) -> Plan:
+    both = [offer for offer in offers if offer.way is Way.PREFILL]
+    here = [offer for offer in offers if offer.way is Way.DIRECT]
+    good_both = min((offer for offer in both if offer.feasible), key=_soonest, default=None)
+    good_here = min((offer for offer in here if offer.feasible), key=_soonest, default=None)
+    if good_both is not None:
+        light = min((offer for offer in here if offer.feasible and offer.light), key=_soonest, default=None)
+        if light is not None and _seconds(light) < DIRECT_GAIN * _seconds(good_both):
+            return _planned(light, offers, "in place: light work in less than half the time")
+        return _planned(good_both, offers, "over both pools: soonest that keeps all objectives")
+    if good_here is not None:
+        return _planned(good_here, offers, "in place: only so are all objectives kept" if both else "in place: soonest")
+    best = min(offers, key=lambda offer: (offer.miss, _soonest(offer)))
+    made = _planned(best, offers, f"nobody keeps all objectives; misses by the least factor ({best.note})")
+    return made._replace(meets=False, constraint=best.note, retry_s=_retry(ask, best, decodes))
+
+
+def _planned(offer: Candidate, offers: tuple[Candidate, ...], reason: str) -> Plan:
+    assert offer.way is not None, "offers name their way"
+    assert offer.forecast is not None, "offers are predicted"
+    found = offer.forecast
+    made = Plan(offer.name, offer.way, True, reason, offers, offer.ttft_s, offer.tpot_s)
+    return made._replace(raw_ttft_s=found.raw_s, queued=found.queued)
+
+
+def _soonest(offer: Candidate) -> tuple[float, float, str]:
+    return _seconds(offer), offer.load, offer.name
+
+
+def _seconds(offer: Candidate) -> float:
+    assert offer.ttft_s is not None, "offers are predicted"
+    return offer.ttft_s
+
+
+def _retry(ask: Ask, offer: Candidate, decodes: Sequence[DecodeLoad]) -> float:
+    """When a backlog will have drained so far, or a sequence will have ended."""
+    if offer.note == "ttft" and ask.ttft_s is not None:
+        return max(LEAST_RETRY_S, _seconds(offer) - ask.ttft_s)
+    return max(LEAST_RETRY_S, min((worker.drain_s for worker in decodes), default=1.0))
 
 
 def _obstacle(worker: DecodeLoad, demand: Demand, exclude: Set[str]) -> str:

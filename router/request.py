@@ -32,6 +32,7 @@ from router.attempt import Attempt, End
 from router.delivery import Delivery
 from router.handoff import Refusal
 from router.order import OVER, Order, Port, State
+from router.placement import Plan, Way
 from router.streams import ClientStream
 from router.timeline import Marks, Outcome, Path, PrefillTimes, Reason
 from router.worker import Worker
@@ -46,8 +47,11 @@ MISSING_WAIT_S = 2.0
 class Request:
     """The state machine. Driven by messages, timers and the client; lives on one event loop; never waits."""
 
-    def __init__(self, order: Order, prefill: Worker, stream: ClientStream, port: Port, counts: Counts) -> None:
-        self.order, self.stream = order, stream
+    def __init__(
+        self, order: Order, prefill: Worker, stream: ClientStream, port: Port, counts: Counts, plan: Plan
+    ) -> None:
+        """`prefill` is the worker that `plan` chose; it decodes too where the plan is direct."""
+        self.order, self.stream, self.plan = order, stream, plan
         self.state = State.QUEUED
         self.attempt = Attempt(order.spec.attempt, prefill)
         self.marks = Marks(order.arrived)
@@ -67,12 +71,15 @@ class Request:
 
     def start(self) -> None:
         """Sends the prompt on its way."""
-        prefill, spec = self.attempt.prefill, self.order.spec
-        left = max(self.order.deadline - self._loop.time(), 0.0)
+        prefill, spec, now = self.attempt.prefill, self.order.spec, self._loop.time()
+        left, direct = max(self.order.deadline - now, 0.0), self.plan.way is Way.DIRECT
         self._arm("deadline", left, self._on_deadline)
-        prefill.prefill.place(self.key, len(spec.prompt))
-        self._port.send_prefill(prefill, spec, left)
-        self.marks.commanded = self._loop.time()
+        prefill.prefill.place(self.key, len(spec.prompt), self.plan.queued)
+        if direct:
+            self.attempt.stay(self.order.demand, self.order.tpot_s)
+        self._counts.add("path_direct" if direct else "path_disaggregated")
+        self._port.send_prompt(prefill, spec, left, self.order.ttft_left_s(now), direct)
+        self.marks.commanded = now
 
     def cancel(self, reason: str) -> None:
         """The client wants it no more. Does nothing once the request is over."""
@@ -93,6 +100,9 @@ class Request:
             return self._late("started")
         self.marks.queue_ms, self.marks.cached_tokens = queue_ms, cached_tokens
         self.state = State.PREFILLING
+        worker.prefill.started(self.key, self._loop.time())
+        if self.attempt.direct:
+            return None
         if self.order.spec.max_tokens - len(self.order.spec.output) > 1:
             self._bind("")
         return None
@@ -102,7 +112,7 @@ class Request:
         attempt = self.attempt
         if self._reason is not None or (worker is not attempt.prefill and worker is not attempt.decode):
             return self._late("tokens")
-        if worker is attempt.decode and worker is not attempt.prefill:
+        if worker is attempt.decode and not attempt.direct:
             self._decoding()
         piece = self._delivery.accept(position, ids, logprobs)
         if piece is not None:
@@ -150,7 +160,7 @@ class Request:
         attempt = self.attempt
         if self._reason is not None or handoff > attempt.handoffs.number:
             return self._late("resident")
-        if attempt.decode is None and attempt.readopt(worker, self.order.demand):
+        if attempt.decode is None and attempt.readopt(worker, self.order.demand, self.order.tpot_s):
             self._counts.add("handoffs_readopted")  # the news of its failure overtook that of its success
         elif worker is not attempt.decode:
             return self._late("resident")
@@ -161,12 +171,12 @@ class Request:
         if worker is not self.attempt.prefill or self.attempt.times is not None:
             return self._late("prefill_report")
         self.marks.prefill = self.attempt.times = times
-        return self._released(worker)
+        return None if self.attempt.direct else self._released(worker)
 
     def on_ended(self, worker: Worker, end: End) -> None:
         """The sequence is over on that worker."""
         attempt, decoding = self.attempt, self.state is State.DECODING
-        from_decode = worker is attempt.decode and (decoding or worker is not attempt.prefill)
+        from_decode = worker is attempt.decode and (decoding or not attempt.direct)
         from_prefill = worker is attempt.prefill and not decoding
         if not (from_decode or from_prefill) or self._end is not None or self._reason is not None:
             return self._late("ended")
@@ -208,7 +218,7 @@ class Request:
 
     def _bind_to(self, worker: Worker) -> None:
         self._disarm("rebind")
-        key, leave = self.attempt.bind(worker, self.order.demand)
+        key, leave = self.attempt.bind(worker, self.order.demand, self.order.tpot_s)
         if leave is not None:
             self._port.send_cancel([leave], self.key, "bound elsewhere")
         self._counts.add("handoffs")
@@ -217,10 +227,15 @@ class Request:
     def _first_token(self, token: int) -> None:
         spec = self.order.spec
         self.attempt.prefill.prefill.release(self.key)
+        if self.plan.raw_ttft_s is not None:
+            self.attempt.prefill.accuracy.observe(self.plan.raw_ttft_s, self.marks.ttft_ms / 1e3)
+        if self.attempt.direct:
+            return self._decoding()
         ends = spec.max_tokens == 1 or token in spec.stop_token_ids or token in spec.eos_token_ids
         if not ends and self.state is State.PREFILLING:
             self.state = State.HANDING_OFF
             self._arm("handoff", self.order.handoff_wait_s, self._on_handoff_deadline)
+        return None
 
     def _decoding(self) -> None:
         if self.state in (State.PREFILLING, State.HANDING_OFF):
@@ -296,9 +311,14 @@ class Request:
             handoffs=self.attempt.handoffs.number,
             prefill_worker=self.attempt.prefill.name,
             decode_worker=decode.name if decoded and decode is not None else "",
-            path=Path.DISAGGREGATED if decoded else Path.PREFILL_ONLY,
+            path=self._path(decoded),
             objectives=self.order.spec.objectives,
         )
+
+    def _path(self, decoded: bool) -> Path:
+        if self.attempt.direct:
+            return Path.DIRECT
+        return Path.DISAGGREGATED if decoded else Path.PREFILL_ONLY
 
     def _on_deadline(self) -> None:
         self.fail(DeadlineExceeded("the request's deadline has passed"), cut=True)

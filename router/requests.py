@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 import structlog
 
-from baton.errors import BatonError, Internal, InvalidArgument, ResourceExhausted, Unavailable
+from baton.errors import BatonError, Internal, InvalidArgument, ResourceExhausted
 from baton.rpc.convert import logprobs_from_wire, process_to_wire, spec_to_wire
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from router.frames import read_end, read_refusal, read_times
 from router.order import Choice, Order
-from router.placement import pick_decode, pick_prefill
-from router.registry import NOBODY_RETRY_S, ServedModel
+from router.placement import Way
+from router.placing import Placer
+from router.registry import ServedModel
 from router.request import Request
 from router.streams import ClientStream
 from router.worker import Worker
@@ -36,8 +37,8 @@ log = structlog.get_logger(__name__)
 class Requests:
     """The table of live requests. Implements their `Port`."""
 
-    def __init__(self, max_requests: int, counts: Counts) -> None:
-        self._max, self._counts = max_requests, counts
+    def __init__(self, max_requests: int, counts: Counts, placer: Placer) -> None:
+        self._max, self._counts, self._placer = max_requests, counts, placer
         self._labels: set[tuple[str, str]] = set()
         self._live: dict[AttemptKey, tuple[Request, ServedModel]] = {}
         self._cancelling: OrderedDict[AttemptKey, set[Worker]] = OrderedDict()
@@ -60,6 +61,7 @@ class Requests:
             "requests": len(self._labels),
             "attempts": len(self._live),
             "cancelling": len(self._cancelling),
+            "unbound": self._placer.unbound,
         }
 
     @contextlib.contextmanager
@@ -83,20 +85,17 @@ class Requests:
             self._labels.discard(label)
 
     def start(self, order: Order, model: ServedModel, stream: ClientStream) -> Request:
-        """Places the prompt and sends it. Raises Unavailable without workers of both roles, at once."""
+        """Places the prompt and sends it. Raises as `Placer.place`, at once."""
         if self._refusing is not None:
             raise self._refusing
-        prefill = model.usable("prefill")
-        for role, workers in (("prefill", prefill), ("decode", model.usable("decode"))):
-            if not workers:
-                self._counts.add("requests_refused")
-                raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
-        blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
-        decision = pick_prefill([worker.prefill_load() for worker in prefill], blocks)
-        if decision is None:
-            raise ResourceExhausted(f"no prefill worker's pool has {blocks} blocks", constraint="prefill_blocks")
-        chosen = next(worker for worker in prefill if worker.name == decision.chosen)
-        request = Request(order, chosen, stream, self, self._counts)
+        try:
+            worker, plan = self._placer.place(order, model)
+        except BatonError:
+            self._counts.add("requests_refused")
+            raise
+        request = Request(order, worker, stream, self, self._counts, plan)
+        if plan.way is not Way.DIRECT and order.spec.max_tokens > 1:
+            self._placer.placed(request.key, len(order.spec.prompt))
         self._live[request.key] = (request, model)
         self._counts.add("requests")
         request.start()
@@ -196,21 +195,21 @@ class Requests:
     def choose_decode(self, request: Request, avoid: str) -> Choice | None:
         """See `Port`."""
         _, model = self._live[request.key]
-        workers = model.reachable("decode")
-        refusers = request.attempt.handoffs.excluded
-        excluded = {worker.name for worker in workers if worker.process.incarnation in refusers}
-        decision = pick_decode([worker.decode_load() for worker in workers], request.order.demand, excluded, avoid)
-        if decision is None:
-            return None
-        room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
-        return Choice(next(worker for worker in workers if worker.name == decision.chosen), room)
+        return self._placer.choose_decode(model, request.order, request.attempt.handoffs.excluded, avoid)
 
-    def send_prefill(self, worker: Worker, spec: SequenceSpec, deadline_s: float) -> None:
+    def send_prompt(
+        self, worker: Worker, spec: SequenceSpec, deadline_s: float, ttft_left_s: float | None, direct: bool
+    ) -> None:
         """See `Port`."""
-        worker.link.send(wire.RouterFrame(prefill=wire.PrefillCommand(spec=spec_to_wire(spec, deadline_s))))
+        message = spec_to_wire(spec, deadline_s, ttft_left_s)
+        if direct:
+            worker.link.send(wire.RouterFrame(direct=wire.DirectCommand(spec=message)))
+        else:
+            worker.link.send(wire.RouterFrame(prefill=wire.PrefillCommand(spec=message)))
 
     def send_bind(self, worker: Worker, key: HandoffKey, decode: Worker) -> None:
         """See `Port`."""
+        self._placer.settled(key.attempt)
         worker.link.send(
             wire.RouterFrame(
                 bind=wire.BindCommand(
@@ -237,6 +236,7 @@ class Requests:
     def closed(self, request: Request) -> None:
         """See `Port`."""
         self._live.pop(request.key, None)
+        self._placer.settled(request.key)
 
     def _acknowledge(self, attempt: AttemptKey, worker: Worker) -> bool:
         waiting = self._cancelling.get(attempt)

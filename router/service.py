@@ -17,12 +17,13 @@ from baton.rpc.status import abort
 from baton.spec import ProcessRef, SequenceSpec
 from baton.v1 import generation_pb2 as gen
 from router.events import accepted, finished, tokens
+from router.objectives import Defaults
 from router.order import Order
 from router.parsing import Unreadable, parser
-from router.placement import Demand
 from router.registry import NOBODY_RETRY_S, Registry, ServedModel
 from router.request import Request
 from router.requests import Requests
+from router.snapshot import Demand
 from router.streams import ClientStream, Piece
 from router.tokenisation import tokenise
 from router.validation import Checked, Input, check_ids, check_input, check_length, check_request
@@ -48,6 +49,7 @@ class GenerationService:
     ) -> None:
         self._config, self._router = config, router
         self._registry, self._requests, self._executor = registry, requests, executor
+        self._defaults = Defaults(config.slo)
         self._tokenising = 0
 
     async def Generate(self, request: gen.GenerateRequest | Unreadable, context: Any) -> None:
@@ -103,6 +105,7 @@ class GenerationService:
                 arrived=arrived,
                 deadline=arrived + left,
                 handoff_wait_s=self._config.handoff_wait_s,
+                refuses=checked.refuses,
             )
             _check_room(order.demand, model)
             stream = ClientStream(self._config.client_buffer_tokens)
@@ -140,7 +143,7 @@ class GenerationService:
             router=self._router(),
             stop_token_ids=frozenset(checked.stop_token_ids),
             eos_token_ids=frozenset() if checked.ignore_eos else card.eos_token_ids,
-            objectives=checked.objectives,
+            objectives=self._defaults.fill(checked.objectives, card.name, checked.priority),
             priority=checked.priority,
             tenant_salt=checked.tenant_salt,
         )
@@ -184,7 +187,7 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
     try:
         # A client that reads nothing must not keep its place, nor what is buffered for it, for ever.
         async with asyncio.timeout_at(request.order.deadline + ABORT_S):
-            await context.write(accepted(request.order.spec, model))
+            await context.write(accepted(request.order.spec, model, request.plan))
             while isinstance(item := await stream.next(), Piece):
                 await context.write(tokens(item))
             await context.write(finished(item))

@@ -22,6 +22,7 @@ class Path(Enum):
 
     DISAGGREGATED = 1
     PREFILL_ONLY = 2
+    DIRECT = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Checked:
     ignore_eos: bool
     objectives: Objectives
     priority: int
+    refuses: bool
 
 
 def check_request(message: gen.GenerateRequest) -> Checked:
@@ -82,6 +83,7 @@ def check_request(message: gen.GenerateRequest) -> Checked:
         ignore_eos=stopping.ignore_eos,
         objectives=_check_objectives(message.slo),
         priority=_in_range("priority", message.priority, -PRIORITY, PRIORITY),
+        refuses=message.when_unmet == gen.UNMET_POLICY_REFUSE,
     )
 
 
@@ -212,8 +214,6 @@ def _check_objectives(slo: gen.Slo) -> Objectives:
 def _check_policies(message: gen.GenerateRequest) -> None:
     if message.when_unmet not in gen.UnmetPolicy.values():
         raise InvalidArgument("when_unmet", f"{message.when_unmet} is not a known policy")
-    if message.when_unmet == gen.UNMET_POLICY_REFUSE:
-        raise Unimplemented("when_unmet", "refusing on an unmet objective is not implemented; use BEST_EFFORT")
     if message.on_disconnect not in gen.OnDisconnect.values():
         raise InvalidArgument("on_disconnect", f"{message.on_disconnect} is not a known choice")
     if message.on_disconnect == gen.ON_DISCONNECT_LINGER:

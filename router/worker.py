@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from baton.config import RoleName
+from baton.cost import StepCost
+from baton.rpc.convert import cost_from_wire
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
 from router.ledger import DecodeLedger, PrefillLedger, Reported
-from router.placement import DecodeLoad, PrefillLoad
+from router.promises import Accuracy
+from router.snapshot import DecodeLoad, PrefillLoad
 from router.worker_link import WorkerLink
 
 
@@ -72,6 +75,9 @@ class Worker:
     language_ready: bool = False
     lost: bool = False
     load: wire.LoadReport | None = None
+    cost: StepCost | None = None
+    chunk_tokens: int = 512
+    accuracy: Accuracy = field(default_factory=Accuracy)
     prefill: PrefillLedger = field(default_factory=PrefillLedger)
     decode: DecodeLedger = field(init=False)
 
@@ -101,20 +107,46 @@ class Worker:
     def reported(self, load: wire.LoadReport) -> None:
         """The worker's freshest account of itself."""
         self.load = load
+        if load.HasField("cost"):
+            self.cost, self.chunk_tokens = cost_from_wire(load.cost), load.cost.chunk_tokens or self.chunk_tokens
         self.prefill.reported(load.waiting_tokens)
         self.decode.reported(Reported(load.free_blocks + load.cached_blocks, load.resident_tokens))
 
-    def prefill_load(self) -> PrefillLoad:
-        """This worker in a snapshot for `pick_prefill`."""
-        return PrefillLoad(self.name, self.prefill.queued_tokens, self.registration.blocks)
+    def prefill_load(self, now: float, cached_tokens: int = 0) -> PrefillLoad:
+        """This worker in a snapshot, for a prompt of which it holds so many tokens."""
+        return PrefillLoad(
+            self.name,
+            self.prefill.queued_tokens,
+            self.registration.blocks,
+            self.cost,
+            self.chunk_tokens,
+            self.prefill.queue(now),
+            cached_tokens,
+            self.accuracy.factor,
+        )
 
-    def decode_load(self) -> DecodeLoad:
-        """This worker in a snapshot for `pick_decode`."""
+    def decode_load(self, now: float, cached_tokens: int = 0) -> DecodeLoad:
+        """This worker in a snapshot, for a prompt of which it holds so many tokens."""
+        decode = self.decode
         return DecodeLoad(
             self.name,
-            self.decode.tokens,
-            len(self.decode),
-            self.decode.free_blocks,
+            decode.tokens,
+            len(decode),
+            decode.free_blocks,
             self.registration.blocks,
             self.registration.max_sequences,
+            self.cost,
+            self.chunk_tokens,
+            decode.strictest_s,
+            self.prefill.queue(now),
+            cached_tokens,
+            self.accuracy.factor,
+            self._drain_s(),
         )
+
+    def _drain_s(self) -> float:
+        """About how long until one of the sequences bound here ends: half a usual one's steps, over their number."""
+        if self.cost is None or not len(self.decode):
+            return 0.0
+        step = self.cost.decode(len(self.decode), self.decode.tokens)
+        return self.decode.mean_blocks * self.card.kv_layout.block_tokens * step / 2 / len(self.decode)

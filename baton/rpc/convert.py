@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from baton.cost import StepCost
 from baton.errors import InvalidArgument
 from baton.spec import HandoffKey, Objectives, ProcessRef, Sampling, SequenceSpec, TokenLogprobs
 from baton.v1 import generation_pb2 as gen
@@ -119,3 +122,19 @@ def run_to_wire(
 ) -> wire.TokenRun:
     """Consecutive tokens of one sequence; `position` is that of ids[0]."""
     return wire.TokenRun(attempt=attempt, position=position, ids=ids, logprobs=map(logprobs_to_wire, logprobs))
+
+
+def cost_from_wire(message: wire.StepCost) -> StepCost:
+    """See `StepCost`. What no worker of ours sends (negative, not finite) counts as 0."""
+
+    def sane(value: float) -> float:
+        return value if math.isfinite(value) and value > 0 else 0.0
+
+    return StepCost(
+        sane(message.chunk),
+        sane(message.per_token),
+        sane(message.per_pair),
+        sane(message.step),
+        sane(message.per_sequence),
+        sane(message.per_resident),
+    )

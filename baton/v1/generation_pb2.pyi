@@ -32,7 +32,7 @@ class _UnmetPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UnmetPoli
     UNMET_POLICY_BEST_EFFORT: _UnmetPolicy.ValueType  # 1
     """Serve it anyway, as well as possible. The default."""
     UNMET_POLICY_REFUSE: _UnmetPolicy.ValueType  # 2
-    """Refuse at once with RESOURCE_EXHAUSTED. Not implemented yet."""
+    """Refuse at once with RESOURCE_EXHAUSTED, when to try again, and which objective stands in the way."""
 
 class UnmetPolicy(_UnmetPolicy, metaclass=_UnmetPolicyEnumTypeWrapper): ...
 
@@ -40,7 +40,7 @@ UNMET_POLICY_UNSPECIFIED: UnmetPolicy.ValueType  # 0
 UNMET_POLICY_BEST_EFFORT: UnmetPolicy.ValueType  # 1
 """Serve it anyway, as well as possible. The default."""
 UNMET_POLICY_REFUSE: UnmetPolicy.ValueType  # 2
-"""Refuse at once with RESOURCE_EXHAUSTED. Not implemented yet."""
+"""Refuse at once with RESOURCE_EXHAUSTED, when to try again, and which objective stands in the way."""
 Global___UnmetPolicy: _TypeAlias = UnmetPolicy  # noqa: Y015
 
 class _OnDisconnect:

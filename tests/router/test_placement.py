@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.ledger import DecodeLedger, PrefillLedger, Reported
-from router.placement import DecodeLoad, Demand, PrefillLoad, pick_decode, pick_prefill
+from router.placement import pick_decode, pick_prefill
+from router.snapshot import DecodeLoad, Demand, PrefillLoad
 
 EMPTY = DecodeLoad("a", tokens=0, sequences=0, free_blocks=100, capacity_blocks=100, max_sequences=8)
 DEMAND = Demand(blocks=10, tokens=50)

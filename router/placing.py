@@ -1,0 +1,111 @@
+"""From live workers to a snapshot, and from a plan to a worker: what placement needs of the router around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Set
+
+from baton.config import PathChoice, RoleName
+from baton.errors import ResourceExhausted, Unavailable
+from baton.spec import AttemptKey
+from router.order import Choice, Order
+from router.placement import Plan, Way, pick_decode, plan
+from router.registry import NOBODY_RETRY_S, ServedModel
+from router.snapshot import Ask
+from router.worker import Worker
+
+
+class Placer:
+    """Plans requests and binds them. `path` fixes the way; adaptive lets each request have its own."""
+
+    def __init__(self, path: PathChoice) -> None:
+        self._path = path
+        self._unbound: dict[AttemptKey, int] = {}
+        self._unbound_tokens = 0
+
+    @property
+    def unbound(self) -> int:
+        """Requests that are placed but that no decode worker has yet."""
+        return len(self._unbound)
+
+    @property
+    def roles(self) -> tuple[RoleName, ...]:
+        """Without workers of these nothing can be served."""
+        return ("decode",) if self._path == "direct" else ("prefill", "decode")
+
+    def place(self, order: Order, model: ServedModel) -> tuple[Worker, Plan]:
+        """The worker that computes the prompt. Raises Unavailable without workers; ResourceExhausted without a pool
+        that is large enough, or where the objectives can't be met and the request wants to be refused then.
+        """
+        for role in self.roles:
+            if not model.usable(role):
+                raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
+        prefills = model.usable("prefill") if self._path != "direct" else []
+        decodes = model.usable("decode")
+        now = asyncio.get_running_loop().time()
+        blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
+        found = plan(
+            self._ask(order, now, len(decodes)),
+            [worker.prefill_load(now) for worker in prefills],
+            [worker.decode_load(now) for worker in decodes],
+            blocks,
+            direct=self._path != "disaggregated",
+        )
+        if found is None:
+            kind = "decode" if self._path == "direct" else "prefill"
+            raise ResourceExhausted(f"no {kind} worker's pool has {blocks} blocks", constraint=f"{kind}_blocks")
+        if order.refuses and not found.meets:
+            raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
+        pool = decodes if found.way is Way.DIRECT else prefills
+        return next(worker for worker in pool if worker.name == found.chosen), found
+
+    def placed(self, attempt: AttemptKey, tokens: int) -> None:
+        """It needs a decode worker, later."""
+        self._unbound[attempt] = tokens
+        self._unbound_tokens += tokens
+
+    def settled(self, attempt: AttemptKey) -> None:
+        """It has one, or needs none any more. Idempotent."""
+        self._unbound_tokens -= self._unbound.pop(attempt, 0)
+
+    def choose_decode(self, model: ServedModel, order: Order, refused_by: Set[str], avoid: str) -> Choice | None:
+        """The decode worker to bind; `refused_by` are incarnations that won't take it. None when nobody is left."""
+        workers = model.reachable("decode")
+        now = asyncio.get_running_loop().time()
+        excluded = {worker.name for worker in workers if worker.process.incarnation in refused_by}
+        loads = [worker.decode_load(now) for worker in workers]
+        decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
+        if decision is None:
+            return None
+        room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
+        return Choice(next(worker for worker in workers if worker.name == decision.chosen), room)
+
+    def _ask(self, order: Order, now: float, decodes: int) -> Ask:
+        spec = order.spec
+        share = max(decodes, 1)
+        return Ask(
+            now,
+            len(spec.prompt),
+            order.demand,
+            order.ttft_left_s(now),
+            order.tpot_s,
+            spec.priority,
+            len(self._unbound) // share,
+            self._unbound_tokens // share,
+            spec.max_tokens - len(spec.output) == 1,
+        )
+
+
+def _refusal(order: Order, found: Plan) -> str:
+    asked, spec = [], order.spec.objectives
+    if spec.ttft_ms is not None:
+        asked.append(f"ttft {spec.ttft_ms:g} ms")
+    if spec.tpot_ms is not None:
+        asked.append(f"tpot {spec.tpot_ms:g} ms")
+    times = [
+        f"{name} {seconds * 1e3:.0f} ms"
+        for name, seconds in (("ttft", found.ttft_s), ("tpot", found.tpot_s))
+        if seconds is not None
+    ]
+    what = "others' objectives" if found.constraint == "others" else f"its objective for {found.constraint}"
+    return f"{what} can't be kept now: asked {' and '.join(asked) or 'nothing'}, expected {' and '.join(times)}"

@@ -1,0 +1,102 @@
+"""How long things would take: pure functions of one worker in a snapshot.
+
+TTFT is the prompts ahead plus the prompt's own chunks. TPOT is a decode step with this sequence in it. Every function
+also says whether somebody who was placed before would miss an objective that he still keeps without this request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from baton.cost import StepCost, pairs
+from router.snapshot import Ask, DecodeLoad, PrefillLoad, Queued
+
+PRIORITY_S = 1.0
+"""What a step of priority is worth in a worker's queue; see `baton.engine.prompt_queue`."""
+AGEING_S = 10.0
+LEAST_CHUNK, MARGIN, STRETCH = 16, 0.9, 3.0
+"""How a decode worker sizes the chunks of prompts beside residents; see `decode_worker.scheduler`."""
+TRIP_S = 0.004
+"""What lies outside a worker's own time: messages and their handling."""
+
+
+class Forecast(NamedTuple):
+    """Seconds to the first token, as promised and as predicted; `breaks` when others would miss theirs for it. `queued`
+    is the prompt in the worker's queue."""
+
+    ttft_s: float
+    breaks: bool
+    raw_s: float
+    queued: Queued
+
+
+def rank_of(ask: Ask, work_s: float) -> float:
+    """The latest start, as the worker's queue will order it."""
+    return ask.now + (AGEING_S if ask.ttft_s is None else ask.ttft_s) - work_s - PRIORITY_S * ask.priority
+
+
+def prefill(worker: PrefillLoad, ask: Ask) -> Forecast:
+    """On a prefill worker."""
+    cost = worker.cost
+    assert cost is not None, "a worker that has told its cost"
+    new = ask.tokens - worker.cached_tokens
+    work = cost.prefill(new, worker.cached_tokens, worker.chunk_tokens)
+    queued = Queued(rank_of(ask, work), work, ask.ttft_s is not None)
+    ahead, breaks = _queue(worker.queue, queued, ask.now)
+    raw = ahead + work + TRIP_S
+    return Forecast(raw * worker.promise, breaks, raw, queued)
+
+
+def direct(worker: DecodeLoad, ask: Ask) -> Forecast:
+    """In place on a decode worker, beside its residents."""
+    cost = worker.cost
+    assert cost is not None, "a worker that has told its cost"
+    new, cached = ask.tokens - worker.cached_tokens, worker.cached_tokens
+    work = cost.prefill(new, cached, worker.chunk_tokens)
+    stretch, misses = _stretch(worker, cost, new, cached, work)
+    queued = Queued(rank_of(ask, work), work * stretch, ask.ttft_s is not None)
+    ahead, breaks = _queue(worker.queue, queued, ask.now)
+    raw = ahead + work * stretch + TRIP_S
+    return Forecast(raw * worker.promise, breaks or misses, raw, queued)
+
+
+def step(worker: DecodeLoad, ask: Ask) -> float:
+    """Seconds per token with this sequence resident, and with its share of those that are on their way."""
+    cost = worker.cost
+    assert cost is not None, "a worker that has told its cost"
+    seconds = cost.decode(worker.sequences + 1 + ask.unbound, worker.tokens + ask.demand.tokens + ask.unbound_tokens)
+    if worker.queue:  # prompts are computed beside: each step takes what the objectives leave
+        limit = min((s for s in (worker.strictest_s, ask.tpot_s) if s is not None), default=STRETCH * seconds)
+        seconds = max(seconds, MARGIN * limit)
+    return seconds
+
+
+def _queue(queue: Sequence[Queued], ours: Queued, now: float) -> tuple[float, bool]:
+    """Seconds of work that goes first, and whether what comes after would become late by ours."""
+    ahead, behind = 0.0, 0.0
+    breaks = False
+    for other in queue:
+        if other.rank <= ours.rank:
+            ahead += other.seconds
+            continue
+        starts = now + ahead + behind
+        if other.due and starts <= other.rank < starts + ours.seconds:
+            breaks = True
+            break
+        behind += other.seconds
+    return ahead, breaks
+
+
+def _stretch(worker: DecodeLoad, cost: StepCost, new: int, cached: int, work_s: float) -> tuple[float, bool]:
+    """How many times as long a prompt takes beside the residents as alone, and whether they would miss objectives."""
+    if not worker.sequences:
+        return 1.0, False
+    base = cost.decode(worker.sequences, worker.tokens)
+    limit = worker.strictest_s
+    spare = (STRETCH - 1) * base if limit is None else limit * MARGIN - base
+    fits = cost.fits(spare, cached + new // 2, worker.chunk_tokens)
+    chunk = min(max(fits, LEAST_CHUNK), new)
+    chunks = -(-new // chunk)
+    seconds = chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached)
+    return max(seconds / work_s, 1.0) if work_s > 0 else 1.0, limit is not None and fits < LEAST_CHUNK

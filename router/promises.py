@@ -1,0 +1,40 @@
+"""How well predictions were kept, and what a promise adds to a prediction so that most of them will be."""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW = 64
+TOLERANCE = 1.2
+"""A promise is kept when no more than so many times as long was needed."""
+KEPT_SHARE = 0.93
+MEDIAN_LIMIT = 1.2
+"""A promise is at most so many times what is usual."""
+MOST = 5.0
+
+
+class Accuracy:
+    """Ratios of achieved to predicted times, the last `WINDOW` of them."""
+
+    def __init__(self) -> None:
+        self._ratios: deque[float] = deque(maxlen=WINDOW)
+        self.factor = 1.0
+        """What a predicted time is multiplied with to be a promise that is kept."""
+
+    def __len__(self) -> int:
+        return len(self._ratios)
+
+    @property
+    def error(self) -> float | None:
+        """Median of |achieved / predicted - 1|; None before the first."""
+        return sorted(abs(ratio - 1) for ratio in self._ratios)[len(self._ratios) // 2] if self._ratios else None
+
+    def observe(self, predicted_s: float, achieved_s: float) -> None:
+        """A prediction (before any factor) and what became of it."""
+        if predicted_s <= 0 or achieved_s <= 0:
+            return
+        self._ratios.append(achieved_s / predicted_s)
+        ordered = sorted(self._ratios)
+        high = ordered[min(int(KEPT_SHARE * len(ordered)), len(ordered) - 1)] / TOLERANCE
+        usual = ordered[len(ordered) // 2]
+        self.factor = min(max(min(high, MEDIAN_LIMIT * usual), usual, 1 / MOST), MOST)

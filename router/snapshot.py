@@ -1,0 +1,83 @@
+"""What placement sees: the workers at one moment, and what a request asks. Plain values; times in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from baton.cost import StepCost
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a sequence will hold on a decode worker: blocks for its whole length, and the tokens known now."""
+
+    blocks: int
+    tokens: int
+
+
+class Queued(NamedTuple):
+    """A prompt at a worker: when it must start to be in time (`rank`, on the router's clock), and the work that is
+    left of it. `due` is False where nobody waits for it with an objective."""
+
+    rank: float
+    seconds: float
+    due: bool
+
+
+class PrefillLoad(NamedTuple):
+    """A prefill worker in a snapshot. `queued_tokens` are prompt tokens that it has still to compute.
+
+    `queue` is in order of rank; `cached_tokens` are those of the request in question; `promise` is what a predicted
+    time is multiplied with to be kept. Without a `cost` no time can be predicted.
+    """
+
+    name: str
+    queued_tokens: int
+    capacity_blocks: int
+    cost: StepCost | None = None
+    chunk_tokens: int = 512
+    queue: Sequence[Queued] = ()
+    cached_tokens: int = 0
+    promise: float = 1.0
+
+
+class DecodeLoad(NamedTuple):
+    """A decode worker in a snapshot. `free_blocks` is what nobody holds and nobody was promised.
+
+    `strictest_s` is the least objective per token among the sequences bound to it, None without any; `queue` are
+    prompts that it computes itself, `drain_s` about how long until one of its sequences ends.
+    """
+
+    name: str
+    tokens: int
+    sequences: int
+    free_blocks: int
+    capacity_blocks: int
+    max_sequences: int
+    cost: StepCost | None = None
+    chunk_tokens: int = 512
+    strictest_s: float | None = None
+    queue: Sequence[Queued] = ()
+    cached_tokens: int = 0
+    promise: float = 1.0
+    drain_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request that is to be placed at `now`. Objectives are None where there are none; `ttft_s` is what is left.
+
+    `unbound` are sequences admitted before that no decode worker has yet, with their tokens.
+    """
+
+    now: float
+    tokens: int
+    demand: Demand
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    priority: int = 0
+    unbound: int = 0
+    unbound_tokens: int = 0
+    single_token: bool = False
