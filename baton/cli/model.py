@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from baton.cli.flags import Json
 from baton.cli.output import print_json, print_table
 from baton.config import DEFAULT_MODEL, KvChoice, WeightChoice
 from baton.errors import ConfigError
+from baton.telemetry import configure_logs
 from kvtransfer.layout import KvLayout
 
 app = App(name="model", help="Manage the models on this machine.")
@@ -23,7 +25,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 @app.command
 def fetch(name: str = DEFAULT_MODEL, /) -> None:
-    """Fetch a model, so that workers start without waiting for it; prints where it lies.
+    """Fetch a model and compile the kernels, so that workers start without waiting; prints where the model lies.
 
     Parameters
     ----------
@@ -32,7 +34,18 @@ def fetch(name: str = DEFAULT_MODEL, /) -> None:
     """
     from baton.engine.models import resolve
 
-    print(resolve(name).path)
+    path = resolve(name).path
+    prepare_kernels()
+    print(path)
+
+
+def prepare_kernels() -> None:
+    """Compiles the kernels for this processor, once; where they can't be had, workers say so and compute with torch."""
+    from baton.engine.native.build import NativeUnavailable, cpu_flags, library_for, target_for
+
+    configure_logs("model")
+    with contextlib.suppress(NativeUnavailable):
+        library_for(target_for(cpu_flags()))
 
 
 @app.command

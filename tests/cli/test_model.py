@@ -81,3 +81,19 @@ def test_the_estimate_is_what_the_engine_takes(weights: WeightChoice) -> None:
     model = resolve(EMBEDDED_MODEL)
     engine = NativeEngine.load(describe(model, "bfloat16"), blocks=1, weights=weights, library=kernels)
     assert engine.weight_bytes == pytest.approx(estimate(model).weight_bytes[weights], rel=1e-3)
+
+
+@pytest.mark.nightly
+async def test_fetch_compiles_the_kernels_ahead(tmp_path: Path) -> None:
+    """And prints nothing but the path, with which scripts go on; a second time there is nothing to do."""
+    try:
+        library.load()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for compiles in (True, False):
+        result = await baton("model", "fetch", str(tmp_path / "model"), BATON_CACHE=str(tmp_path / "cache"))
+        assert (result.status, result.out) == (0, f"{tmp_path / 'model'}\n")
+        assert ("compiling the kernels, once" in result.err) is compiles
+    assert len(list((tmp_path / "cache" / "native").glob("*.so"))) == 1

@@ -79,13 +79,22 @@ def library_for(target: Target) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together compile once
+            _wait_turn(lock.fileno())
             if not path.exists():
                 log.info("compiling the kernels, once", target=target.name, into=str(folder))
                 _compile(compiler, target, sources, path)
     except OSError as error:
         raise NativeUnavailable(f"the kernels can't be kept in {folder}: {error.strerror or error}") from None
     return path
+
+
+def _wait_turn(lock: int) -> None:
+    """Processes that start together compile once."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("waiting for the kernels that another process compiles")
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def find_compiler() -> str:
