@@ -13,11 +13,11 @@ from google.protobuf.message import Message
 from baton.config import RouterConfig
 from baton.errors import BatonError, DeadlineExceeded, ResourceExhausted, Unavailable
 from baton.identity import mint_attempt
+from baton.objectives import Defaults
 from baton.rpc.status import abort
 from baton.spec import ProcessRef, SequenceSpec
 from baton.v1 import generation_pb2 as gen
 from router.events import accepted, finished, tokens
-from router.objectives import Defaults
 from router.order import Order
 from router.parsing import Unreadable, parser
 from router.registry import NOBODY_RETRY_S, Registry, ServedModel

@@ -13,6 +13,7 @@ from baton.cli.flags import ProcessFlags
 from baton.config import (  # noqa: F401
     KernelChoice,
     KvChoice,
+    PathChoice,
     RoleName,
     RouterConfig,
     TransportChoice,

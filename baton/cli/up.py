@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from baton.cli.flags import debug_errors, run
 
 # The names of choices stand in annotations that the flag class inherits as text, looked up here.
-from baton.config import KernelChoice, KvChoice, TransportChoice, WeightChoice  # noqa: F401
+from baton.config import KernelChoice, KvChoice, PathChoice, TransportChoice, WeightChoice  # noqa: F401
 from baton.launch.cluster import ClusterConfig, LocalCluster, LogFormat, LogLevel  # noqa: F401
 from baton.launch.lifetime import stop_on_signals
 
@@ -48,5 +48,7 @@ async def _serve(config: ClusterConfig, model: str) -> None:
     stop_on_signals(this.cancel)
     async with LocalCluster(config) as cluster:
         pools = f"{config.prefill} prefill, {config.decode} decode, {model}"
+        if config.colocated:
+            pools = f"{config.colocated} colocated, {model}"
         print(f"baton ready: {cluster.address} ({pools})", flush=True)
         await cluster.wait()

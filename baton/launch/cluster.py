@@ -26,6 +26,7 @@ from baton.config import (
     DEFAULT_MODEL,
     KernelChoice,
     KvChoice,
+    PathChoice,
     RoleName,
     TransportChoice,
     WeightChoice,
@@ -34,6 +35,7 @@ from baton.config import (
 )
 from baton.errors import Unavailable
 from baton.launch.child import Child, Sink
+from baton.objectives import Defaults
 from baton.rpc.net import cancelling, format_address, parse_address
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -55,6 +57,14 @@ class ClusterConfig:
     """Prefill workers."""
     decode: int = 1
     """Decode workers."""
+    colocated: int = 0
+    """Workers that do both phases, in place of the two pools; 0 for the two pools."""
+    path: PathChoice = "adaptive"
+    """disaggregated: over both pools; direct: prompts are computed on decode workers; adaptive: by each request."""
+    slo: str = ""
+    """Objectives of requests that come without: `[MODEL@]PRIORITY:ttft=MS,tpot=MS`, `*` for any priority, with `;`."""
+    tpot_budget_ms: float = 0.0
+    """Bounds a step that also computes prompts in place; 0 goes by the objectives of the sequences in it."""
     model: str = DEFAULT_MODEL
     """A built-in name, a Hugging Face folder, a GGUF file, or a hub name."""
     transport: TransportChoice = "auto"
@@ -95,6 +105,11 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for field in ("prefill", "decode"):
             require(getattr(self, field) >= 1, field, f"at least 1, not {getattr(self, field)}")
+        require(self.colocated >= 0, "colocated", f"at least 0, not {self.colocated}")
+        require(self.tpot_budget_ms >= 0, "tpot_budget_ms", f"must not be negative, not {self.tpot_budget_ms}")
+        require_choice("path", self.path, PathChoice)
+        require(not self.colocated or self.path == "adaptive", "path", "colocated workers know only one, direct")
+        Defaults(self.slo)
         for field, choices in (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice)):
             require_choice(field, getattr(self, field), choices)
         for field in ("prefill_weights", "decode_weights"):
@@ -176,11 +191,13 @@ class LocalCluster:
             await _exited(self._children, STOP_S)
 
     async def _start(self) -> None:
-        router = await self._spawn(ROUTER, ROUTER, ["--listen", self.config.listen])
+        path = "direct" if self.config.colocated else self.config.path
+        flags = ["--listen", self.config.listen, "--path", path, "--slo", self.config.slo]
+        router = await self._spawn(ROUTER, ROUTER, flags)
         self.address = dialable(await router.wait_ready())
         workers = [
-            await self._spawn(f"{role}-{index}", role, self._flags_of(role, index))
-            for role, count in _counts(self.config)
+            await self._spawn(f"{name}-{index}", role, self._flags_of(role, index))
+            for name, role, count in _counts(self.config)
             for index in range(count)
         ]
         await _all_ready(router, workers)
@@ -211,6 +228,7 @@ class LocalCluster:
             "kv_dtype",
             "pool_tokens",
             "chunk_tokens",
+            "tpot_budget_ms",
             "max_sequences",
             "threads",
         ):
@@ -231,8 +249,11 @@ class LocalCluster:
             self._sink(f"baton: {child.name} (pid {child.pid}) {how}; it is not started again")
 
 
-def _counts(config: ClusterConfig) -> list[tuple[RoleName, int]]:
-    return [("prefill", config.prefill), ("decode", config.decode)]
+def _counts(config: ClusterConfig) -> list[tuple[str, RoleName, int]]:
+    """Names, roles and numbers of the workers. Every decode worker can do both phases: colocated ones are such."""
+    if config.colocated:
+        return [("colocated", "decode", config.colocated)]
+    return [("prefill", "prefill", config.prefill), ("decode", "decode", config.decode)]
 
 
 def core_of(role: RoleName, index: int, cores: Sequence[int]) -> int:

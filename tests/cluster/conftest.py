@@ -43,8 +43,11 @@ class Running:
 
 @asynccontextmanager
 async def running(**options: object) -> AsyncIterator[Running]:
-    """A cluster on a free port; afterwards none of its processes is left."""
-    config = ClusterConfig(**{"listen": "127.0.0.1:0", "pool_tokens": 12_288} | options)  # type: ignore[arg-type]
+    """A cluster on a free port, with every prompt over both pools unless told otherwise; none of its processes is left
+    afterwards."""
+    path = "adaptive" if options.get("colocated") else "disaggregated"
+    fields = {"listen": "127.0.0.1:0", "pool_tokens": 12_288, "path": path} | options
+    config = ClusterConfig(**fields)  # type: ignore[arg-type]
     async with LocalCluster(config) as cluster:
         pids = [child.pid for child in cluster.processes]
         async with Client(cluster.address) as client:
