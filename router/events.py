@@ -78,6 +78,7 @@ def _timeline(outcome: Outcome) -> gen.Timeline:
         prefill_worker=outcome.prefill_worker,
         decode_worker=outcome.decode_worker,
         path=gen.Path.ValueType(outcome.path.value),
+        simulated=outcome.simulated,
     )
     if prefill is not None:
         timeline.queue_ms, timeline.prefill_ms = prefill.queue_ms, prefill.prefill_ms
