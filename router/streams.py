@@ -68,7 +68,7 @@ class ClientStream:
             self._piece.logprobs += piece.logprobs
         if self._write is None:
             self._next()
-        elif len(self._piece.ids) > self._limit:
+        if self.buffered_tokens > self._limit:
             raise ResourceExhausted(
                 f"the client has not read for {self.buffered_tokens} tokens", constraint="client_buffer"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections.abc import AsyncIterable
 
 import psutil
 
@@ -18,17 +18,23 @@ WORKERS = 32  # of each role
 async def test_64_workers_register_at_once_and_share_the_work() -> None:
     async with crowd(WORKERS, WORKERS, lambda spec: [*range(10, 14), EOS]) as cluster:
         assert len(cluster.router.registry.workers()) == 2 * WORKERS
-        calls = [cluster.call(request_id=f"r{index}") for index in range(4 * WORKERS)]
-
-        async def read(call: object) -> list[gen.GenerateResponse]:
-            return [event async for event in call]  # type: ignore[attr-defined]
-
-        answers = await asyncio.gather(*map(read, calls))
-        assert all(ids_of(events) == [*range(10, 14), EOS] for events in answers)
-        timelines = [events[-1].finished.timeline for events in answers]
-        for used in (Counter(t.prefill_worker for t in timelines), Counter(t.decode_worker for t in timelines)):
-            assert len(used) > WORKERS / 2, "the work is spread"
+        prefill = [worker for name, worker in cluster.workers.items() if name.startswith("p")]
+        decode = [worker for name, worker in cluster.workers.items() if name.startswith("d")]
+        gates = [worker.gate("queued") for worker in prefill]
+        gates += [worker.gate("received") for worker in decode]
+        reading = [asyncio.create_task(_all_of(cluster.call(60.0))) for _ in range(4 * WORKERS)]
+        for group, opened in ((prefill, gates[:WORKERS]), (decode, gates[WORKERS:])):
+            await cluster.until(lambda group=group: sum(len(worker.attempts) for worker in group) == 4 * WORKERS)
+            assert sum(bool(worker.attempts) for worker in group) > WORKERS / 2, "the work is spread"
+            for gate in opened:
+                gate.set()
+        for events in await asyncio.gather(*reading):
+            assert ids_of(events) == [*range(10, 14), EOS]
         await cluster.idle()
+
+
+async def _all_of(call: AsyncIterable[gen.GenerateResponse]) -> list[gen.GenerateResponse]:
+    return [event async for event in call]
 
 
 async def test_a_router_has_the_same_sockets_whatever_streams_there_are() -> None:

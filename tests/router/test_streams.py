@@ -101,6 +101,13 @@ async def test_a_client_that_does_not_read_is_given_up_at_the_limit(wire: Wire) 
     assert len(wire.sent) == 1, "nothing is written after the handler has left"
 
 
+async def test_the_limit_holds_before_the_first_event_is_out_too() -> None:
+    stream = ClientStream(2)
+    stream.push(piece(0, 2))
+    with pytest.raises(ResourceExhausted):
+        stream.push(piece(2))
+
+
 @pytest.mark.parametrize("end", [lambda f: f.set_exception(OSError("gone")), lambda f: f.cancel()])
 async def test_a_write_that_fails_ends_the_delivery(wire: Wire, end: Callable[[asyncio.Future[None]], None]) -> None:
     stream = ClientStream(8)
