@@ -14,6 +14,7 @@ from baton.config import (  # noqa: F401
     EngineChoice,
     KernelChoice,
     KvChoice,
+    PathChoice,
     RoleName,
     RouterConfig,
     TransportChoice,
