@@ -14,7 +14,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu lint types format proto pins bench-overhead bench-engine profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu lint types format proto pins bench-overhead bench-engine bench-router cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,12 @@ bench-overhead: model ## what the cluster adds to the engine's own time to first
 
 bench-engine: model ## our engine beside the peers of PEERS=DIR, or beside the hardware's limit alone
 	$(BIN)/python -m tests.bench.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-router: model ## what the router costs a placement, a token and a request, with simulated workers
+	$(BIN)/python -m tests.bench.router $(ARGS)
+
+cost-model: model ## the JSON for --cost-model: what a step of the real engine costs on this machine
+	$(BIN)/python -m tests.bench.costs
 
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)

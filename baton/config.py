@@ -12,6 +12,7 @@ from baton.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_LISTEN = "127.0.0.1:9700"
+EngineChoice = Literal["model", "simulated"]
 KernelChoice = Literal["auto", "native", "torch"]
 WeightChoice = Literal["auto", "bf16", "int8", "int4"]
 KvChoice = Literal["auto", "int8"]
@@ -79,6 +80,16 @@ class WorkerConfig:
     """Its name in `baton workers` and timelines; made from host and process id when empty."""
     model: str = DEFAULT_MODEL
     """A built-in name, a Hugging Face folder, a GGUF file, or a hub name."""
+    engine: EngineChoice = "model"
+    """model computes; simulated takes a cost model's time instead and answers with random tokens."""
+    cost_model: str = "smollm2-135m"
+    """What a simulated step costs: smollm2-135m, instant, or a JSON file of coefficients."""
+    sim_speed: float = 1.0
+    """Makes the simulated engine so many times as fast as its cost model."""
+    sim_kv_bytes_per_token: int = 0
+    """Shrinks the simulated KV of a token to this, a multiple of 4; 0 keeps the model's own layout."""
+    sim_eos_after: int = 0
+    """A simulated output ends by itself after this many tokens; 0: never."""
     device: str = "auto"
     """cpu, or auto, which is the same today: workers can't hand over blocks in a GPU's memory yet."""
     dtype: str = "auto"
@@ -115,10 +126,22 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         require(len(self.roles) == 1, "roles", "one of prefill and decode; both in one process are not built yet")
         require(self.transport in ("auto", "shm", "tcp"), "transport", f"auto, shm or tcp, not {self.transport!r}")
-        for field, choices in (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice)):
+        for field, choices in (
+            ("engine", EngineChoice),
+            ("kernels", KernelChoice),
+            ("weights", WeightChoice),
+            ("kv_dtype", KvChoice),
+        ):
             require_choice(field, getattr(self, field), choices)
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):
             require(getattr(self, field) >= 1, field, f"must be at least 1, not {getattr(self, field)}")
-        for field in ("lease_s", "handoff_deadline_s"):
+        simulated = {"cost_model": "smollm2-135m", "sim_speed": 1.0, "sim_kv_bytes_per_token": 0, "sim_eos_after": 0}
+        for field, default in simulated.items():
+            only = self.engine == "simulated" or getattr(self, field) == default
+            require(only, field, "for the simulated engine only: give --engine simulated too")
+        for field in ("sim_kv_bytes_per_token", "sim_eos_after"):
+            require(getattr(self, field) >= 0, field, f"must be 0 or more, not {getattr(self, field)}")
+        require(self.sim_kv_bytes_per_token % 4 == 0, "sim_kv_bytes_per_token", "must be a multiple of 4")
+        for field in ("lease_s", "handoff_deadline_s", "sim_speed"):
             require(getattr(self, field) > 0, field, "must be positive")
         require(self.tpot_budget_ms >= 0, "tpot_budget_ms", f"must not be negative, not {self.tpot_budget_ms}")

@@ -33,6 +33,9 @@ class Delivery:
         Repeated tokens, those past the limit and those past a stop string are dropped and counted. Raises Internal
         when too much has come behind a gap.
         """
+        index = position - self._first
+        if len(ids) == 1 and index == self.delivered < self._limit and not self._beyond and self.stop is None:
+            return self._one(position, ids[0], logprobs)
         for offset, token in enumerate(ids):
             index = position + offset - self._first
             if index < self.delivered or index in self._beyond:
@@ -54,6 +57,12 @@ class Delivery:
             return None
         text, self.stop = self._text.flush()
         return Piece(self._first + self.delivered, [], text) if text else None
+
+    def _one(self, position: int, token: int, logprobs: Sequence[TokenLogprobs]) -> Piece:
+        """The next token by itself, as nearly all come."""
+        self.delivered += 1
+        text, self.stop = self._text.push(token)
+        return Piece(position, [token], text, list(logprobs))
 
     def _take(self) -> Piece | None:
         start, ids, texts, logprobs = self._first + self.delivered, [], [], []

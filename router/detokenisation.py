@@ -22,11 +22,29 @@ class Decoder(Protocol):
         """The text of the ids."""
 
 
-class Detokeniser:
-    """One request's output text. `skipped` ids (special tokens, stop ids) have no text."""
+class WholeTokens(dict[int, str]):
+    """The texts of tokens that hold whole characters; empty for those that do not, and those that have no text.
 
-    def __init__(self, decoder: Decoder, skipped: Set[int]) -> None:
-        self._decoder, self._skipped = decoder, skipped
+    For byte-level decoders only: there the bytes of a text are the bytes of its tokens, one after the other. So a whole
+    token after complete text adds its own text, whatever came before. Filled as tokens come, up to the vocabulary.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self._decoder = decoder
+
+    def __missing__(self, token: int) -> str:
+        text = self._decoder.decode([token], skip_special_tokens=False)
+        self[token] = "" if REPLACEMENT in text else text
+        return self[token]
+
+
+class Detokeniser:
+    """One request's output text. `skipped` ids (special tokens, stop ids) have no text. `whole` is shared by the
+    requests of a model; None where its decoder is not byte-level."""
+
+    def __init__(self, decoder: Decoder, skipped: Set[int], whole: WholeTokens | None = None) -> None:
+        self._decoder, self._skipped, self._whole = decoder, skipped, whole
         self._window: list[int] = []
         self._read = 0
         self._read_text = ""
@@ -35,6 +53,10 @@ class Detokeniser:
         """The text that this token completes, often its own; empty while a character is incomplete."""
         if token in self._skipped:
             return ""
+        if self._whole is not None and len(self._window) == self._read and (alone := self._whole[token]):
+            if self._window:
+                self._window, self._read, self._read_text = [], 0, ""
+            return alone
         self._window.append(token)
         text = self._decoder.decode(self._window, skip_special_tokens=False)
         held = len(self._window) - self._read

@@ -121,6 +121,7 @@ def _read_card(card: wire.ModelCard) -> ModelCard:
         bos_token_id=card.bos_token_id if card.HasField("bos_token_id") else None,
         bos_token=card.bos_token,
         eos_token=card.eos_token,
+        simulated=card.simulated,
     )
 
 

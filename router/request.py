@@ -313,6 +313,7 @@ class Request:
             decode_worker=decode.name if decoded and decode is not None else "",
             path=self._path(decoded),
             objectives=self.order.spec.objectives,
+            simulated=self.attempt.prefill.card.simulated,
         )
 
     def _path(self, decoded: bool) -> Path:

@@ -144,12 +144,18 @@ class Requests:
                 request.on_started(worker, message.queue_ms, message.cached_tokens)
 
     def _on_tokens(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        for run in frame.tokens.runs:
-            with self._about(run.attempt, "tokens") as request:
-                if request is not None:
-                    request.on_tokens(
-                        worker, run.position, run.ids, [logprobs_from_wire(entry) for entry in run.logprobs]
-                    )
+        live = self._live
+        for run in frame.tokens.runs:  # once per token: no context manager here
+            entry = live.get(run.attempt)
+            if entry is None:
+                self._counts.add("late_messages")
+                self._counts.add("late_tokens")
+                continue
+            try:
+                logprobs = [logprobs_from_wire(scores) for scores in run.logprobs] if run.logprobs else ()
+                entry[0].on_tokens(worker, run.position, run.ids, logprobs)
+            except Exception as error:  # noqa: BLE001 (told to the request)
+                self._fault(entry[0], error)
 
     def _on_handoff_failed(self, worker: Worker, frame: wire.WorkerFrame) -> None:
         message = frame.handoff_failed
@@ -266,8 +272,12 @@ class Requests:
         """A fault in one request ends that one and no other."""
         try:
             yield
-        except BatonError as error:
+        except Exception as error:  # noqa: BLE001 (told to the request)
+            self._fault(request, error)
+
+    def _fault(self, request: Request, error: Exception) -> None:
+        if isinstance(error, BatonError):
             request.fail(error)
-        except Exception as error:
-            log.error("unexpected error in a request", request_id=request.order.spec.request_id, exc_info=error)
-            request.fail(Internal("internal error; the router's log has the details"), cut=True)
+            return
+        log.error("unexpected error in a request", request_id=request.order.spec.request_id, exc_info=error)
+        request.fail(Internal("internal error; the router's log has the details"), cut=True)

@@ -24,7 +24,7 @@ from router.registry import NOBODY_RETRY_S, Registry, ServedModel
 from router.request import Request
 from router.requests import Requests
 from router.snapshot import Demand
-from router.streams import ClientStream, Piece
+from router.streams import ClientStream
 from router.tokenisation import tokenise
 from router.validation import Checked, Input, check_ids, check_input, check_length, check_request
 
@@ -155,7 +155,7 @@ def add_generation(servicer: Any, server: Any) -> None:
         "Generate": grpc.unary_stream_rpc_method_handler(
             servicer.Generate,
             request_deserializer=parser(gen.GenerateRequest),
-            response_serializer=gen.GenerateResponse.SerializeToString,
+            response_serializer=None,  # the events are bytes already
         ),
         "Tokenize": grpc.unary_unary_rpc_method_handler(
             servicer.Tokenize,
@@ -188,15 +188,15 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
         # A client that reads nothing must not keep its place, nor what is buffered for it, for ever.
         async with asyncio.timeout_at(request.order.deadline + ABORT_S):
             await context.write(accepted(request.order.spec, model, request.plan))
-            while isinstance(item := await stream.next(), Piece):
-                await context.write(tokens(item))
-            await context.write(finished(item))
+            outcome = await stream.deliver(lambda piece: context.write(tokens(piece)))
+            await context.write(finished(outcome))
     except TimeoutError:
         raise DeadlineExceeded("the client did not read its answer before the deadline") from None
     except asyncio.CancelledError:
         if not cut or task.uncancel() > 0:
             raise
-        await stream.next()  # raises what cut it off
+        assert stream.error is not None, "that is what cut it off"
+        raise stream.error from None
     finally:
         stream.interrupt = None
 

@@ -88,6 +88,8 @@ class Outcome:
     decode_worker: str
     path: Path
     objectives: Objectives
+    simulated: bool = False
+    """No model computed it."""
 
     @property
     def ttft_kept(self) -> bool | None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from baton.errors import InvalidArgument, NotFound
-from router.detokenisation import Detokeniser, OutputText, StopMatcher
+from router.detokenisation import Detokeniser, OutputText, StopMatcher, WholeTokens
 from router.validation import Input, Message
 
 INLINE_BYTES = 20_000
@@ -51,6 +51,8 @@ class Language:
             raise NotFound(f"the tokeniser of {model} can't be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        self._whole = WholeTokens(self._tokenizer) if byte_level else None
         self._special = frozenset(
             token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
         )
@@ -90,7 +92,8 @@ class Language:
 
     def output_text(self, stop: tuple[str, ...], silent: frozenset[int]) -> OutputText:
         """A fresh decoder of one request's output; special tokens and `silent` ids have no text."""
-        return OutputText(Detokeniser(self._tokenizer, self._special | silent), StopMatcher(stop))
+        detokeniser = Detokeniser(self._tokenizer, self._special | silent, self._whole)
+        return OutputText(detokeniser, StopMatcher(stop))
 
 
 async def tokenise(language: Language, given: Input, executor: Executor) -> tuple[tuple[int, ...], str]:

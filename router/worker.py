@@ -51,6 +51,7 @@ class ModelCard:
     bos_token_id: int | None = None
     bos_token: str = ""
     eos_token: str = ""
+    simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,8 @@ def _summary(finished: Finished) -> str:
         parts.append(f"TPOT {timeline.tpot_ms:.1f} ms")
     parts.append(f"{usage.prompt_tokens} tokens in, {usage.output_tokens} out")
     parts.append(f"{timeline.total_ms:.0f} ms in all")
+    if timeline.simulated:
+        parts.append("SIMULATED: no model computed this")
     if timeline.path is Path.PREFILL_ONLY:
         parts.append("ended in prefill")
     return "  " + ", ".join(parts)

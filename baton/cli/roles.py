@@ -11,6 +11,7 @@ from baton.cli.flags import ProcessFlags
 
 # The last name stands in annotations that the flag classes inherit as text, which are looked up in this module.
 from baton.config import (  # noqa: F401
+    EngineChoice,
     KernelChoice,
     KvChoice,
     PathChoice,

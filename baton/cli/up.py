@@ -11,7 +11,14 @@ from cyclopts import Parameter
 from baton.cli.flags import debug_errors, run
 
 # The names of choices stand in annotations that the flag class inherits as text, looked up here.
-from baton.config import KernelChoice, KvChoice, PathChoice, TransportChoice, WeightChoice  # noqa: F401
+from baton.config import (  # noqa: F401
+    EngineChoice,
+    KernelChoice,
+    KvChoice,
+    PathChoice,
+    TransportChoice,
+    WeightChoice,
+)
 from baton.launch.cluster import ClusterConfig, LocalCluster, LogFormat, LogLevel  # noqa: F401
 from baton.launch.lifetime import stop_on_signals
 
@@ -30,7 +37,7 @@ def up(*, config: UpFlags = UpFlags()) -> None:
     A worker that dies is reported and not started again; when the router dies, the cluster stops.
     """
     debug_errors(config.log_level)
-    model = fetch(config.model)
+    model = simulated_name(config.model) if config.engine == "simulated" else fetch(config.model)
     with contextlib.suppress(asyncio.CancelledError):  # a signal's, and the cluster is down by now
         run(lambda: _serve(config, model))
 
@@ -40,6 +47,13 @@ def fetch(model: str) -> str:
     from baton.engine.models import resolve
 
     return resolve(model).name
+
+
+def simulated_name(model: str) -> str:
+    """The same for a simulated model, whose files only say what it is like, if it has any."""
+    from baton.engine.simulated.load import BYTES_MODEL, PREFIX
+
+    return PREFIX + (model if model == BYTES_MODEL else fetch(model))
 
 
 async def _serve(config: ClusterConfig, model: str) -> None:

@@ -142,6 +142,8 @@ class Timeline:
     transfer_bytes: int
     transfer_blocks: int
     transfer_cached_blocks: int
+    simulated: bool = False
+    """No model computed this: the workers' engine is simulated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,6 +162,7 @@ def _timeline(message: gen.Timeline) -> types.Timeline:
         transfer_bytes=message.transfer_bytes,
         transfer_blocks=message.transfer_blocks,
         transfer_cached_blocks=message.transfer_cached_blocks,
+        simulated=message.simulated,
     )
 
 

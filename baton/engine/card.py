@@ -44,6 +44,8 @@ class ModelCard:
     tokenizer_json: bytes
     chat_template: str
     kv_layout: KvLayout
+    simulated: bool = False
+    """Nothing is computed: `baton.engine.simulated`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ import baton
 from baton.config import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
+    EngineChoice,
     KernelChoice,
     KvChoice,
     PathChoice,
@@ -73,6 +74,16 @@ class ClusterConfig:
     """HOST:PORT of the router; port 0 takes any free one."""
     pin: bool = False
     """Keep each worker on one core: prefill workers from the first core on, decode workers from the last back."""
+    engine: EngineChoice = "model"
+    """model computes; simulated takes a cost model's time instead and answers with random tokens."""
+    cost_model: str = "smollm2-135m"
+    """What a simulated step costs: smollm2-135m, instant, or a JSON file of coefficients."""
+    sim_speed: float = 1.0
+    """Makes the simulated engine so many times as fast as its cost model."""
+    sim_kv_bytes_per_token: int = 0
+    """Shrinks the simulated KV of a token to this, a multiple of 4; 0 keeps the model's own layout."""
+    sim_eos_after: int = 0
+    """A simulated output ends by itself after this many tokens; 0: never."""
     device: str = "auto"
     """cpu, or auto, which is the same today."""
     dtype: str = "auto"
@@ -222,6 +233,11 @@ class LocalCluster:
         for field in (
             "model",
             "transport",
+            "engine",
+            "cost_model",
+            "sim_speed",
+            "sim_kv_bytes_per_token",
+            "sim_eos_after",
             "device",
             "dtype",
             "kernels",

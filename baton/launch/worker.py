@@ -263,6 +263,7 @@ def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:
         bos_token_id=card.bos_token_id,
         bos_token=card.bos_token,
         eos_token=card.eos_token,
+        simulated=card.simulated,
     )
     return worker_pb2.RegisterRequest(
         worker=process_to_wire(parts.process),

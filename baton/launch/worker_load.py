@@ -23,12 +23,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that is ready to compute over `memory`. `measured` are steps of its self-measurement, in seconds."""
+    """A model that is ready to compute over `memory`. `kernels` says what computes, for logs; `measured`
+    are steps of its self-measurement, in seconds."""
 
     card: ModelCard
     engine: Engine
     memory: PoolMemory
     weight_bytes: int
+    kernels: str
     measured: tuple[tuple[StepShape, float], ...] = ()
 
 
@@ -56,6 +58,30 @@ def parse_cpus(text: str) -> set[int]:
 def load(config: WorkerConfig) -> Loaded:
     """Blocks for seconds. Raises ConfigError, or ModelFileError, in one line each."""
     started = time.monotonic()
+    loaded = _simulated(config) if config.engine == "simulated" else _computing(config)
+    log.info(
+        "model loaded",
+        model=loaded.card.name,
+        kv_dtype=loaded.card.kv_layout.dtype,
+        kernels=loaded.kernels,
+        blocks=loaded.memory.blocks,
+        pool_bytes=loaded.memory.bytes,
+        weight_bytes=loaded.weight_bytes,
+        seconds=round(time.monotonic() - started, 2),
+    )
+    return loaded
+
+
+def _simulated(config: WorkerConfig) -> Loaded:
+    from baton.engine.simulated.load import simulated_card, simulated_engine, typical_steps
+
+    card = simulated_card(config)
+    memory = PoolMemory(card.kv_layout, card.kv_layout.blocks_for(config.pool_tokens))
+    engine = simulated_engine(config, card, memory.buffer)
+    return Loaded(card, engine, memory, 0, "none: simulated", typical_steps(engine.costs))
+
+
+def _computing(config: WorkerConfig) -> Loaded:
     import torch
 
     from baton.engine.card import describe
@@ -76,14 +102,4 @@ def load(config: WorkerConfig) -> Loaded:
     )
     engine.warm_up()
     measured = tuple(measure(engine, memory.blocks, description.config.context_tokens))
-    log.info(
-        "model loaded",
-        model=description.card.name,
-        kv_dtype=layout.dtype,
-        kernels=engine.kernels,
-        blocks=memory.blocks,
-        pool_bytes=memory.bytes,
-        weight_bytes=engine.weight_bytes,
-        seconds=round(time.monotonic() - started, 2),
-    )
-    return Loaded(description.card, engine, memory, engine.weight_bytes, measured)
+    return Loaded(description.card, engine, memory, engine.weight_bytes, engine.kernels, measured)

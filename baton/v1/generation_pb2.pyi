@@ -713,6 +713,7 @@ class Timeline(_message.Message):
     TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     TRANSFER_BLOCKS_FIELD_NUMBER: _builtins.int
     TRANSFER_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    SIMULATED_FIELD_NUMBER: _builtins.int
     ttft_ms: _builtins.float
     """Router: arrival to the first token handed to the stream."""
     tpot_ms: _builtins.float
@@ -745,6 +746,8 @@ class Timeline(_message.Message):
     transfer_blocks: _builtins.int
     transfer_cached_blocks: _builtins.int
     """Blocks that the decode worker already held."""
+    simulated: _builtins.bool
+    """No model computed this: the workers' engine is simulated."""
     def __init__(
         self,
         *,
@@ -767,10 +770,11 @@ class Timeline(_message.Message):
         transfer_bytes: _builtins.int = ...,
         transfer_blocks: _builtins.int = ...,
         transfer_cached_blocks: _builtins.int = ...,
+        simulated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_first_step_wait_ms", b"_first_step_wait_ms", "_tpot_ms", b"_tpot_ms", "_transfer_exposed_ms", b"_transfer_exposed_ms", "_transfer_ms", b"_transfer_ms", "decode_ms", b"decode_ms", "first_step_wait_ms", b"first_step_wait_ms", "tpot_ms", b"tpot_ms", "transfer_exposed_ms", b"transfer_exposed_ms", "transfer_ms", b"transfer_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_first_step_wait_ms", b"_first_step_wait_ms", "_tpot_ms", b"_tpot_ms", "_transfer_exposed_ms", b"_transfer_exposed_ms", "_transfer_ms", b"_transfer_ms", "attempts", b"attempts", "decode_ms", b"decode_ms", "decode_worker", b"decode_worker", "first_step_wait_ms", b"first_step_wait_ms", "handoffs", b"handoffs", "path", b"path", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "router_ms", b"router_ms", "total_ms", b"total_ms", "tpot_ms", b"tpot_ms", "transfer_blocks", b"transfer_blocks", "transfer_bytes", b"transfer_bytes", "transfer_cached_blocks", b"transfer_cached_blocks", "transfer_exposed_ms", b"transfer_exposed_ms", "transfer_ms", b"transfer_ms", "transport", b"transport", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_first_step_wait_ms", b"_first_step_wait_ms", "_tpot_ms", b"_tpot_ms", "_transfer_exposed_ms", b"_transfer_exposed_ms", "_transfer_ms", b"_transfer_ms", "attempts", b"attempts", "decode_ms", b"decode_ms", "decode_worker", b"decode_worker", "first_step_wait_ms", b"first_step_wait_ms", "handoffs", b"handoffs", "path", b"path", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "router_ms", b"router_ms", "simulated", b"simulated", "total_ms", b"total_ms", "tpot_ms", b"tpot_ms", "transfer_blocks", b"transfer_blocks", "transfer_bytes", b"transfer_bytes", "transfer_cached_blocks", b"transfer_cached_blocks", "transfer_exposed_ms", b"transfer_exposed_ms", "transfer_ms", b"transfer_ms", "transport", b"transport", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_ms: _TypeAlias = _typing.Literal["decode_ms"]  # noqa: Y015
     _WhichOneofArgType__decode_ms: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms"]  # noqa: Y015

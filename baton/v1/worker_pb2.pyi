@@ -270,6 +270,7 @@ class ModelCard(_message.Message):
     BOS_TOKEN_ID_FIELD_NUMBER: _builtins.int
     BOS_TOKEN_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_FIELD_NUMBER: _builtins.int
+    SIMULATED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     fingerprint: _builtins.str
     context_tokens: _builtins.int
@@ -283,6 +284,8 @@ class ModelCard(_message.Message):
     bos_token: _builtins.str
     """What chat templates know as bos_token and eos_token; empty for none."""
     eos_token: _builtins.str
+    simulated: _builtins.bool
+    """Nothing is computed: steps take a cost model's time, and tokens are random."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -301,10 +304,11 @@ class ModelCard(_message.Message):
         bos_token_id: _builtins.int | None = ...,
         bos_token: _builtins.str = ...,
         eos_token: _builtins.str = ...,
+        simulated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token_id", b"bos_token_id", "kv_layout", b"kv_layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token", b"bos_token", "bos_token_id", b"bos_token_id", "chat_template_sha256", b"chat_template_sha256", "context_tokens", b"context_tokens", "eos_token", b"eos_token", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "kv_layout", b"kv_layout", "name", b"name", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token", b"bos_token", "bos_token_id", b"bos_token_id", "chat_template_sha256", b"chat_template_sha256", "context_tokens", b"context_tokens", "eos_token", b"eos_token", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "kv_layout", b"kv_layout", "name", b"name", "simulated", b"simulated", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bos_token_id: _TypeAlias = _typing.Literal["bos_token_id"]  # noqa: Y015
     _WhichOneofArgType__bos_token_id: _TypeAlias = _typing.Literal["_bos_token_id", b"_bos_token_id"]  # noqa: Y015

@@ -1,0 +1,141 @@
+"""What the router itself costs: `make bench-router`.
+
+Placements: a router with 64 workers around it, each behind a real gRPC server, and the time inside the two calls that
+place. Tokens: a cluster of simulated workers, one token event for each sequence and step, none of them merged; the
+router's user and system time over the tokens that reached the client. Requests: so many, from few connections, and
+every one of them must end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import uvloop
+
+from baton.client import Client
+from baton.client.types import Finished
+from baton.telemetry import configure_logs
+from tests.bench.report import Row, publish, spread
+from tests.bench.streaming import Flow, cpu_s, pid_of, simulated, steady
+from tests.router.crowd import crowd
+from tests.router.doubles import EOS
+
+PLACE_US, TOKEN_US = 200.0, 40.0
+WORKERS, PLACED = 32, 400  # workers of each role
+FLOWS = ((64, 20.0), (1000, 250.0))  # streams, milliseconds of a step: about as many tokens a second
+WINDOW_S, ROUNDS = 8.0, 3
+CONCURRENT = 128
+
+
+class Timed:
+    """A method of the router with the time that passes inside it, in microseconds a call."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self.took: list[float] = []
+
+    def __call__(self, *given: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._call(*given)
+        finally:
+            self.took.append((time.perf_counter() - started) * 1e6)
+
+
+async def placements() -> list[Row]:
+    """Requests through a router in this process, whose two placing calls are timed."""
+    async with crowd(WORKERS, WORKERS, lambda spec: [10, 11, EOS]) as cluster:
+        requests = cluster.router.requests
+        start, bind = Timed(requests.start), Timed(requests.choose_decode)
+        requests.start = start  # type: ignore[method-assign, assignment]
+        requests.choose_decode = bind  # type: ignore[method-assign, assignment]
+        chance = random.Random(1)
+        for _ in range(PLACED // 8):
+            asked = [[chance.randrange(3, 300) for _ in range(64)] for _ in range(8)]
+            await asyncio.gather(*(cluster.generate(token_ids={"ids": ids}) for ids in asked))
+    both = statistics.median(start.took) + statistics.median(bind.took)
+    return [
+        Row("admit and place a prompt, 64 workers", "us", statistics.median(start.took), "", None, False,
+            spread=spread(start.took)),
+        Row("pick the decode worker, 64 workers", "us", statistics.median(bind.took), "", None, False,
+            spread=spread(bind.took)),
+        Row("both: a placement, 64 workers, no prefix index", "us", both, "target", PLACE_US, False,
+            "at most 200 us", both <= PLACE_US),
+    ]  # fmt: skip
+
+
+async def flows() -> list[Row]:
+    """Interleaved rounds of steady streams, few and many."""
+    found: dict[int, list[Flow]] = {streams: [] for streams, _ in FLOWS}
+    for _ in range(ROUNDS):
+        for streams, step_ms in FLOWS:
+            async with simulated(step_ms, streams) as cluster:
+                found[streams].append(await steady(cluster, streams, step_ms, WINDOW_S))
+    rows = []
+    for streams, runs in found.items():
+        assert not any(run.merged for run in runs), f"{streams} streams: tokens were merged; this measures nothing"
+        costs = [run.cpu_us for run in runs]
+        rate = statistics.median(run.tokens / run.seconds for run in runs)
+        us = statistics.median(costs)
+        rows.append(
+            Row(f"router CPU a token, {streams} streams, {rate:.0f} tokens/s", "us", us, "target", TOKEN_US, False,
+                "at most 40 us", us <= TOKEN_US, spread(costs))
+        )  # fmt: skip
+    few, many = (runs[0].sockets for runs in found.values())
+    more = sum(many.values()) - sum(few.values())
+    rows.append(
+        Row(f"sockets that {FLOWS[1][0]} streams need beyond those of {FLOWS[0][0]}", "", more, "target", 0, False,
+            "none", more <= 0)
+    )  # fmt: skip
+    return rows
+
+
+async def all_end(count: int) -> list[Row]:
+    """Short requests, so many under way at once, through two workers of each role."""
+    ended, numbers = 0, iter(range(count))
+    async with (
+        simulated(1.0, 2 * CONCURRENT, prefill=2, decode=2) as cluster,
+        Client(cluster.address) as client,
+    ):
+        router, started = pid_of(cluster, "router"), time.perf_counter()
+        before = cpu_s(router)
+
+        async def work() -> None:
+            nonlocal ended
+            for index in numbers:
+                prompt = [(index * 31 + place * 7) % 40_000 for place in range(32)]
+                async for event in client.generate(token_ids=prompt, max_tokens=8, ignore_eos=True, timeout=120):
+                    ended += isinstance(event, Finished)
+
+        await asyncio.gather(*(work() for _ in range(CONCURRENT)))
+        seconds, spent = time.perf_counter() - started, cpu_s(router) - before
+    return [
+        Row(f"of {count} requests, ended well", "", ended, "sent", count, True, "all", ended == count),
+        Row("requests a second", "1/s", count / seconds, "", None, True),
+        Row("router CPU a request of 8 tokens", "us", spent / count * 1e6, "", None, False),
+    ]
+
+
+async def measure(requests: int) -> list[Row]:
+    return [*await placements(), *await flows(), *await all_end(requests)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000)
+    given = parser.parse_args()
+    configure_logs("bench", level="error")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        rows = runner.run(measure(given.requests))
+    sys.exit(0 if publish("router", rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Whole clusters whose workers simulate: real processes and transfers, far more requests than cores compute."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from baton.client import Client
+from baton.client.types import Finished, Tokens
+from tests.cluster.conftest import Running, running, settled
+
+CONCURRENT = 128
+
+
+async def ask(client: Client, index: int) -> str:
+    """One request of a kind that its number decides; how it ended."""
+    chance = random.Random(index)
+    length, prompt = chance.choice((1, 2, 5, 12)), [chance.randrange(256) for _ in range(chance.randrange(1, 200))]
+    leave_after = chance.randrange(length) if index % 10 == 0 else None
+    positions: list[int] = []
+    async for event in client.generate(token_ids=prompt, seed=index, max_tokens=length, timeout=120):
+        if isinstance(event, Tokens):
+            positions += range(event.position, event.position + len(event.ids))
+            if leave_after is not None and len(positions) > leave_after:
+                return "left"
+        if isinstance(event, Finished):
+            assert event.timeline.simulated
+            assert positions == [*range(len(prompt), len(prompt) + length)]
+            return event.reason.value
+    raise AssertionError("the stream ended without a word")
+
+
+async def all_end(cluster: Running, count: int) -> None:
+    numbers = iter(range(count))
+    ends: Counter[str] = Counter()
+
+    async def work() -> None:
+        for index in numbers:
+            ends[await ask(cluster.client, index)] += 1
+
+    await asyncio.gather(*(work() for _ in range(CONCURRENT)))
+    assert ends == {"left": count / 10, "length": count * 9 / 10}
+    await settled(cluster)
+    for status in await cluster.statuses():
+        assert "commands_failed" not in status.counters
+    unexpected = {"requests_failed", "requests_refused", "unknown_frames"} & (
+        await cluster.client.status()
+    ).counters.keys()
+    assert not unexpected
+
+
+async def test_300_requests_all_end_and_nobody_takes_it_for_a_model() -> None:
+    async with running(engine="simulated", model="bytes", cost_model="instant") as cluster:
+        assert {worker.model for worker in await cluster.client.workers()} == {"simulated/bytes"}
+        await all_end(cluster, 300)
+        same = [await cluster.client.complete(token_ids=[1, 2, 3], seed=5, max_tokens=9) for _ in range(2)]
+        assert same[0].token_ids == same[1].token_ids
+
+
+@pytest.mark.nightly
+async def test_10_000_requests_all_end() -> None:
+    async with running(engine="simulated", model="bytes", cost_model="instant", prefill=2, decode=2) as cluster:
+        await all_end(cluster, 10_000)
