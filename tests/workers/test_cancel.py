@@ -75,6 +75,7 @@ async def test_a_short_request_does_not_wait_for_cancelled_long_ones(cluster: Cl
     for spec in long:
         cluster.router.prefill(cluster.p, spec)
     await until(cluster.p.engine.waiting.is_set, "the first chunk")
+    await until(lambda: cluster.p.busy().get("attempts") == 10, "all there")
     for spec in long:
         cluster.router.cancel(cluster.p, spec)
     short = cluster.router.spec(5, max_tokens=1)
