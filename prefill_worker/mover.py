@@ -127,9 +127,9 @@ class Mover:
     def _settle(
         self, outbound: Outbound, key: HandoffKey, moves: Sequence[BlockMove], done: asyncio.Future[WriteReceipt]
     ) -> None:
-        error = errors.PeerClosed("cancelled") if done.cancelled() else done.exception()
-        if error is not None:
-            self._failed(outbound, key, moves, _known(error))
+        """A batch that outlived its channel. Why its write failed says nothing: we closed the channel under it."""
+        if done.cancelled() or done.exception() is not None:
+            self._failed(outbound, key, moves, errors.PeerClosed("the control stream ended during the write"))
         else:
             self._placed(outbound, key, moves, done.result())
 

@@ -159,7 +159,7 @@ async def test_kill_the_receiver(kind: str, step: Step) -> None:
             go_on(w, step)
         failed = await w.failed(spec, "p0")
         assert failed.reason == wire.REFUSAL_REASON_UNREACHABLE
-        assert "d0" in failed.message or w.wire is not None
+        assert any(said in failed.message for said in ("d0", "the control stream ended"))
         await w.carry_on(spec, "p0", "d1", 2)
         await w["p0"].idle()
         await w["d1"].idle()

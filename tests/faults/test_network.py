@@ -21,7 +21,7 @@ from tests.faults.proxy import Proxy
 from tests.rpc.waiting import until
 from tests.workers.counting import LAYOUT
 
-TRANSFERS, AT_ONCE, EVENT_EVERY = 200, 8, 10
+TRANSFERS, AT_ONCE, EVENT_EVERY = 200, 8, 20
 ROOMY = {"blocks": 128, "max_sequences": 32}
 
 
@@ -70,7 +70,7 @@ async def test_delays_stalls_and_resets() -> None:
                 await proxy.stall(0.1)
 
         handoffs = await move_all(w, event)
-        assert cuts >= 5
+        assert cuts >= 3
         assert handoffs > TRANSFERS, "nothing was under way when it was cut"
         print(f"{TRANSFERS} transfers in {handoffs} handoffs, {cuts} resets, {wires[0].carried} bytes of blocks")
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 
 from baton.spec import HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from decode_worker.records import FirstToken
+from kvtransfer.handoff import Ticket
 from kvtransfer.outcomes import Outcome
+from kvtransfer.transports.base import BlockMove
+from kvtransfer.transports.memory import MemoryTransport
 from tests.rpc.waiting import until
 from tests.workers.conftest import Cluster
 from tests.workers.counting import LAYOUT
@@ -71,6 +75,7 @@ async def test_a_short_request_does_not_wait_for_cancelled_long_ones(cluster: Cl
     for spec in long:
         cluster.router.prefill(cluster.p, spec)
     await until(cluster.p.engine.waiting.is_set, "the first chunk")
+    await until(lambda: cluster.p.busy().get("attempts") == 10, "all there")
     for spec in long:
         cluster.router.cancel(cluster.p, spec)
     short = cluster.router.spec(5, max_tokens=1)
@@ -140,14 +145,23 @@ async def test_granted_and_computing(cluster: Cluster, kind: str, first: str) ->
     await freed(cluster, spec)
 
 
-async def test_while_transferring(pair: Cluster) -> None:
+async def test_while_transferring(pair: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stalled write still reads the source blocks: they are held until it returns."""
     await pair.serve(pair.router.spec(3))  # the pair is up
+    checked: list[object] = []
+    assert isinstance(pair.d.transport, MemoryTransport)
+    check = pair.d.transport.check
+
+    def noted(ticket: Ticket, moves: Sequence[BlockMove], writer: str) -> str | None:
+        checked.append(ticket)
+        return check(ticket, moves, writer)
+
+    monkeypatch.setattr(pair.d.transport, "check", noted)
     faults = pair.faults()
     faults.flowing.clear()
     spec = pair.router.spec(40)
     await pair.bound(spec)
-    await until(pair.writing, "the write")
+    await until(lambda: checked, "the write, past the receiver's check")
     await until(lambda: pair.router.tokens(pair.p, spec), "the first token")
     pair.router.cancel(pair.p, spec)
     pair.router.cancel(pair.d, spec)

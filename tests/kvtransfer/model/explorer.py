@@ -22,7 +22,8 @@ from kvtransfer.outcomes import GrantState, LedgerLimits
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import BlockMove
 from kvtransfer.writers import Writers
-from tests.kvtransfer.model.world import FAIR, Action, Attempt, Case, Channels, World, Write
+from tests.kvtransfer.model.state import FAIR, Action, Attempt, Case, Channels, Write
+from tests.kvtransfer.model.world import World
 
 Trace = tuple[Action, ...]
 

@@ -11,7 +11,8 @@ from kvtransfer.grants import GrantLedger, _Entry
 from kvtransfer.handoff import RefusalReason
 from kvtransfer.outcomes import Outcome
 from tests.kvtransfer.model.explorer import Explorer, Found
-from tests.kvtransfer.model.world import Attempt, Case, World
+from tests.kvtransfer.model.state import Attempt, Case
+from tests.kvtransfer.model.world import World
 
 ONE = ((0, 2, 1, 0),)
 """One sequence of two prompt blocks and one of growth."""
@@ -39,7 +40,7 @@ LARGE: list[tuple[tuple[tuple[int, int, int, int], ...], dict[str, int]]] = [
     (TWO, {"tick": 2, "tear": 1}),
     (SAME_PREFIX, {"crash": 1, "cancel": 1}),
 ]
-NIGHT_STATES = 120_000
+NIGHT_STATES = 40_000
 
 
 def explore(case: Case, limit: int = 1_000_000, world: type[World] = World) -> None:

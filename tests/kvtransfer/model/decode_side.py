@@ -1,0 +1,118 @@
+"""The decode worker of the model: what `decode_worker.service` does around the real ledger, and its transport."""
+
+from __future__ import annotations
+
+from baton.spec import HandoffKey
+from kvtransfer.handoff import Grant, Refusal
+from kvtransfer.outcomes import GrantState, Outcome
+from tests.kvtransfer.model.state import HANDOFF_S, LEASE_S, TICK_S, State, Violation
+
+
+class DecodeSide(State):
+    """Grants, receives, gives up and lets go."""
+
+    def on_open(self, key: HandoffKey, writer: int) -> None:
+        attempt = self.of(key)
+        blocks = len(attempt.delivery.source)
+        digests = [bytes([attempt.family, i]) * 8 for i in range(blocks - 1)]
+        total = blocks + attempt.growth
+        answer = self.ledger.open(key, f"w{writer}", digests, blocks, total, self.now)
+        if isinstance(answer, Refusal):
+            self.say("refused", key)
+            return
+        if self.ledger.state(key) is not GrantState.RESIDENT:
+            self.pending[key] = writer
+            self.admitted[key] = answer.ticket
+        self.say("grant", key, answer.ticket)
+
+    def on_commit(self, key: HandoffKey, generation: int, blocks: int) -> None:
+        outcome = self.ledger.commit(key, generation, blocks, "token", self.now)
+        self._settled(key, outcome)
+        if outcome is Outcome.ALREADY:
+            self.say("committed", key)
+        elif outcome is Outcome.IGNORED and self.ledger.state(key) is not GrantState.ABORTING:
+            self.say("refused", key)
+
+    def on_close(self, key: HandoffKey) -> None:
+        self.ledger.closed(key, self.now, proof=self.case.closes_prove and key in self.pending)
+        self._check_freed(key)
+
+    def on_cancel_there(self, key: HandoffKey) -> None:
+        self.ledger.cancel(key.attempt, self.now)
+
+    def do_release(self, key: HandoffKey) -> None:
+        grant = self.ledger.grant(key)
+        assert grant is not None
+        self.check_content(grant)
+        self.ledger.release(key, self.now)
+
+    def do_renew(self, writer: int) -> None:
+        self.ledger.renew(f"w{writer}", self.now)
+
+    def do_tick(self) -> None:
+        self.now += TICK_S
+        self.ledger.expire(self.now)
+
+    def do_pass(self) -> None:
+        """Nothing else can happen, so time goes on."""
+        self.now += LEASE_S + HANDOFF_S
+        self.ledger.expire(self.now)
+
+    def on_landed(self, key: HandoffKey, generation: int, index: int) -> None:
+        self._settled(key, self.ledger.landed(key, generation, [index], self.now))
+
+    def on_revoked(self, key: HandoffKey) -> None:
+        if self.ledger.state(key) is GrantState.ABORTING:
+            self.ledger.proved(key)
+            self._check_freed(key)
+
+    def on_writer_gone(self, writer: int) -> None:
+        self.ledger.writer_gone(f"w{writer}", self.now)
+        for key in [key for key, owner in self.pending.items() if owner == writer]:
+            self._check_freed(key)
+
+    def _settled(self, key: HandoffKey, outcome: Outcome) -> None:
+        if outcome is Outcome.RESIDENT:
+            grant = self.ledger.grant(key)
+            assert grant is not None
+            self.check_content(grant)
+            self.pending.pop(key)
+            self.revoke(key)
+            self.say("committed", key)
+        elif outcome is Outcome.CONFLICT:
+            raise Violation(f"{key}: a message contradicts the grant")
+
+    def do_place(self, index: int) -> None:
+        """The last bytes of a block arrive; the receiver says so if the ticket is good, and else refuses it."""
+        write = self.wires.writes.pop(index)
+        key, attempt = write.ticket.key, self.of(write.ticket.key)
+        good = self.admitted.get(key) == write.ticket
+        self.content[write.move.destination] = (attempt.family, write.move.index)
+        if good:
+            self.wires.events.append(("landed", key, write.ticket.generation, write.move.index))
+        if write.orphan:
+            return
+        if good:
+            attempt.delivery.written(key, [write.move])
+        else:
+            attempt.delivery.write_failed(key, [write.move], "revoked")
+
+    def do_drain(self, index: int) -> None:
+        """Nothing more comes of an orphan."""
+        del self.wires.writes[index]
+
+    def do_revoke(self, key: HandoffKey) -> None:
+        """The receiving thread has seen the revocation; connections in the middle of a block are closed."""
+        self.wires.revoking.remove(key)
+        for write in [write for write in self.wires.writes if write.ticket.key == key]:
+            self.wires.writes.remove(write)
+            if not write.orphan:
+                self.of(key).delivery.write_failed(key, [write.move], "closed")
+        self.wires.events.append(("revoked", key))
+
+    def check_content(self, grant: Grant) -> None:
+        """A resident's prompt blocks hold what was sent, whole."""
+        family = self.of(grant.key).family
+        for index, block in enumerate(grant.ticket.blocks):
+            if self.content[block] != (family, index):
+                raise Violation(f"{grant.key}: block {block} holds {self.content[block]}")
