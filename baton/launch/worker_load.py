@@ -12,6 +12,7 @@ import structlog
 from baton.config import WorkerConfig
 from baton.errors import ConfigError
 from kvtransfer.memory import PoolMemory
+from kvtransfer.transports.nccl_library import DevicePool
 
 if TYPE_CHECKING:
     from baton.engine.api import Engine
@@ -26,7 +27,7 @@ class Loaded:
 
     card: ModelCard
     engine: Engine
-    memory: PoolMemory
+    memory: PoolMemory | DevicePool
 
 
 def claim_cpus(config: WorkerConfig) -> None:
@@ -58,26 +59,30 @@ def load(config: WorkerConfig) -> Loaded:
     from baton.engine.card import describe
     from baton.engine.load import load_engine
     from baton.engine.models import resolve
+    from baton.engine.torch_engine import resolve_device
 
     torch.set_num_threads(config.threads)
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError(
-            f"device {config.device!r}: workers serve from CPU memory only, until there is the nccl transport"
-        )
-    description = describe(resolve(config.model), config.dtype, "cpu", config.kv_dtype)
+    device = "cpu" if config.device == "auto" else str(resolve_device(config.device))
+    description = describe(resolve(config.model), config.dtype, device, config.kv_dtype)
     layout = description.card.kv_layout
-    memory = PoolMemory(layout, layout.blocks_for(config.pool_tokens))
-    engine = load_engine(
-        description, device="cpu", buffer=memory.buffer, kernels=config.kernels, weights=config.weights
-    )
+    blocks = layout.blocks_for(config.pool_tokens)
+    memory: PoolMemory | DevicePool
+    if device == "cpu":
+        memory = PoolMemory(layout, blocks)
+        engine = load_engine(
+            description, device=device, buffer=memory.buffer, kernels=config.kernels, weights=config.weights
+        )
+    else:
+        engine = load_engine(description, device=device, blocks=blocks, kernels=config.kernels, weights=config.weights)
+        memory = DevicePool(layout, blocks, engine.pool.blocks.data_ptr())
     engine.warm_up()
     log.info(
         "model loaded",
         model=description.card.name,
         kv_dtype=layout.dtype,
         kernels=engine.kernels,
-        blocks=memory.blocks,
-        pool_bytes=memory.bytes,
+        blocks=blocks,
+        pool_bytes=blocks * layout.block_bytes,
         seconds=round(time.monotonic() - started, 2),
     )
     return Loaded(description.card, engine, memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +19,8 @@ from kvtransfer.transports.base import WriteReceipt
 from kvtransfer.transports.nccl import NcclTransport
 from kvtransfer.transports.nccl_channel import NcclChannel
 from kvtransfer.transports.nccl_double import DoubleDevice
+from kvtransfer.transports.nccl_issuer import Link
+from kvtransfer.transports.nccl_seam import Span
 from tests.kvtransfer.harness import BLOCKS, GENEROUS, LAYOUT, Bench, moves
 from tests.kvtransfer.patterns import fill, pattern
 
@@ -308,8 +310,10 @@ def test_a_batch_that_does_not_match_moves_nothing_and_ends(setup: Setup, monkey
     ticket = setup.bench.ticket([5, 3])
     issue = side.transport._issuer.post
 
-    def split(link: object, group: list[object], *rest: object) -> None:
-        issue(link, [*group, group[0]], *rest)  # type: ignore[arg-type]
+    def split(link: Link, group: Sequence[Span], fence: object | None, deadline: float) -> None:
+        half = group[0].bytes // 2
+        halves = [Span(group[0].address, half), Span(group[0].address + half, half)]
+        issue(link, [*halves, *group[1:]], fence, deadline)
 
     monkeypatch.setattr(side.transport._issuer, "post", split)
     with pytest.raises(DeadlineExceeded):

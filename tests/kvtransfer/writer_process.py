@@ -13,8 +13,10 @@ from kvtransfer.memory import PoolMemory
 from kvtransfer.transports.base import BlockMove, Transport
 from kvtransfer.transports.nccl import NcclTransport
 from kvtransfer.transports.nccl_double import DoubleDevice
+from kvtransfer.transports.nccl_library import NcclDevice
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
+from tests.kvtransfer.cuda_memory import CudaMemory
 from tests.kvtransfer.patterns import fill
 
 
@@ -59,6 +61,8 @@ def _transport(kind: str, memory: PoolMemory, incarnation: str) -> Transport:
         return ShmTransport(memory, incarnation)
     if kind == "nccl":
         return NcclTransport(memory, incarnation, DoubleDevice())
+    if kind == "nccl-cuda":
+        return NcclTransport(CudaMemory(memory), incarnation, NcclDevice())
     return TcpTransport(memory, incarnation, checksums=True)
 
 
