@@ -144,7 +144,7 @@ class Issuer:
                 link.changed(link)
             elif time.monotonic() >= link.deadline:
                 self._abort(
-                    link, "the group did not end in time" if link.opened else "the peer did not join", late=True
+                    link, "the group did not end in time" if link.opened else "the peer did not join in time", late=True
                 )
         except CommunicatorError as error:
             if link.failure:
