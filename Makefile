@@ -52,7 +52,7 @@ test-gpu: model ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-nccl: $(CUDA)/.ready-$(KEY) model ## the nccl transport with the real library (the extra [cuda]); with a GPU, on it
-	$(CUDA)/bin/python -m pytest tests/kvtransfer/test_nccl*.py $(ARGS)
+	$(CUDA)/bin/python -m pytest tests/kvtransfer/test_nccl_library.py tests/kvtransfer/test_nccl_gpu.py $(ARGS)
 
 # An environment inside .venv, on top of it: the extra is half a gigabyte, and nothing else needs it.
 $(CUDA)/.ready-$(KEY): $(STAMP)

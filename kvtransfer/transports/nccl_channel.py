@@ -133,6 +133,8 @@ class NcclChannel:
         attempt = _Attempt(self._serial, group)
         if self._link is not None:
             self._link.wanted = True
+            if self._link.failure:
+                self._forget_link(self._link.failure)  # evicted since the last write
         batch = wire.pack_batch(self._serial, _left(deadline), ticket, [run for run, _ in runs])
         self._send(batch, deadline)
         while not attempt.done:

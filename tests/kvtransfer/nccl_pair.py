@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -95,7 +96,23 @@ def killed(pair: Pair) -> None:
     assert all(pair.block(block) == expected(other, block) for block in range(8))
 
 
-SCENARIOS: dict[str, Callable[[Pair], None]] = {"intact": intact, "killed": killed}
+def stopped(pair: Pair) -> None:
+    """A writer freezes in the middle and comes back later: the proof needs nothing of it, and its late sends go
+    nowhere."""
+    writer = pair.writer("one")
+    ticket = pair.ticket(list(range(BLOCKS)), "one")
+    writer.hammer(ticket, moves(ticket, range(BLOCKS)))
+    pair.events.wait(lambda e: len(e.landings) >= 2)
+    writer.process.send_signal(signal.SIGSTOP)
+    pair.transport.revoke(ticket.key)
+    pair.events.wait(lambda e: ticket.key in e.revocations)
+    pair.clear()
+    writer.process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert all(pair.block(block) == ZERO for block in range(BLOCKS))
+
+
+SCENARIOS: dict[str, Callable[[Pair], None]] = {"intact": intact, "killed": killed, "stopped": stopped}
 
 
 def main() -> None:

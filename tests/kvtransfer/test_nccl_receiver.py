@@ -143,6 +143,20 @@ def test_a_writer_that_joins_and_stops_is_answered_and_proven_at_the_deadline(nc
     assert not any(nccl.content(5))
 
 
+def test_a_revoke_needs_nothing_of_the_writer(nccl: Bench, raw: RawWriter) -> None:
+    raw.hello()
+    ticket = nccl.ticket([5])
+    raw.batch(ticket, [0], seconds=600.0)
+    raw.join()
+    assert raw.answer()[1] is wire.Status.READY
+    nccl.receiver.revoke(ticket.key)
+    nccl.events.wait(lambda e: e.revocations == [ticket.key])
+    assert raw.take()[0] is wire.Op.GONE
+    assert raw.answer() == (1, wire.Status.REFUSED, "the handoff was revoked")
+    raw.batch(nccl.ticket([6]), [0], serial=2)
+    assert raw.take()[0] is wire.Op.PAIR  # the connection is still good
+
+
 def test_a_writer_that_says_nothing_after_its_deadline_is_cut_off(
     nccl: Bench, raw: RawWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
