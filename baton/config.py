@@ -67,7 +67,7 @@ class WorkerConfig:
     model: str = DEFAULT_MODEL
     """A built-in name, a Hugging Face folder, a GGUF file, or a hub name."""
     device: str = "auto"
-    """cpu, or auto, which is the same today: workers can't hand over blocks in a GPU's memory yet."""
+    """cpu, cuda or cuda:N; auto is the CPU."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the device is good at."""
     kernels: KernelChoice = "auto"
@@ -77,7 +77,7 @@ class WorkerConfig:
     kv_dtype: KvChoice = "auto"
     """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
     transport: TransportChoice = "auto"
-    """How KV blocks move; auto prefers shared memory where both ends share a machine."""
+    """How KV blocks move; auto prefers shared memory where both ends share a machine, and takes nccl between GPUs."""
     pool_tokens: int = 32_768
     """Tokens whose KV the block pool holds."""
     max_sequences: int = 64

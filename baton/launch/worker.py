@@ -18,7 +18,7 @@ from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
 from baton.launch.worker_admin import WorkerAdmin
-from baton.launch.worker_cuda import check_transport, nccl_transport
+from baton.launch.worker_cuda import check_device, nccl_transport
 from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
@@ -90,7 +90,7 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     Raises ConfigError or Mismatch when the worker can't start or the router does not take it.
     """
     check_address(config)
-    check_transport(config)
+    check_device(config)
     claim_cpus(config)
     loaded = await asyncio.to_thread(load, config)
     process = mint_process("-".join(sorted(config.roles)), config.listen, config.name)

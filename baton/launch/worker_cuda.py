@@ -11,8 +11,9 @@ from kvtransfer.transports.nccl import NcclTransport
 from kvtransfer.transports.nccl_library import DevicePool, NcclDevice
 
 
-def check_transport(config: WorkerConfig) -> None:
-    """Raises ConfigError, before anything is loaded, where the transport can't move this worker's memory."""
+def check_device(config: WorkerConfig) -> None:
+    """Raises ConfigError, before anything is loaded, where the transport can't move this worker's memory, or what is
+    asked for computes on a CPU only."""
     on_gpu = config.device.startswith("cuda")
     if on_gpu or config.transport == "nccl":
         NcclDevice(_index(config.device))
@@ -20,6 +21,11 @@ def check_transport(config: WorkerConfig) -> None:
         moves, pool = ("CUDA", "CPU") if config.transport == "nccl" else ("CPU", "CUDA")
         where = f"with device {config.device} the pool is in {pool} memory"
         raise ConfigError(f"transport {config.transport}: moves {moves} memory, and {where}")
+    for field, value in (("kernels", config.kernels), ("weights", config.weights)):
+        if on_gpu and value in ("native", "int8", "int4"):
+            raise ConfigError(
+                f"{field} {value}: the native kernels compute on the CPU, not with device {config.device}"
+            )
 
 
 def nccl_transport(

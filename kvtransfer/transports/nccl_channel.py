@@ -5,25 +5,21 @@ A communicator that fails in the middle of a batch is aborted and made anew, onc
 
 from __future__ import annotations
 
-import os
-import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
-from baton.errors import BatonError, DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
+from baton.errors import BatonError, DeadlineExceeded, PeerClosed, WriteRefused
 from baton.spec import ProcessRef
 from kvtransfer.handoff import Ticket
 from kvtransfer.transports import nccl_wire as wire
 from kvtransfer.transports.base import BlockMove, WriteReceipt
 from kvtransfer.transports.check import plan
+from kvtransfer.transports.nccl_control import Control
 from kvtransfer.transports.nccl_issuer import Issuer, Link
 from kvtransfer.transports.nccl_seam import SENDER, BlockMemory, Span
 
 ABORT_SECONDS = 5.0
-READ_BYTES = 4096
 Fence = Callable[[], object | None]
 
 
@@ -67,14 +63,12 @@ class NcclChannel:
         self._closing = False
         self._broken = False
         self._busy = threading.Lock()
-        self._received = bytearray()
         self._serial = 0
         self._pair = 0
         self._link: Link | None = None
-        self._socket = self._connect(endpoint, deadline)
-        self._wake = _Wake()
+        self._control = Control(endpoint, peer, deadline)
         try:
-            self._handshake(incarnation, deadline)
+            self._control.shake_hands(source.layout.block_bytes, incarnation, deadline)
         except BaseException:
             self.close()
             raise
@@ -94,7 +88,7 @@ class NcclChannel:
                 raise
             except BatonError:
                 self._broken = True  # answers are still on the way
-                self._shut_down()
+                self._control.shut_down()
                 self._drop_link("the write was given up")
                 raise
             finally:
@@ -104,12 +98,10 @@ class NcclChannel:
 
     def close(self) -> None:
         self._closing = True
-        self._shut_down()
-        self._wake.up()
+        self._control.shut_down()  # wakes a write under way
         with self._busy:
-            self._socket.close()
             self._drop_link("the channel is closed")
-            self._wake.close()
+            self._control.close()
 
     def _deliver(
         self, ticket: Ticket, runs: Sequence[tuple[wire.Run, int]], fence: object | None, deadline: float
@@ -135,13 +127,15 @@ class NcclChannel:
             self._link.wanted = True
             if self._link.failure:
                 self._forget_link(self._link.failure)  # evicted since the last write
-        batch = wire.pack_batch(self._serial, _left(deadline), ticket, [run for run, _ in runs])
-        self._send(batch, deadline)
-        while not attempt.done:
-            self._wait(deadline)
-            while (message := self._message()) is not None:
+        batch = wire.pack_batch(self._serial, self._control.left(deadline), ticket, [run for run, _ in runs])
+        self._control.send(batch, deadline)
+        while True:
+            while (message := self._control.message()) is not None:  # some may be here since the last batch
                 self._take(ticket, attempt, *message, deadline)
             self._advance(attempt, fence, deadline)
+            if attempt.done:
+                return
+            self._control.wait(deadline)
 
     def _take(self, ticket: Ticket, attempt: _Attempt, op: wire.Op, body: bytes, deadline: float) -> None:
         try:
@@ -153,7 +147,7 @@ class NcclChannel:
         if op is wire.Op.PAIR:
             self._drop_link("the receiver began another communicator")
             self._pair, unique_id = wire.unpack_pair(body)
-            self._link = self._issuer.open(SENDER, unique_id, deadline, lambda _link: self._wake.up())
+            self._link = self._issuer.open(SENDER, unique_id, deadline, lambda _link: self._control.news())
         elif op is wire.Op.GONE:
             if wire.unpack_number(body)[0] == self._pair:
                 self._drop_link("the receiver ended the communicator")
@@ -180,20 +174,20 @@ class NcclChannel:
             return
         if link.failure:
             if link.late and time.monotonic() >= deadline:
-                raise DeadlineExceeded(self._late())
+                raise DeadlineExceeded(self._control.late)
             raise _PairFailed(link.failure)
         if attempt.ready and not attempt.posted and link.opened:
             attempt.posted = link.posted + 1
             self._issuer.post(link, attempt.group, fence, deadline)
         if attempt.posted and not attempt.sent and link.completed >= attempt.posted:
             attempt.sent = True
-            self._send(wire.pack_number(wire.Op.SENT, attempt.serial), deadline)
+            self._control.send(wire.pack_number(wire.Op.SENT, attempt.serial), deadline)
 
     def _forget_link(self, why: str) -> None:
         """Abort our end, and tell the receiver, so that it aborts its own."""
         if self._link is not None:
             self._drop_link(why)
-            self._send(wire.pack_number(wire.Op.GONE, self._pair), time.monotonic() + ABORT_SECONDS)
+            self._control.send(wire.pack_number(wire.Op.GONE, self._pair), time.monotonic() + ABORT_SECONDS)
 
     def _drop_link(self, why: str) -> None:
         """Returns when the device reads the source no longer, as far as that can be waited for."""
@@ -203,122 +197,4 @@ class NcclChannel:
         self._issuer.abort(link, why)
         until = time.monotonic() + ABORT_SECONDS
         while not link.gone and (left := until - time.monotonic()) > 0:
-            self._wake.wait(left)
-
-    # -- the control connection ----------------------------------------------------------------------------------
-
-    def _connect(self, endpoint: str, deadline: float) -> socket.socket:
-        host, _, port = endpoint.rpartition(":")
-        try:
-            connected = socket.create_connection((host.strip("[]"), int(port)), timeout=_left(deadline))
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{self._peer.name} did not answer at {endpoint}") from error
-        except OSError as error:
-            raise PeerClosed(f"{self._peer.name} at {endpoint}: {error}") from error
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connected.setblocking(False)
-        return connected
-
-    def _handshake(self, incarnation: str, deadline: float) -> None:
-        size = self._source.layout.block_bytes
-        hello = wire.HELLO.pack(wire.MAGIC, wire.VERSION, size) + incarnation.encode()
-        self._send(wire.frame(wire.Op.HELLO, hello), deadline)
-        while (message := self._message()) is None:
-            self._wait(deadline)
-        op, body = message
-        if op is not wire.Op.WELCOME or len(body) != wire.HELLO.size:
-            raise PeerClosed(f"{self._peer.name} is no receiver of ours")
-        _magic, version, theirs = wire.HELLO.unpack(body)
-        if version != wire.VERSION:
-            raise Mismatch("nccl version", str(wire.VERSION), str(version))
-        if theirs != size:
-            raise Mismatch("block_bytes", str(size), str(theirs))
-
-    def _send(self, data: bytes, deadline: float) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[self._socket.send(view) :]
-            except BlockingIOError:
-                self._wait(deadline, select.POLLOUT)
-            except OSError as error:
-                raise PeerClosed(f"{self._peer.name}: {error}") from error
-
-    def _wait(self, deadline: float, event: int = select.POLLIN) -> None:
-        """Until something came, from the receiver or from the device; or until it may send."""
-        poller = select.poll()
-        poller.register(self._socket, event | select.POLLIN)
-        poller.register(self._wake.fd, select.POLLIN)
-        left = deadline - time.monotonic()
-        ready = dict(poller.poll(left * 1000)) if left > 0 else {}
-        if self._closing:
-            raise PeerClosed("the channel is closed")
-        if not ready:
-            raise DeadlineExceeded(self._late())
-        if self._wake.fd in ready:
-            self._wake.clear()
-        if ready.get(self._socket.fileno(), 0) & (select.POLLIN | select.POLLHUP | select.POLLERR):
-            self._receive()
-
-    def _message(self) -> tuple[wire.Op, bytes] | None:
-        try:
-            return wire.take_frame(self._received)
-        except wire.Malformed as error:
-            raise PeerClosed(f"{self._peer.name} sent {error}") from error
-
-    def _receive(self) -> None:
-        try:
-            data = self._socket.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise PeerClosed(f"{self._peer.name}: {error}") from error
-        if not data:
-            raise PeerClosed(f"{self._peer.name} closed the connection")
-        self._received += data
-
-    def _shut_down(self) -> None:
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def _late(self) -> str:
-        return f"the write to {self._peer.name} did not end in time"
-
-
-class _Wake:
-    """An eventfd that the issuing thread may set until it is closed."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lock = threading.Lock()
-        self._open = True
-
-    def up(self) -> None:
-        with self._lock:
-            if self._open:
-                os.eventfd_write(self.fd, 1)
-
-    def clear(self) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
-
-    def wait(self, seconds: float) -> None:
-        poller = select.poll()
-        poller.register(self.fd, select.POLLIN)
-        poller.poll(seconds * 1000)
-        self.clear()
-
-    def close(self) -> None:
-        with self._lock:
-            if self._open:
-                self._open = False
-                os.close(self.fd)
-
-
-def _left(deadline: float) -> float:
-    """Seconds until then. Raises `DeadlineExceeded` when there are none."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise DeadlineExceeded("the deadline has passed")
-    return left
+            self._control.wait_for_news(left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 from baton.config import WorkerConfig
 from baton.errors import ConfigError
-from baton.launch.worker_cuda import check_transport
+from baton.launch.worker_cuda import check_device
 from kvtransfer.transports import nccl_library
 from kvtransfer.transports.nccl_library import NcclCommunicator, NcclDevice
 from kvtransfer.transports.nccl_seam import RECEIVER, SENDER, CommunicatorError, Span
@@ -97,10 +98,20 @@ def test_where_there_is_a_gpu_the_transport_must_fit_the_pool(
     config = WorkerConfig(roles=frozenset({"decode"}), transport=transport, device=device)
     if why:
         with pytest.raises(ConfigError, match=why):
-            check_transport(config)
+            check_device(config)
     else:
-        check_transport(config)
+        check_device(config)
     assert asked == ([int(device[5:] or 0)] if device.startswith("cuda") else [0] if transport == "nccl" else [])
+
+
+@pytest.mark.parametrize(("field", "value"), [("kernels", "native"), ("weights", "int4"), ("weights", "int8")])
+def test_what_computes_on_the_cpu_only_is_refused_with_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, field: str, value: str
+) -> None:
+    monkeypatch.setattr("baton.launch.worker_cuda.NcclDevice", lambda _index: None)
+    config = replace(WorkerConfig(roles=frozenset({"decode"}), device="cuda"), **{field: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"^{field} {value}: the native kernels compute on the CPU"):
+        check_device(config)
 
 
 @needs_library
