@@ -5,7 +5,8 @@ PYTHON ?= python3
 MODEL  ?= smollm2-135m
 ARGS   ?=
 
-BIN := .venv/bin
+BIN  := .venv/bin
+CUDA := .venv/cuda
 # The environment is ready when a stamp of this very content exists: what was asked for, and where.
 KEY   := $(shell { cat pyproject.toml constraints.txt; pwd; } | cksum | tr ' ' '-')
 STAMP := .venv/.ready-$(KEY)
@@ -14,7 +15,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu lint types format proto pins bench-overhead bench-engine bench-router cost-model profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl lint types format proto pins bench-overhead bench-engine bench-router cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +53,20 @@ soak: model ## 10,000 requests through one worker of each role: flat memory, no 
 
 test-gpu: model ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-nccl: $(CUDA)/.ready-$(KEY) model ## the nccl transport with the real library (the extra [cuda]); with a GPU, on it
+	$(CUDA)/bin/python -m pytest tests/kvtransfer/test_nccl_library.py tests/kvtransfer/test_nccl_gpu.py $(ARGS)
+
+# An environment inside .venv, on top of it: the extra is half a gigabyte, and nothing else needs it.
+$(CUDA)/.ready-$(KEY): $(STAMP)
+	@echo "Setting up $(CUDA): a minute, once"
+	@$(BIN)/python -m venv --clear --without-pip $(CUDA)
+	@$(BIN)/python -c 'import pathlib, sys, sysconfig; \
+	  pathlib.Path(sys.argv[1], pathlib.Path(sysconfig.get_path("purelib")).relative_to(sys.prefix), "below.pth") \
+	  .write_text("import site; site.addsitedir(%r)\n" % sysconfig.get_path("purelib"))' $(CUDA)
+	@$(BIN)/python -m pip --python $(CUDA)/bin/python install -qq --disable-pip-version-check \
+	  -c constraints.txt --build-constraint constraints.txt --editable '.[cuda]'
+	@touch $@
 
 lint: $(STAMP) ## style, import layers, and the wire contract with its generated stubs
 	$(BIN)/ruff check .

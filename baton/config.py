@@ -16,7 +16,7 @@ EngineChoice = Literal["model", "simulated"]
 KernelChoice = Literal["auto", "native", "torch"]
 WeightChoice = Literal["auto", "bf16", "int8", "int4"]
 KvChoice = Literal["auto", "int8"]
-TransportChoice = Literal["auto", "shm", "tcp"]
+TransportChoice = Literal["auto", "shm", "tcp", "nccl"]
 PathChoice = Literal["adaptive", "disaggregated", "direct"]
 RoleName = Literal["prefill", "decode"]
 
@@ -91,7 +91,7 @@ class WorkerConfig:
     sim_eos_after: int = 0
     """A simulated output ends by itself after this many tokens; 0: never."""
     device: str = "auto"
-    """cpu, or auto, which is the same today: workers can't hand over blocks in a GPU's memory yet."""
+    """cpu, cuda or cuda:N; auto is the CPU."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the device is good at."""
     kernels: KernelChoice = "auto"
@@ -101,7 +101,7 @@ class WorkerConfig:
     kv_dtype: KvChoice = "auto"
     """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
     transport: TransportChoice = "auto"
-    """How KV blocks move; auto prefers shared memory where both ends share a machine."""
+    """How KV blocks move; auto prefers shared memory where both ends share a machine, and takes nccl between GPUs."""
     pool_tokens: int = 32_768
     """Tokens whose KV the block pool holds."""
     max_sequences: int = 64
@@ -125,12 +125,12 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         require(len(self.roles) == 1, "roles", "one of prefill and decode; both in one process are not built yet")
-        require(self.transport in ("auto", "shm", "tcp"), "transport", f"auto, shm or tcp, not {self.transport!r}")
         for field, choices in (
             ("engine", EngineChoice),
             ("kernels", KernelChoice),
             ("weights", WeightChoice),
             ("kv_dtype", KvChoice),
+            ("transport", TransportChoice),
         ):
             require_choice(field, getattr(self, field), choices)
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):

@@ -4,7 +4,8 @@
     python scripts/pins.py --check   write nothing; exit 1 and name what differs
 
 Pinned is what pyproject.toml reaches (dependencies, extras, dev group, build system), followed through the installed
-packages' own requirements. To move a pin: `.venv/bin/pip install -U NAME`, `make pins`, `make test`.
+packages' own requirements. To move a pin: `.venv/bin/pip install -U NAME`, `make pins`, `make test`. The extras that
+`make setup` leaves out are pinned by hand, at the end of the file; `make pins` keeps those lines.
 """
 
 from __future__ import annotations
@@ -22,20 +23,27 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "constraints.txt"
 TOOLS = ("pip",)  # pinned too, though no package asks for it
+APART = ("cuda",)  # the extras that `make setup` leaves out
 # Only the CUDA builds of torch bring these; which ones, and in which version, is torch's own exact choice.
 PLATFORM = re.compile(r"(nvidia|cuda|triton)(-|$)")
 HEADER = """\
 # The exact versions that Baton is built, tested and released with: runtime, extras, development and build.
 # pyproject.toml has the ranges. Written by `make pins`; how to move a pin: scripts/pins.py.
 """
+APART_HEADER = """\
+# The extras that `make setup` leaves out, with all that they need beside the above; written by hand.
+"""
 
 
-def declared() -> list[str]:
-    """Every requirement that pyproject.toml writes down."""
+def declared(apart: bool = False) -> list[str]:
+    """Every requirement that pyproject.toml writes down for `make setup`; or those of the extras that it leaves out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"].get("optional-dependencies", {})
+    if apart:
+        return [requirement for name in APART for requirement in extras[name]]
     groups = [
         project["project"]["dependencies"],
-        *project["project"].get("optional-dependencies", {}).values(),
+        *(requirements for name, requirements in extras.items() if name not in APART),
         *project["dependency-groups"].values(),
         project["build-system"]["requires"],
     ]
@@ -66,10 +74,11 @@ def resolved(requirements: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     return versions, missing
 
 
-def pinned() -> dict[str, str]:
-    """Versions by canonical name in constraints.txt; raises ValueError for a line that is no exact pin."""
+def pinned(apart: bool = False) -> dict[str, str]:
+    """Versions by canonical name in constraints.txt, of what `make setup` installs or of what it leaves out; raises
+    ValueError for a line that is no exact pin."""
     pins: dict[str, str] = {}
-    for line in PINS.read_text().splitlines():
+    for line in PINS.read_text().partition(APART_HEADER)[2 if apart else 0].splitlines():
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -102,7 +111,8 @@ def main(check: bool) -> None:
         return
     tools = {name: distribution(name).version for name in TOOLS}
     lines = {name: version for name, version in (tools | versions).items() if not PLATFORM.match(name)}
-    PINS.write_text(HEADER + "".join(f"{name}=={lines[name]}\n" for name in sorted(lines)))
+    apart = "".join(PINS.read_text().partition(APART_HEADER)[1:])
+    PINS.write_text(HEADER + "".join(f"{name}=={lines[name]}\n" for name in sorted(lines)) + apart)
 
 
 if __name__ == "__main__":

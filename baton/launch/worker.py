@@ -19,6 +19,7 @@ from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
 from baton.launch.worker_admin import Sizes, WorkerAdmin
+from baton.launch.worker_cuda import check_device, nccl_transport
 from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
@@ -33,6 +34,7 @@ from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
 from kvtransfer.outcomes import LedgerLimits
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
+from kvtransfer.transports.nccl_library import DevicePool
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from prefill_worker.service import PrefillRole
@@ -93,6 +95,7 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     Raises ConfigError or Mismatch when the worker can't start or the router does not take it.
     """
     check_address(config)
+    check_device(config)
     claim_cpus(config)
     loaded = await asyncio.to_thread(load, config)
     process = mint_process("-".join(sorted(config.roles)), config.listen, config.name)
@@ -224,12 +227,14 @@ def _compose(parts: Parts) -> list[Service]:
 def _transports(parts: Parts, events: LoopEvents | None) -> dict[str, Transport]:
     """Those that the configuration allows, best first."""
     config, memory, incarnation = parts.config, parts.loaded.memory, parts.process.incarnation
+    host, _ = parse_address(config.listen, "listen")
+    advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
+    if isinstance(memory, DevicePool):
+        return {"nccl": nccl_transport(config, memory, incarnation, events, host, advertised)}
     made: dict[str, Transport] = {}
     if config.transport in ("auto", "shm"):
         made["shm"] = ShmTransport(memory, incarnation, events)
     if config.transport in ("auto", "tcp"):
-        host, _ = parse_address(config.listen, "listen")
-        advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
         made["tcp"] = TcpTransport(
             memory, incarnation, events, host=host, advertise=advertised, checksums=config.checksums
         )

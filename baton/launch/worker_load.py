@@ -13,6 +13,7 @@ from baton.config import WorkerConfig
 from baton.cost import StepShape
 from baton.errors import ConfigError
 from kvtransfer.memory import PoolMemory
+from kvtransfer.transports.nccl_library import DevicePool
 
 if TYPE_CHECKING:
     from baton.engine.api import Engine
@@ -28,7 +29,7 @@ class Loaded:
 
     card: ModelCard
     engine: Engine
-    memory: PoolMemory
+    memory: PoolMemory | DevicePool
     weight_bytes: int
     kernels: str
     measured: tuple[tuple[StepShape, float], ...] = ()
@@ -88,18 +89,22 @@ def _computing(config: WorkerConfig) -> Loaded:
     from baton.engine.load import load_engine
     from baton.engine.measure import measure
     from baton.engine.models import resolve
+    from baton.engine.torch_engine import resolve_device
 
     torch.set_num_threads(config.threads)
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError(
-            f"device {config.device!r}: workers serve from CPU memory only, until there is the nccl transport"
-        )
-    description = describe(resolve(config.model), config.dtype, "cpu", config.kv_dtype)
+    device = "cpu" if config.device == "auto" else str(resolve_device(config.device))
+    description = describe(resolve(config.model), config.dtype, device, config.kv_dtype)
     layout = description.card.kv_layout
-    memory = PoolMemory(layout, layout.blocks_for(config.pool_tokens))
-    engine = load_engine(
-        description, device="cpu", buffer=memory.buffer, kernels=config.kernels, weights=config.weights
-    )
+    blocks = layout.blocks_for(config.pool_tokens)
+    memory: PoolMemory | DevicePool
+    if device == "cpu":
+        memory = PoolMemory(layout, blocks)
+        engine = load_engine(
+            description, device=device, buffer=memory.buffer, kernels=config.kernels, weights=config.weights
+        )
+    else:
+        engine = load_engine(description, device=device, blocks=blocks, kernels=config.kernels, weights=config.weights)
+        memory = DevicePool(layout, blocks, engine.pool.blocks.data_ptr())
     engine.warm_up()
     measured = tuple(measure(engine, memory.blocks, description.config.context_tokens))
     return Loaded(description.card, engine, memory, engine.weight_bytes, engine.kernels, measured)

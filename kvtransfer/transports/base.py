@@ -17,7 +17,7 @@ When the receiver gives a grant up it calls `revoke`, and keeps the blocks in qu
 How the others fit. NCCL has no one-sided write: a channel's `write` first announces the batch (ticket and indices) to
 the receiver over the channel's own control connection; the receiver checks it against the admitted tickets, both sides
 post the group call on the device's one issuing thread, and `landed` follows the receiver's event. A fence that orders
-the send after the kernels that fill the blocks belongs to the batch, so it is given to the transport before `write`.
+the send after the kernels that fill the blocks belongs to the batch: the transport takes it where `write` begins.
 NIXL writes one-sidedly: the endpoint carries the agent's metadata, and the transfer's notification carries key,
 generation, token and indices, which the receiver's progress thread checks before it calls `landed`.
 """

@@ -33,7 +33,7 @@ def nothing_left() -> Iterator[None]:
     assert own == set(), "a segment is left"
 
 
-@pytest.fixture(params=["memory", "shm", "tcp"])
+@pytest.fixture(params=["memory", "shm", "tcp", "nccl"])
 def bench(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[Bench]:
     bench = Bench(request.param)
     yield bench

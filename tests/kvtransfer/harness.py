@@ -20,6 +20,8 @@ from kvtransfer.layout import KvLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports.base import BlockMove, Channel, Transport, WriteReceipt
 from kvtransfer.transports.memory import MemoryNetwork, MemoryTransport
+from kvtransfer.transports.nccl import NcclTransport
+from kvtransfer.transports.nccl_double import DoubleDevice
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from tests.kvtransfer.patterns import fill, pattern
@@ -220,6 +222,8 @@ class Bench:
             return MemoryTransport(self.memory, "receiver", self.network, self.events)
         if self.kind == "shm":
             return ShmTransport(self.memory, "receiver", self.events)
+        if self.kind == "nccl":
+            return NcclTransport(self.memory, "receiver", DoubleDevice(), self.events)
         return TcpTransport(self.memory, "receiver", self.events, checksums=True)
 
 

@@ -11,8 +11,12 @@ from baton.spec import ProcessRef
 from kvtransfer.layout import KvLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports.base import BlockMove, Transport
+from kvtransfer.transports.nccl import NcclTransport
+from kvtransfer.transports.nccl_double import DoubleDevice
+from kvtransfer.transports.nccl_library import NcclDevice
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
+from tests.kvtransfer.cuda_memory import CudaMemory
 from tests.kvtransfer.patterns import fill
 
 
@@ -21,9 +25,7 @@ def main() -> None:
     assert isinstance(layout, KvLayout)
     memory = PoolMemory(layout, blocks, shared=False)
     fill(memory, seed)
-    transport: Transport = (
-        ShmTransport(memory, incarnation) if kind == "shm" else TcpTransport(memory, incarnation, checksums=True)
-    )
+    transport = _transport(kind, memory, incarnation)
     channel = None
     while True:
         try:
@@ -52,6 +54,16 @@ def main() -> None:
         channel.close()
     transport.close()
     memory.close()
+
+
+def _transport(kind: str, memory: PoolMemory, incarnation: str) -> Transport:
+    if kind == "shm":
+        return ShmTransport(memory, incarnation)
+    if kind == "nccl":
+        return NcclTransport(memory, incarnation, DoubleDevice())
+    if kind == "nccl-cuda":
+        return NcclTransport(CudaMemory(memory), incarnation, NcclDevice())
+    return TcpTransport(memory, incarnation, checksums=True)
 
 
 if __name__ == "__main__":
