@@ -57,6 +57,8 @@ class ClusterConfig:
     """cpu, or auto, which is the same today."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the device is good at."""
+    deterministic: bool = False
+    """Promise the same bits whatever the batch, the chunking and the worker; native kernels only."""
     pool_tokens: int = 32_768
     """Tokens whose KV each worker's block pool holds."""
     chunk_tokens: int = 512
@@ -188,6 +190,8 @@ class LocalCluster:
             "threads",
         ):
             flags += [f"--{field.replace('_', '-')}", str(getattr(config, field))]
+        if config.deterministic:
+            flags.append("--deterministic")
         if config.pin:
             flags += ["--pin", str(core_of(role, index, sorted(os.sched_getaffinity(0))))]
         return [*flags, *self._worker_flags]

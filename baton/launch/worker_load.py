@@ -55,9 +55,10 @@ def load(config: WorkerConfig) -> Loaded:
     started = time.monotonic()
     import torch
 
-    from baton.engine.card import describe
+    from baton.engine.card import computed_by, describe
     from baton.engine.load import load_engine
     from baton.engine.models import resolve
+    from baton.engine.native.engine import NativeEngine
 
     torch.set_num_threads(config.threads)
     if config.device not in ("auto", "cpu"):
@@ -68,7 +69,12 @@ def load(config: WorkerConfig) -> Loaded:
     layout = description.card.kv_layout
     memory = PoolMemory(layout, layout.blocks_for(config.pool_tokens))
     engine = load_engine(
-        description, device="cpu", buffer=memory.buffer, kernels=config.kernels, weights=config.weights
+        description,
+        device="cpu",
+        buffer=memory.buffer,
+        kernels=config.kernels,
+        weights=config.weights,
+        deterministic=config.deterministic,
     )
     engine.warm_up()
     log.info(
@@ -80,4 +86,8 @@ def load(config: WorkerConfig) -> Loaded:
         pool_bytes=memory.bytes,
         seconds=round(time.monotonic() - started, 2),
     )
-    return Loaded(description.card, engine, memory)
+    card = description.card
+    if config.deterministic:
+        assert isinstance(engine, NativeEngine), "no other engine is loaded for it"
+        card = computed_by(card, {"weights": config.weights} | engine.arithmetic)
+    return Loaded(card, engine, memory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -86,6 +87,12 @@ def library_for(target: Target) -> Path:
     except OSError as error:
         raise NativeUnavailable(f"the kernels can't be kept in {folder}: {error.strerror or error}") from None
     return path
+
+
+def arithmetic_of(target: Target) -> dict[str, str]:
+    """What decides on the bits that the kernels compute: their sources, the instructions, the mathematical library."""
+    libc = "-".join(platform.libc_ver()) or platform.system()
+    return {"kernels": f"native-{_key(target).rpartition('-')[2][:12]}", "instructions": target.name, "libm": libc}
 
 
 def find_compiler() -> str:
