@@ -79,6 +79,9 @@ bench-overhead: model ## what the cluster adds to the engine's own time to first
 bench-engine: model ## our engine beside the peers of PEERS=DIR, or beside the hardware's limit alone
 	$(BIN)/python -m tests.bench.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
+bench-quality: model ## what each weight and KV format costs in quality, and deterministic mode in time
+	$(BIN)/python -m tests.bench.quality $(ARGS)
+
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)
 
