@@ -103,6 +103,9 @@ bench-router: model ## what the router costs a placement, a token and a request,
 cost-model: model ## the JSON for --cost-model: what a step of the real engine costs on this machine
 	$(BIN)/python -m tests.bench.costs
 
+bench-quality: model ## what each weight and KV format costs in quality, and deterministic mode in time
+	$(BIN)/python -m tests.bench.quality $(ARGS)
+
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)
 

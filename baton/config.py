@@ -100,6 +100,8 @@ class WorkerConfig:
     """bf16, int8, int4 (native kernels only), or auto: a file's own 4-bit or 8-bit grid, else bf16."""
     kv_dtype: KvChoice = "auto"
     """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
+    deterministic: bool = False
+    """Promise the same bits whatever the batch, the chunking and the worker; native kernels only."""
     transport: TransportChoice = "auto"
     """How KV blocks move; auto prefers shared memory where both ends share a machine, and takes nccl between GPUs."""
     pool_tokens: int = 32_768

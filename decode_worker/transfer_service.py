@@ -10,7 +10,7 @@ import structlog
 
 from baton import errors
 from baton.engine.wire import layout_from_wire
-from baton.identity import host_id
+from baton.identity import fingerprint_difference, host_id
 from baton.rpc.convert import (
     handoff_from_wire,
     logprobs_from_wire,
@@ -161,9 +161,8 @@ class TransferService(TransferServicer):
             ours, sender = str(self._checksums).lower(), str(theirs.checksums).lower()
             return wire.Mismatch(field="checksums", sender_value=sender, receiver_value=ours)
         if theirs.fingerprint != self._role.fingerprint:
-            return wire.Mismatch(
-                field="fingerprint", sender_value=theirs.fingerprint, receiver_value=self._role.fingerprint
-            )
+            field, receiver, sender = fingerprint_difference(self._role.fingerprint, theirs.fingerprint)
+            return wire.Mismatch(field=field, sender_value=sender, receiver_value=receiver)
         return None
 
     # -- `Writers` -----------------------------------------------------------------------------------------------

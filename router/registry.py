@@ -19,6 +19,7 @@ import structlog
 
 from baton.config import RoleName
 from baton.errors import BatonError, InvalidArgument, Mismatch, NotFound, Unavailable
+from baton.identity import fingerprint_difference
 from baton.rpc import net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
@@ -271,6 +272,8 @@ def check_card(ours: ModelCard, theirs: ModelCard) -> None:
     found = _differences(asdict(ours), asdict(theirs))
     # The fingerprint covers the rest, so it tells least: another field, if one differs, says what is wrong.
     for name, mine, other in sorted(found, key=lambda difference: difference[0] == "fingerprint"):
+        if name == "fingerprint":
+            name, mine, other = fingerprint_difference(mine, other)
         raise Mismatch(f"model.{name}", mine, other, _mismatch_text(ours.name, name, mine, other))
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 
 from tokenizers import Tokenizer
 
@@ -20,6 +21,7 @@ from baton.engine.gguf_file import GgufFile
 from baton.engine.metadata import Metadata, read_json, read_json_if_there
 from baton.engine.models import ResolvedModel
 from baton.errors import ModelFileError
+from baton.identity import extended_fingerprint
 from kvtransfer.layout import KvLayout
 
 
@@ -30,7 +32,8 @@ class ModelCard:
     Encode text with `add_special_tokens=False`: `bos_token_id` is what to put before a plain prompt, None where the
     model's own tokeniser would put nothing. A chat template writes its BOS itself, and knows it as
     `bos_token` (empty for none), the end of a turn as `eos_token`. `chat_template` is Jinja, empty
-    where there is none. `fingerprint` (hexadecimal) is equal only where KV blocks mean the same.
+    where there is none. `fingerprint` is equal only where KV blocks mean the same: hexadecimal, and after
+    it what `computed_by` adds.
     """
 
     name: str
@@ -104,6 +107,11 @@ def fingerprint(weights: str, config: ModelConfig, layout: KvLayout) -> str:
     """SHA-256, in hexadecimal, over the weights' checksum, the architecture and the KV's dtype and layout."""
     parts = {"weights": weights, "config": asdict(config), "layout": asdict(layout)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def computed_by(card: ModelCard, facts: Mapping[str, str]) -> ModelCard:
+    """The card of a deterministic worker: only workers that compute in the same way have its fingerprint."""
+    return replace(card, fingerprint=extended_fingerprint(card.fingerprint, facts))
 
 
 def _text_of_gguf(meta: Metadata) -> _Text:

@@ -25,11 +25,13 @@ def load_engine(
     blocks: int | None = None,
     kernels: KernelChoice = "auto",
     weights: WeightChoice = "auto",
+    deterministic: bool = False,
 ) -> NativeEngine | TorchEngine:
     """An engine ready for `warm_up`; the pool as for `TorchEngine.load`.
 
     With `kernels` "auto", whatever keeps the kernels from serving (no compiler, an old processor, float32) is logged
-    once and torch computes; with "native" it is a ConfigError.
+    once and torch computes; with "native" it is a ConfigError. So it is with `deterministic`, which torch can't keep:
+    it sums in another order for another batch.
     """
     if kernels not in get_args(KernelChoice):
         raise ConfigError(f"kernels: {', '.join(get_args(KernelChoice))}, not {kernels!r}")
@@ -37,9 +39,15 @@ def load_engine(
         raise ConfigError(f"weights: {', '.join(get_args(WeightChoice))}, not {weights!r}")
     if kernels != "torch" and resolve_device(device).type == "cpu":
         try:
-            return NativeEngine.load(description, buffer=buffer, blocks=blocks, weights=weights)
+            return NativeEngine.load(
+                description, buffer=buffer, blocks=blocks, weights=weights, deterministic=deterministic
+            )
         except NativeUnavailable as error:
             if kernels == "native":
                 raise ConfigError(f"kernels: {error}") from None
+            if deterministic:
+                raise ConfigError(f"deterministic: needs the native kernels, but {error}") from None
             log.warning("computing with torch, which is slower", reason=str(error))
+    if deterministic:
+        raise ConfigError("deterministic: needs the native kernels; torch sums in another order for another batch")
     return TorchEngine.load(description, device=device, buffer=buffer, blocks=blocks)

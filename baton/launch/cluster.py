@@ -98,6 +98,8 @@ class ClusterConfig:
     """The same for decode workers alone, which are bound by memory bandwidth."""
     kv_dtype: KvChoice = "auto"
     """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
+    deterministic: bool = False
+    """Promise the same bits whatever the batch, the chunking and the worker; native kernels only."""
     pool_tokens: int = 32_768
     """Tokens whose KV each worker's block pool holds."""
     chunk_tokens: int = 512
@@ -251,6 +253,8 @@ class LocalCluster:
             flags += [f"--{field.replace('_', '-')}", str(getattr(config, field))]
         own = config.prefill_weights if role == "prefill" else config.decode_weights
         flags += ["--weights", own or config.weights]
+        if config.deterministic:
+            flags.append("--deterministic")
         if config.pin:
             flags += ["--pin", str(core_of(role, index, sorted(os.sched_getaffinity(0))))]
         return [*flags, *self._worker_flags]

@@ -85,10 +85,11 @@ def _simulated(config: WorkerConfig) -> Loaded:
 def _computing(config: WorkerConfig) -> Loaded:
     import torch
 
-    from baton.engine.card import describe
+    from baton.engine.card import computed_by, describe
     from baton.engine.load import load_engine
     from baton.engine.measure import measure
     from baton.engine.models import resolve
+    from baton.engine.native.engine import NativeEngine
     from baton.engine.torch_engine import resolve_device
 
     torch.set_num_threads(config.threads)
@@ -100,11 +101,27 @@ def _computing(config: WorkerConfig) -> Loaded:
     if device == "cpu":
         memory = PoolMemory(layout, blocks)
         engine = load_engine(
-            description, device=device, buffer=memory.buffer, kernels=config.kernels, weights=config.weights
+            description,
+            device=device,
+            buffer=memory.buffer,
+            kernels=config.kernels,
+            weights=config.weights,
+            deterministic=config.deterministic,
         )
     else:
-        engine = load_engine(description, device=device, blocks=blocks, kernels=config.kernels, weights=config.weights)
+        engine = load_engine(
+            description,
+            device=device,
+            blocks=blocks,
+            kernels=config.kernels,
+            weights=config.weights,
+            deterministic=config.deterministic,
+        )
         memory = DevicePool(layout, blocks, engine.pool.blocks.data_ptr())
     engine.warm_up()
     measured = tuple(measure(engine, memory.blocks, description.config.context_tokens))
-    return Loaded(description.card, engine, memory, engine.weight_bytes, engine.kernels, measured)
+    card = description.card
+    if config.deterministic:
+        assert isinstance(engine, NativeEngine), "no other engine is loaded for it"
+        card = computed_by(card, {"weights": config.weights} | engine.arithmetic)
+    return Loaded(card, engine, memory, engine.weight_bytes, engine.kernels, measured)

@@ -36,6 +36,11 @@ class DevicePool:
     blocks: int
     address: int
 
+    @property
+    def bytes(self) -> int:
+        """Of all blocks."""
+        return self.blocks * self.layout.block_bytes
+
 
 class NcclDevice:
     """Implements `Device` for CUDA device `index`. Raises `ConfigError`, in one line, without the packages, without

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import psutil
 from baton.client import Client
 from baton.client.types import ProcessStatus
 from baton.errors import Unavailable
+from baton.launch.child import Sink
 from baton.launch.cluster import ClusterConfig, LocalCluster
 
 VOCABULARY = 49_152
@@ -42,13 +43,15 @@ class Running:
 
 
 @asynccontextmanager
-async def running(**options: object) -> AsyncIterator[Running]:
+async def running(
+    worker_flags: Sequence[str] = (), sink: Sink | None = None, /, **options: object
+) -> AsyncIterator[Running]:
     """A cluster on a free port, with every prompt over both pools unless told otherwise; none of its processes is left
     afterwards."""
     path = "adaptive" if options.get("colocated") else "disaggregated"
     fields = {"listen": "127.0.0.1:0", "pool_tokens": 12_288, "path": path} | options
     config = ClusterConfig(**fields)  # type: ignore[arg-type]
-    async with LocalCluster(config) as cluster:
+    async with LocalCluster(config, worker_flags=worker_flags, sink=sink) as cluster:
         pids = [child.pid for child in cluster.processes]
         async with Client(cluster.address) as client:
             yield Running(cluster, client)

@@ -12,7 +12,9 @@ import torch
 from baton.engine.models import EMBEDDED_MODEL, resolve
 
 NEAR_TIE = 1e-4
-"""Where the reference's two best logits lie closer than this, either may be the greedy choice."""
+"""Tokens whose logits in the reference lie closer than this may each be the greedy choice of a float32 engine."""
+NEAR_IN_BF16 = 0.25
+"""The same for one that computes in bf16: some times what that moves a logit of the embedded model (0.05)."""
 
 
 @cache
@@ -29,30 +31,26 @@ def _model() -> Any:
 
 
 @cache
-def _best_two(tokens: tuple[int, ...], prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every position that predicts an output token: the two best logits and their ids, [outputs, 2] each."""
+def _gaps(tokens: tuple[int, ...], prompt: int) -> torch.Tensor:
+    """For every output token: how far its logit is behind the best one, [outputs]."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with torch.inference_mode():
             hidden = _model().model(torch.tensor([tokens[:-1]])).last_hidden_state[0, prompt - 1 :]
-            best = _model().lm_head(hidden).topk(2)
+            logits = _model().lm_head(hidden)
     finally:
         torch.set_num_threads(threads)
-    return best.values, best.indices
+    given = logits.gather(1, torch.tensor(tokens[prompt:])[:, None])[:, 0]
+    gaps: torch.Tensor = logits.amax(1) - given
+    return gaps
 
 
-def assert_greedy(prompt: Sequence[int], output: Sequence[int]) -> None:
-    """Each output token is the reference's best one after all tokens before it (or tied with it).
+def assert_greedy(prompt: Sequence[int], output: Sequence[int], near: float = NEAR_TIE) -> None:
+    """Each output token is the reference's best one after all tokens before it, or as near to it as `near`.
 
     One pass over prompt and output shows the same as generating step by step: as long as every token agrees, the
     reference would have been fed just these.
     """
-    tokens = (*prompt, *output)
-    values, indices = _best_two(tokens, len(prompt))
-    for step, token in enumerate(output):
-        if int(indices[step, 0]) == token:
-            continue
-        gap = float(values[step, 0] - values[step, 1])
-        assert int(indices[step, 1]) == token, f"token {step}: {token}, the reference has {indices[step].tolist()}"
-        assert gap <= NEAR_TIE, f"token {step}: {token} is {gap:.2g} behind the reference's {int(indices[step, 0])}"
+    for step, gap in enumerate(_gaps((*prompt, *output), len(prompt)).tolist()):
+        assert gap <= near, f"token {step}: {output[step]} is {gap:.2g} behind the reference's best"

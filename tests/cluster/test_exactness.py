@@ -1,20 +1,32 @@
-"""Greedy output through router, prefill worker, handoff and decode worker is that of the reference, token for token."""
+"""Greedy output through router, prefill worker, handoff and decode worker is that of the reference, token for token.
+
+Torch computes in float32, so that its output equals the reference's; the native kernels in bf16, so that theirs is one
+of the reference's near ties, and to the letter what they give in one process.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from baton.client.types import Completion
+from baton.engine.card import describe
+from baton.engine.digests import cache_dir
+from baton.engine.models import EMBEDDED_MODEL, resolve
+from baton.engine.native.engine import NativeEngine
+from baton.engine.offline import Prompt, generate
 from tests.cluster.conftest import Running, prompt_of, running, settled
-from tests.cluster.reference import assert_greedy
+from tests.cluster.reference import NEAR_IN_BF16, assert_greedy
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 100, 127, 128, 129, 200, 255, 300, 400, 513, 1000, 3000)
+FEWER = (1, 17, 129, 300, 1000)
 OUTPUT = 64
 CHUNK = 256
 """Smaller than the longer prompts, so that they are computed, and handed over, in chunks."""
@@ -46,3 +58,40 @@ async def test_output_equals_the_reference(cluster: Running) -> None:
         assert cached.finished.usage.cached_prompt_tokens == (length - 1) // 16 * 16
         assert cached.finished.timeline.transfer_cached_blocks >= (length - 1) // 16
     await settled(cluster)
+
+
+async def test_native_output_is_near_the_reference_and_that_of_one_process() -> None:
+    description = describe(resolve(EMBEDDED_MODEL), "bfloat16")
+    engine = NativeEngine.load(description, blocks=256, weights="bf16")
+    alone = generate(engine, [Prompt(tuple(prompt_of(length)), max_tokens=OUTPUT) for length in FEWER], blocks=256)
+    flags = ("--weights", "bf16", "--kernels", "native")
+    async with running(flags, dtype="bfloat16", chunk_tokens=CHUNK) as cluster:
+        found = await asyncio.gather(*(complete(cluster, length) for length in FEWER))
+        await settled(cluster)
+    for length, served, wanted in zip(FEWER, found, alone, strict=True):
+        assert list(served.token_ids) == wanted.tokens
+        await asyncio.to_thread(assert_greedy, prompt_of(length), served.token_ids, NEAR_IN_BF16)
+
+
+async def test_without_a_compiler_workers_say_so_once_and_answer_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No compiler in the path and nothing compiled in the cache: as on a machine that never had one."""
+    model = resolve(EMBEDDED_MODEL).path
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / model.name).symlink_to(model)
+    (tmp_path / "digests").symlink_to(cache_dir() / "digests")
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.delenv("CXX", raising=False)
+    said: list[str] = []
+    async with running((), said.append, dtype="bfloat16", chunk_tokens=CHUNK, log_format="json") as cluster:
+        found = await asyncio.gather(*(complete(cluster, length) for length in FEWER[:3]))
+        await settled(cluster)
+    for length, served in zip(FEWER[:3], found, strict=True):
+        await asyncio.to_thread(assert_greedy, prompt_of(length), served.token_ids, NEAR_IN_BF16)
+    for worker in ("prefill-0", "decode-0"):
+        warnings = [line for line in said if line.startswith(f"({worker})") and "computing with torch" in line]
+        assert len(warnings) == 1, said
+        assert "there is no C++ compiler" in warnings[0]
+    assert not (tmp_path / "native").exists()

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from baton.engine.card import ModelDescription, describe
 from baton.engine.models import EMBEDDED_MODEL, ResolvedModel, resolve
+from baton.engine.native import library
+from baton.engine.native.build import NativeUnavailable
+from baton.engine.native.engine import NativeEngine
+from baton.engine.stepper import Stepper
 from baton.engine.torch_engine import TorchEngine
+from tests.bench.fidelity import reference_model
 
 VOCABULARY = 300
 CONTEXT = 512
@@ -59,6 +65,51 @@ class Tiny:
 
     def engine(self, dtype: str = "float32", blocks: int = 64) -> TorchEngine:
         return TorchEngine.load(self.describe(dtype), blocks=blocks)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """One of the two implementations, and how far from the reference its arithmetic may be.
+
+    `torch` is the path without a compiler, here in float32, which shows its mistakes; `native` computes in bf16.
+    """
+
+    kernels: str
+    error: float
+    """Root mean square of what logits may be off, in standard deviations of the reference's."""
+
+    def engine(self, model: ResolvedModel | Tiny, blocks: int = 64, **options: Any) -> Stepper:
+        """Options as for `load`."""
+        resolved = resolve(str(model.folder)) if isinstance(model, Tiny) else model
+        room = options if "buffer" in options else options | {"blocks": blocks}
+        if self.kernels == "torch":
+            return TorchEngine.load(describe(resolved, "float32"), **room)
+        return NativeEngine.load(describe(resolved, "bfloat16"), **room)
+
+    def assert_near(self, found: list[np.ndarray], reference: torch.Tensor, ends: list[int]) -> None:
+        """Each row of logits is the reference's [tokens, vocabulary] after so many tokens."""
+        for row, end in zip(found, ends, strict=True):
+            expected = reference[end - 1].numpy()
+            assert np.sqrt(np.mean((row - expected) ** 2)) <= self.error * expected.std(), f"after {end} tokens"
+
+
+@pytest.fixture(scope="session")
+def kernels() -> library.Library:
+    """The kernels of this machine, from the user's own cache: tests do not compile them each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("BATON_CACHE", raising=False)
+        try:
+            return library.load()
+        except NativeUnavailable as error:
+            pytest.skip(str(error))
+
+
+@pytest.fixture(params=["torch", "native"])
+def computing(request: pytest.FixtureRequest) -> Computing:
+    """Both implementations in turn: what is right is right with either."""
+    if request.param == "native":
+        request.getfixturevalue("kernels")
+    return Computing(request.param, {"torch": 1e-5, "native": 0.1}[request.param])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -137,6 +188,12 @@ def embedded() -> Iterator[ResolvedModel]:
     yield resolve(EMBEDDED_MODEL)
     if before is not None:
         os.environ["BATON_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def embedded_reference(embedded: ResolvedModel) -> Any:
+    """The embedded model in `transformers`, in float32."""
+    return reference_model(embedded)
 
 
 @pytest.fixture(scope="session")

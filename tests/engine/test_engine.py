@@ -14,20 +14,21 @@ import torch
 from baton.engine.api import Engine, Sequence, Work
 from baton.engine.card import ModelDescription
 from baton.engine.kv import KvPool
+from baton.engine.models import ResolvedModel
 from baton.engine.offline import Completion, Prompt, generate
 from baton.engine.torch_engine import TorchEngine, resolve_device
 from baton.errors import ConfigError, InvalidArgument, ResourceExhausted
 from baton.spec import Sampling
 from kvtransfer.layout import KvLayout
-from tests.engine.conftest import Tiny, tokens_for
+from tests.engine.conftest import Computing, Tiny, tokens_for
 
 
 def prompts(count: int, sampling: Sampling) -> list[Prompt]:
     return [Prompt(tuple(tokens_for(5 + 13 * index, index)), sampling, 4 + index) for index in range(count)]
 
 
-def test_generation_does_not_depend_on_batch_or_chunking(tiny: Callable[[str], Tiny]) -> None:
-    engine = tiny("llama").engine()
+def test_generation_does_not_depend_on_batch_or_chunking(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
+    engine = computing.engine(tiny("llama"))
     for sampling in (Sampling(temperature=0.0), Sampling(temperature=1.0, seed=3, repetition_penalty=1.2)):
         wanted = prompts(6, sampling)
         alone = [generate(engine, [prompt], blocks=64)[0].tokens for prompt in wanted]
@@ -37,30 +38,34 @@ def test_generation_does_not_depend_on_batch_or_chunking(tiny: Callable[[str], T
             assert [len(completion.tokens) for completion in batched] == [4, 5, 6, 7, 8, 9]
 
 
-def test_greedy_generation_matches_the_reference(tiny: Callable[[str], Tiny]) -> None:
+def test_greedy_generation_matches_the_reference(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("qwen3")
     (prompt,) = [Prompt(tuple(tokens_for(21)), max_tokens=12)]
-    found = generate(model.engine(), [prompt], blocks=64)[0].tokens
+    found = generate(computing.engine(model), [prompt], blocks=64)[0].tokens
     tokens = list(prompt.tokens)
-    for _ in range(12):
-        tokens.append(int(model.logits(tokens)[-1].argmax()))
-    assert found == tokens[21:]
+    for token in found:
+        logits = model.logits(tokens)[-1]
+        assert logits.max() - logits[token] <= computing.error * logits.std(), "its best, or as good as"
+        tokens.append(token)
 
 
-def test_the_embedded_model_answers(embedded_engine: TorchEngine) -> None:
+def test_the_embedded_model_answers(
+    computing: Computing, embedded: ResolvedModel, embedded_engine: TorchEngine
+) -> None:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(embedded_engine.description.card.tokenizer_json.decode())
+    engine = embedded_engine if computing.kernels == "torch" else computing.engine(embedded, blocks=8)
+    tokenizer = Tokenizer.from_str(engine.description.card.tokenizer_json.decode())
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    stop = frozenset(embedded_engine.description.card.eos_token_ids)
+    stop = frozenset(engine.description.card.eos_token_ids)
     prompt = Prompt(tuple(tokenizer.encode(text).ids), max_tokens=30, stop_token_ids=stop)
-    (completion,) = generate(embedded_engine, [prompt], blocks=8)
+    (completion,) = generate(engine, [prompt], blocks=8)
     assert completion.stopped
     assert tokenizer.decode(completion.tokens) == "The capital of France is Paris."
 
 
-def test_stop_ids_end_a_prompt_and_are_kept(tiny: Callable[[str], Tiny]) -> None:
-    engine = tiny("llama").engine()
+def test_stop_ids_end_a_prompt_and_are_kept(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
+    engine = computing.engine(tiny("llama"))
     tokens = tuple(tokens_for(9))
     free = generate(engine, [Prompt(tokens, max_tokens=8)], blocks=8)[0]
     assert not free.stopped
@@ -70,17 +75,18 @@ def test_stop_ids_end_a_prompt_and_are_kept(tiny: Callable[[str], Tiny]) -> None
     assert stopped.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
 
 
-def test_timing_and_logprobs_are_reported(tiny: Callable[[str], Tiny]) -> None:
+def test_timing_and_logprobs_are_reported(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("llama")
     tokens = tokens_for(30)
     prompt = Prompt(tuple(tokens), Sampling(temperature=0.7, seed=5, logprobs=2), max_tokens=5)
-    completion: Completion = generate(model.engine(), [prompt], blocks=8, chunk_tokens=8)[0]
+    completion: Completion = generate(computing.engine(model), [prompt], blocks=8, chunk_tokens=8)[0]
     assert completion.prefill_s > 0
     assert len(completion.step_s) == 4
     assert len(completion.logprobs) == 5
     expected = model.logits(tokens)[-1].log_softmax(-1)
-    assert completion.logprobs[0].logprob == pytest.approx(expected[completion.tokens[0]].item(), abs=1e-4)
-    assert completion.logprobs[0].top[0][0] == int(expected.argmax())
+    near = computing.error * float(expected.std())
+    assert completion.logprobs[0].logprob == pytest.approx(expected[completion.tokens[0]].item(), abs=near)
+    assert expected[completion.logprobs[0].top[0][0]] >= expected.max() - near
 
 
 def test_prompts_are_checked(tiny: Callable[[str], Tiny]) -> None:
@@ -92,24 +98,23 @@ def test_prompts_are_checked(tiny: Callable[[str], Tiny]) -> None:
         generate(tiny("llama").engine(), [Prompt(tuple(tokens_for(100)))], blocks=4)
 
 
-def test_the_pool_lies_in_the_callers_memory(tiny: Callable[[str], Tiny]) -> None:
-    description = tiny("llama").describe()
-    layout = description.card.kv_layout
+def test_the_pool_lies_in_the_callers_memory(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
+    layout = computing.engine(tiny("llama"), blocks=1).layout
     memory = mmap.mmap(-1, 5 * layout.block_bytes)
-    engine = TorchEngine.load(description, buffer=memory)
+    engine = computing.engine(tiny("llama"), buffer=memory)
     assert engine.pool.count == 5
     tokens = tokens_for(17)
     engine.step([Work(Sequence(bytes(16), tokens, 17, [3, 1], 0, Sampling()), 17)])
-    stored = np.frombuffer(memory, np.float32).reshape(5, *layout.shape)
+    width = {"float32": np.uint32, "bfloat16": np.uint16}[layout.dtype]
+    stored = np.frombuffer(memory, width).reshape(5, *layout.shape)
     assert stored[3].any(axis=-1).all()
     assert stored[1][:, :, :, 0].any(axis=-1).all()
     assert not stored[1][:, :, :, 1:].any()
     assert not stored[[0, 2, 4]].any()
 
 
-def test_kv_handed_over_as_bytes_serves_another_engine(tiny: Callable[[str], Tiny]) -> None:
-    model = tiny("qwen2")
-    first, second = model.engine(), model.engine()
+def test_kv_handed_over_as_bytes_serves_another_engine(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
+    first, second = computing.engine(tiny("qwen2")), computing.engine(tiny("qwen2"))
     tokens = tokens_for(37)
     sequence = Sequence(bytes(16), tokens, 37, [4, 9, 2], 0, Sampling())
     first.step([Work(sequence, 36)])
@@ -118,18 +123,18 @@ def test_kv_handed_over_as_bytes_serves_another_engine(tiny: Callable[[str], Tin
     assert np.array_equal(second.logits([Work(taken_over, 1)])[0], first.logits([Work(sequence, 1)])[0])
 
 
-def test_blocks_appended_later_are_used(tiny: Callable[[str], Tiny]) -> None:
+def test_blocks_appended_later_are_used(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("llama")
-    engine, tokens = model.engine(), tokens_for(33)
+    engine, tokens = computing.engine(model), tokens_for(33)
     sequence = Sequence(bytes(16), tokens, 33, [6], 0, Sampling())
     engine.step([Work(sequence, 16)])
     sequence.blocks += [2, 11]
     found = engine.logits([Work(sequence, 17)])[0]
-    np.testing.assert_allclose(found, model.logits(tokens)[-1].numpy(), atol=1e-4)
+    computing.assert_near([found], model.logits(tokens), [33])
 
 
-def test_warm_up_leaves_the_engine_usable(tiny: Callable[[str], Tiny]) -> None:
-    engine: Engine = tiny("llama").engine()
+def test_warm_up_leaves_the_engine_usable(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
+    engine: Engine = computing.engine(tiny("llama"))
     engine.warm_up()
     assert generate(engine, [Prompt((1, 2, 3))], blocks=4)[0].tokens
 

@@ -1,22 +1,20 @@
-"""Logits against `transformers`, in float32, however a sequence is cut into steps and whoever shares them."""
+"""Logits against `transformers` in float32, however a sequence is cut into steps and whoever shares them."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from baton.engine.api import Sequence, Work
-from baton.engine.models import ResolvedModel
 from baton.engine.stepper import Stepper
 from baton.engine.torch_engine import TorchEngine
 from baton.spec import Sampling
-from tests.engine.conftest import VARIANTS, Tiny, make_tiny, tokens_for
-
-TOLERANCE = 1e-4
+from tests.engine.conftest import VARIANTS, Computing, Tiny, make_tiny, tokens_for
 
 
 def sequence(tokens: list[int], blocks: list[int], computed: int = 0) -> Sequence:
@@ -34,7 +32,7 @@ def last_logits(engine: Stepper, whole: Sequence, counts: list[int]) -> list[np.
 
 def assert_close(found: list[np.ndarray], reference: torch.Tensor, ends: list[int]) -> None:
     for row, end in zip(found, ends, strict=True):
-        np.testing.assert_allclose(row, reference[end - 1].numpy(), atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(row, reference[end - 1].numpy(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -43,18 +41,22 @@ def assert_close(found: list[np.ndarray], reference: torch.Tensor, ends: list[in
     [[150], [1] * 20, [37, 1, 1, 50, 16, 1, 44], [16, 16, 33, 85], [2, 147, 1]],
     ids=["whole", "decode", "mixed", "chunks", "odd"],
 )
-def test_matches_the_reference_however_it_is_cut(tiny: Callable[[str], Tiny], variant: str, counts: list[int]) -> None:
+def test_matches_the_reference_however_it_is_cut(
+    computing: Computing, tiny: Callable[[str], Tiny], variant: str, counts: list[int]
+) -> None:
     model = tiny(variant)
-    engine, tokens = model.engine(), tokens_for(sum(counts))
+    engine, tokens = computing.engine(model), tokens_for(sum(counts))
     table = torch.randperm(engine.pool.count, generator=torch.Generator().manual_seed(3)).tolist()
     found = last_logits(engine, sequence(tokens, table[:10]), counts)
-    assert_close(found, model.logits(tokens), np.cumsum(counts).tolist())
+    computing.assert_near(found, model.logits(tokens), np.cumsum(counts).tolist())
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3"])
-def test_a_mixed_batch_computes_each_sequence_as_if_alone(tiny: Callable[[str], Tiny], variant: str) -> None:
+def test_a_mixed_batch_computes_each_sequence_as_if_alone(
+    computing: Computing, tiny: Callable[[str], Tiny], variant: str
+) -> None:
     model = tiny(variant)
-    engine = model.engine()
+    engine = computing.engine(model)
     lengths = [(40, 1), (0, 30), (41, 1), (25, 60), (0, 1), (7, 1), (90, 1), (16, 2)]
     batch, free = [], iter(range(engine.pool.count))
     for index, (prefix, count) in enumerate(lengths):
@@ -67,28 +69,29 @@ def test_a_mixed_batch_computes_each_sequence_as_if_alone(tiny: Callable[[str], 
     found = engine.logits(batch)
     for index, work in enumerate(batch):
         assert work.sequence.remaining == 0
-        np.testing.assert_allclose(found[index], model.logits(work.sequence.tokens)[-1].numpy(), atol=TOLERANCE, rtol=0)
+        tokens = work.sequence.tokens
+        computing.assert_near([found[index]], model.logits(tokens), [len(tokens)])
 
 
-def test_a_prefix_cached_by_another_sequence_serves(tiny: Callable[[str], Tiny]) -> None:
+def test_a_prefix_cached_by_another_sequence_serves(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("llama")
-    engine = model.engine()
+    engine = computing.engine(model)
     shared, first, second = tokens_for(48), tokens_for(20, seed=1), tokens_for(33, seed=2)
     last_logits(engine, sequence(shared + first, [5, 3, 8, 1, 0]), [68])
     tail = sequence(shared + second, [5, 3, 8, 20, 21, 22], computed=48)
     found = engine.logits([Work(tail, 33)])[0]
-    np.testing.assert_allclose(found, model.logits(shared + second)[-1].numpy(), atol=TOLERANCE, rtol=0)
+    computing.assert_near([found], model.logits(shared + second), [81])
 
 
-def test_long_chunks_over_a_prefix_are_tiled(tiny: Callable[[str], Tiny]) -> None:
+def test_long_chunks_over_a_prefix_are_tiled(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("llama")
-    engine, tokens = model.engine(), tokens_for(500)
+    engine, tokens = computing.engine(model), tokens_for(500)
     found = last_logits(engine, sequence(tokens, list(range(32))), [100, 399, 1])
-    assert_close(found, model.logits(tokens), [100, 499, 500])
+    computing.assert_near(found, model.logits(tokens), [100, 499, 500])
 
 
-def test_only_what_ends_known_tokens_samples(tiny: Callable[[str], Tiny]) -> None:
-    engine = tiny("llama").engine()
+def test_only_what_ends_known_tokens_samples(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
+    engine = computing.engine(tiny("llama"))
     chunk, whole = sequence(tokens_for(40), [0, 1, 2]), sequence(tokens_for(9), [3])
     results = engine.step([Work(chunk, 17), Work(whole, 9)])
     assert results[0] is None
@@ -98,12 +101,12 @@ def test_only_what_ends_known_tokens_samples(tiny: Callable[[str], Tiny]) -> Non
     assert engine.step([Work(chunk, 5)]) == [None]
 
 
-def test_sharded_folders_load(tmp_path_factory: pytest.TempPathFactory) -> None:
-    model = make_tiny(tmp_path_factory.mktemp("sharded"), "llama", shard="100KB")
+def test_sharded_folders_load(computing: Computing, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path, "llama", shard="100KB")
     assert len(model.describe().model.weight_files()) > 1
     tokens = tokens_for(30)
-    found = last_logits(model.engine(), sequence(tokens, [0, 1]), [30])
-    assert_close(found, model.logits(tokens), [30])
+    found = last_logits(computing.engine(model), sequence(tokens, [0, 1]), [30])
+    computing.assert_near(found, model.logits(tokens), [30])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -116,20 +119,9 @@ def test_narrow_dtypes_stay_near_the_reference(tiny: Callable[[str], Tiny], dtyp
         assert np.corrcoef(row, expected)[0, 1] > 0.999
 
 
-def test_the_embedded_model_matches_the_reference(embedded: ResolvedModel, embedded_engine: TorchEngine) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers import AutoModelForCausalLM, GgufConfig
-
-        reference = AutoModelForCausalLM.from_pretrained(
-            embedded.path.parent,
-            gguf_file=embedded.path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        ).eval()
+def test_the_embedded_model_matches_the_reference(embedded_reference: Any, embedded_engine: TorchEngine) -> None:
     tokens = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
     with torch.inference_mode():
-        expected = reference(torch.tensor([tokens])).logits[0]
+        expected = embedded_reference(torch.tensor([tokens])).logits[0]
     found = last_logits(embedded_engine, sequence(tokens, [9, 4]), [12, 6, 1])
-    for row, end in zip(found, [12, 18, 19], strict=True):
-        np.testing.assert_allclose(row, expected[end - 1].numpy(), atol=TOLERANCE, rtol=0)
+    assert_close(found, expected, [12, 18, 19])

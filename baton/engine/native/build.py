@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -95,6 +96,12 @@ def _wait_turn(lock: int) -> None:
     except BlockingIOError:
         log.info("waiting for the kernels that another process compiles")
         fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def arithmetic_of(target: Target) -> dict[str, str]:
+    """What decides on the bits that the kernels compute: their sources, the instructions, the mathematical library."""
+    libc = "-".join(platform.libc_ver()) or platform.system()
+    return {"kernels": f"native-{_key(target).rpartition('-')[2][:12]}", "instructions": target.name, "libm": libc}
 
 
 def find_compiler() -> str:

@@ -8,8 +8,8 @@ from baton.config import WeightChoice
 from baton.engine.api import Work
 from baton.engine.card import ModelDescription
 from baton.engine.kv import Buffer, KvPool, make_pool
-from baton.engine.native.build import NativeUnavailable
-from baton.engine.native.library import KV_FORMATS, SPAN, Library, NativeModel, load
+from baton.engine.native.build import NativeUnavailable, arithmetic_of
+from baton.engine.native.library import KV_FORMATS, NEVER, SPAN, Library, NativeModel, load
 from baton.engine.native.weights import load_model
 from baton.engine.sampler import Logits
 from baton.engine.state import state_of
@@ -41,9 +41,12 @@ class NativeEngine(Stepper):
         buffer: Buffer | None = None,
         blocks: int | None = None,
         weights: WeightChoice = "auto",
+        deterministic: bool = False,
         library: Library | None = None,
     ) -> NativeEngine:
         """Loads the weights; the pool as for `TorchEngine.load`, `library` the processor's own where None is given.
+
+        With `deterministic`, one set of weights computes steps of every size.
 
         Raises NativeUnavailable where the kernels can't be had or don't serve the layout, ModelFileError for damaged
         files.
@@ -56,17 +59,24 @@ class NativeEngine(Stepper):
         library = library or load()
         source = open_tensors(description.model, config)
         model = load_model(library, source, config, layout.dtype, weights)
+        if deterministic:
+            model.set_wide_from(NEVER)
         return cls(description, model, make_pool(layout, buffer, blocks))
 
     @property
     def kernels(self) -> str:
-        """What computes, for logs and fingerprints."""
+        """What computes, for logs."""
         return f"native {self._model.library.target.name}"
 
     @property
     def weight_bytes(self) -> int:
         """Memory of the packed weights."""
         return self._model.weight_bytes
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """What the bits of a logit hang on beside weights and KV format."""
+        return arithmetic_of(self._model.library.target)
 
     @property
     def model(self) -> NativeModel:

@@ -50,23 +50,65 @@ Group from_gguf(Source source, const uint8_t* block) {
   return group;
 }
 
-// Rounds to the grid through f16 factors, symmetric about zero in 8 bits, from least to most in 4.
-Group quantise(Format format, const float* row, int count) {
-  float least = 0, most = 0;
-  for (int i = 0; i < count; i++) least = std::fmin(least, row[i]), most = std::fmax(most, row[i]);
-  Group group;
-  const float steps = format == Format::int8 ? 254.0f : 15.0f;
-  if (format == Format::int8) most = std::fmax(most, -least), least = -most;
-  group.scale = to_f16((most - least) / steps);
-  const float scale = from_f16(group.scale);
-  group.minimum = to_f16(format == Format::int8 ? -128.0f * scale : least);
-  const float minimum = from_f16(group.minimum), top = format == Format::int8 ? 255.0f : 15.0f;
+// The nearest points of a grid from `minimum` in steps of `scale`, for `count` numbers; zero's for the rest. Returns the
+// sum of squared differences.
+float round_to(const float* row, int count, int top, Group& group) {
+  const float scale = from_f16(group.scale), minimum = from_f16(group.minimum);
+  float error = 0;
   for (int i = 0; i < GROUP; i++) {
     const float x = i < count ? row[i] : 0.0f;
     const float q = scale > 0 ? std::nearbyint((x - minimum) / scale) : 0.0f;
-    group.q[i] = static_cast<uint8_t>(std::fmin(std::fmax(q, 0.0f), top));
+    const float kept = std::fmin(std::fmax(q, 0.0f), static_cast<float>(top));
+    group.q[i] = static_cast<uint8_t>(kept);
+    const float off = std::fma(scale, kept, minimum) - x;
+    if (i < count) error += off * off;
   }
+  return error;
+}
+
+// Eight bits: symmetric about zero.
+Group quantise_int8(const float* row, int count) {
+  float most = 0;
+  for (int i = 0; i < count; i++) most = std::fmax(most, std::fabs(row[i]));
+  Group group;
+  group.scale = to_f16(most / 127.0f);
+  group.minimum = to_f16(-128.0f * from_f16(group.scale));
+  round_to(row, count, 255, group);
   return group;
+}
+
+// The line through the points (q, x) of least squared distance as a grid; false where all q are one.
+bool fit(const float* row, int count, Group& group) {
+  float n = static_cast<float>(count), q = 0, x = 0, qq = 0, qx = 0;
+  for (int i = 0; i < count; i++) {
+    const float k = group.q[i];
+    q += k, x += row[i], qq += k * k, qx += k * row[i];
+  }
+  const float spread = n * qq - q * q;
+  if (spread <= 0) return false;
+  const float scale = (n * qx - q * x) / spread;
+  group.scale = to_f16(scale), group.minimum = to_f16((x - scale * q) / n);
+  return scale > 0;
+}
+
+// Four bits: the grid of least squared error among some. Each starts with so many steps between the least and the most of
+// the group, also one fewer or one more than there are (then the most is cut off), and is fitted to what was rounded to it.
+Group quantise_int4(const float* row, int count) {
+  constexpr int TOP = 15, FITS = 2;
+  float least = row[0], most = row[0];
+  for (int i = 1; i < count; i++) least = std::fmin(least, row[i]), most = std::fmax(most, row[i]);
+  Group best{};
+  float least_error = INFINITY;
+  for (int steps = TOP - 1; steps <= TOP + 1; steps++) {
+    Group group;
+    group.scale = to_f16((most - least) / static_cast<float>(steps)), group.minimum = to_f16(least);
+    for (int turn = 0; turn <= FITS; turn++) {
+      const float error = round_to(row, count, TOP, group);
+      if (error < least_error) least_error = error, best = group;
+      if (turn == FITS || error == 0.0f || !fit(row, count, group)) break;
+    }
+  }
+  return best;
 }
 
 uint16_t* factors_of(Format format, uint8_t* group) {
@@ -105,7 +147,8 @@ void pack(Matrix& matrix, int first, int rows, Source source, const void* from, 
         uint16_t* pairs = reinterpret_cast<uint16_t*>(to);
         for (int k = 0; k < count; k++) pairs[(k / 2 * PANEL + lane) * 2 + k % 2] = to_bf16(numbers[k]);
       } else if (source == Source::f32) {
-        put(matrix.format, to, lane, quantise(matrix.format, numbers, count));
+        const bool wide = matrix.format == Format::int8;
+        put(matrix.format, to, lane, wide ? quantise_int8(numbers, count) : quantise_int4(numbers, count));
       } else {
         put(matrix.format, to, lane, from_gguf(source, row + g * block_bytes(source)));
       }
