@@ -225,7 +225,7 @@ def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoa
         return _planned(good_both, offers, "over both pools: soonest that keeps all objectives")
     if good_here is not None:
         return _planned(good_here, offers, "in place: only so are all objectives kept" if both else "in place: soonest")
-    best = min(offers, key=lambda offer: (offer.miss, _soonest(offer)))
+    best = min(offers, key=lambda offer: (_breaks(offer), offer.miss, _soonest(offer)))
     made = _planned(best, offers, f"nobody keeps all objectives; misses by the least factor ({best.note})")
     return made._replace(meets=False, constraint=best.note, retry_s=_retry(ask, best, decodes))
 
@@ -236,6 +236,11 @@ def _planned(offer: Candidate, offers: tuple[Candidate, ...], reason: str) -> Pl
     found = offer.forecast
     made = Plan(offer.name, offer.way, True, reason, offers, offer.ttft_s, offer.tpot_s)
     return made._replace(raw_ttft_s=found.raw_s, queued=found.queued)
+
+
+def _breaks(offer: Candidate) -> bool:
+    """Who is served in spite of a missed objective should at least not cost others theirs."""
+    return offer.forecast is not None and offer.forecast.breaks
 
 
 def _soonest(offer: Candidate) -> tuple[float, float, str]:

@@ -1,0 +1,164 @@
+"""Which path and worker a request gets, by predicted times: pure functions of a snapshot."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.cost import StepCost
+from router import prediction
+from router.placement import Plan, Way, pick_decode, plan
+from router.snapshot import Ask, DecodeLoad, Demand, PrefillLoad, Queued
+
+# 1 ms per prompt token; a step of 10 ms and 1 ms per sequence.
+COST = StepCost(0.002, 0.001, 0.0, 0.010, 0.001, 0.0)
+NOW = 1000.0
+P = PrefillLoad("p0", 0, 1000, COST, 512)
+D = DecodeLoad("d0", 0, 0, 1000, 1000, 64, COST, 512)
+TRIP = prediction.TRIP_S
+
+
+def ask(tokens: int = 100, ttft: float | None = None, tpot: float | None = None, **more: object) -> Ask:
+    made = Ask(NOW, tokens, Demand(tokens // 16 + 4, tokens), ttft, tpot)
+    return made if not more else Ask(**{name: more.get(name, getattr(made, name)) for name in made.__slots__})  # type: ignore[arg-type]
+
+
+def planned(request: Ask, *workers: PrefillLoad | DecodeLoad, direct: bool = True) -> Plan:
+    prefills = [worker for worker in workers if isinstance(worker, PrefillLoad)]
+    decodes = [worker for worker in workers if isinstance(worker, DecodeLoad)]
+    found = plan(request, prefills, decodes, request.tokens // 16 + 1, direct)
+    assert found is not None
+    return found
+
+
+def busy(seconds: float, due: bool = False, late_by: float = 0.0) -> tuple[Queued, ...]:
+    """One prompt ahead, which must have started before ours."""
+    return (Queued(NOW - late_by, seconds, due),)
+
+
+def test_an_idle_cluster_takes_both_pools_and_promises_the_work() -> None:
+    found = planned(ask(100, ttft=1.0, tpot=0.02), P, D)
+    assert (found.chosen, found.way, found.meets) == ("p0", Way.PREFILL, True)
+    assert found.ttft_s == pytest.approx(0.102 + TRIP)
+    assert found.tpot_s == pytest.approx(0.011)
+
+
+def test_the_shortest_backlog_is_taken_and_a_cached_prefix_counts() -> None:
+    loaded = P._replace(queue=busy(0.5))
+    cached = P._replace(name="p2", queue=busy(0.02), cached_tokens=96)
+    assert planned(ask(), loaded, P._replace(name="p1"), D).chosen == "p1"
+    assert planned(ask(), loaded, P._replace(name="p1"), cached, D).chosen == "p2"
+
+
+def test_only_what_is_more_urgent_is_ahead() -> None:
+    behind = P._replace(queue=(Queued(NOW + 9.0, 3.0, True),))
+    assert planned(ask(ttft=1.0), behind, D).ttft_s == pytest.approx(0.102 + TRIP)
+    assert planned(ask(ttft=20.0), behind, D, direct=False).ttft_s == pytest.approx(3.102 + TRIP)
+
+
+def test_in_place_where_only_that_keeps_the_first_token() -> None:
+    residents = D._replace(sequences=4, tokens=400)
+    found = planned(ask(200, ttft=0.6), P._replace(queue=busy(2.0)), residents)
+    assert (found.way, found.meets) == (Way.DIRECT, True)
+    assert "only so" in found.reason
+
+
+def test_in_place_never_where_a_resident_would_miss_its_objective() -> None:
+    strict = D._replace(sequences=4, tokens=400, strictest_s=0.016)
+    found = planned(ask(200, ttft=0.6), P._replace(queue=busy(2.0)), strict)
+    assert (found.meets, found.constraint) == (False, "ttft")
+
+
+def test_light_work_goes_in_place_when_that_is_twice_as_fast() -> None:
+    queue, residents = P._replace(queue=busy(1.0)), D._replace(sequences=4, tokens=400)
+    assert planned(ask(40), queue, residents).way is Way.DIRECT
+    assert planned(ask(400), queue, residents).way is Way.PREFILL
+    assert planned(ask(400), queue, residents._replace(cached_tokens=384)).way is Way.DIRECT
+    assert planned(ask(400), queue, D).way is Way.DIRECT  # it has nobody to disturb
+    assert planned(ask(40), queue, residents, direct=False).way is Way.PREFILL
+
+
+def test_the_step_must_keep_this_objective_and_everybody_elses() -> None:
+    full = D._replace(sequences=20, tokens=2000)
+    found = planned(ask(tpot=0.025), P, full)
+    assert (found.meets, found.constraint) == (False, "tpot")
+    assert planned(ask(tpot=0.025), P, full, D._replace(name="d1")).meets
+    others = planned(ask(tpot=1.0), P, D._replace(sequences=5, strictest_s=0.0155))
+    assert (others.meets, others.constraint) == (False, "tpot")
+
+
+def test_what_is_admitted_but_not_bound_yet_counts() -> None:
+    assert planned(ask(tpot=0.02), P, D).meets
+    assert not planned(ask(tpot=0.02, unbound=12), P, D).meets
+
+
+def test_nobody_placed_before_is_made_late() -> None:
+    """The one in the queue can just wait 50 ms; ours takes 100."""
+    tight = P._replace(queue=(Queued(NOW + 0.05, 0.2, True),))
+    found = planned(ask(ttft=0.15), tight, D._replace(sequences=1, strictest_s=0.0121))
+    assert (found.meets, found.constraint) == (False, "others")
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    found = planned(ask(100, ttft=0.2), P._replace(queue=busy(2.0)), D._replace(sequences=1, strictest_s=0.0121))
+    assert found.constraint == "ttft"
+    assert found.retry_s == pytest.approx(2.102 + TRIP - 0.2)
+    drained = planned(ask(tpot=0.005), P, D._replace(drain_s=3.0))
+    assert (drained.constraint, drained.retry_s) == ("tpot", 3.0)
+
+
+def test_a_promise_is_more_than_the_prediction_where_those_were_broken() -> None:
+    wary = P._replace(promise=1.5)
+    found = planned(ask(100), wary, D)
+    assert found.raw_ttft_s == pytest.approx(0.102 + TRIP)
+    assert found.ttft_s == pytest.approx(1.5 * (0.102 + TRIP))
+
+
+def test_one_token_needs_no_step() -> None:
+    found = planned(ask(tpot=0.001, single_token=True), P, D)
+    assert (found.meets, found.tpot_s) == (True, None)
+
+
+def test_without_any_cost_tokens_decide() -> None:
+    found = planned(ask(), P._replace(cost=None, queued_tokens=50), P._replace(name="p1", cost=None), D)
+    assert (found.chosen, found.ttft_s) == ("p1", None)
+
+
+def test_decode_workers_that_keep_all_objectives_come_first() -> None:
+    strict = D._replace(name="strict", sequences=4, strictest_s=0.0145)
+    loose = D._replace(name="loose", sequences=8, tokens=9000)
+    found = pick_decode([strict, loose], Demand(4, 50), tpot_s=0.1)
+    assert found is not None
+    assert found.chosen == "loose"
+
+
+loads = st.tuples(st.lists(st.floats(0.01, 2), max_size=4), st.integers(0, 20), st.none() | st.floats(0.012, 0.1))
+
+
+@given(
+    st.lists(loads, min_size=1, max_size=4),
+    st.integers(1, 2000),
+    st.none() | st.floats(0.05, 5),
+    st.none() | st.floats(0.005, 0.2),
+)
+def test_a_plan_that_meets_keeps_every_objective_it_predicts(
+    workers: list[tuple[list[float], int, float | None]], tokens: int, ttft: float | None, tpot: float | None
+) -> None:
+    prefills = [
+        P._replace(name=f"p{index}", queue=tuple(Queued(NOW + s, s, True) for s in sorted(queue)))
+        for index, (queue, _, _) in enumerate(workers)
+    ]
+    decodes = [
+        D._replace(name=f"d{index}", sequences=sequences, tokens=100 * sequences, strictest_s=strictest)
+        for index, (_, sequences, strictest) in enumerate(workers)
+    ]
+    found = planned(ask(tokens, ttft, tpot), *prefills, *decodes)
+    assert {candidate.name[0] for candidate in found.candidates} == {"p", "d"}
+    assert found.ttft_s is not None
+    if found.meets:
+        assert ttft is None or found.ttft_s <= ttft
+        assert tpot is None or found.tpot_s is None or found.tpot_s <= tpot
+    else:
+        assert found.constraint in ("ttft", "tpot", "others")
+        assert found.retry_s > 0
