@@ -14,7 +14,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly test-gpu lint types format proto pins bench-overhead bench-engine profile clean
+.PHONY: help setup model demo test test-nightly test-gpu lint types format proto pins bench-overhead bench-engine bench-burst bench-goodput profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,12 @@ bench-overhead: model ## what the cluster adds to the engine's own time to first
 
 bench-engine: model ## our engine beside the peers of PEERS=DIR, or beside the hardware's limit alone
 	$(BIN)/python -m tests.bench.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-burst: model ## what a burst of long prompts does to streams in progress; PEERS=DIR puts vLLM beside it
+	$(BIN)/python -m tests.bench.burst $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-goodput: model ## the highest rate that keeps 90 % of requests within CORNER=tpot|ttft|middle; TRACE=FILE replays lengths
+	$(BIN)/python -m tests.bench.goodput --corner $(or $(CORNER),tpot) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)

@@ -38,7 +38,7 @@ class Probe:
             while True:
                 await asyncio.sleep(due - time.perf_counter())
                 now = time.perf_counter()
-                self.load.lags_ms.append((now - due) * 1e3)
+                self.load.lags_ms.append(max(0.0, now - due) * 1e3)  # timers have whole milliseconds: early is on time
                 due = max(due, now) + TICK_S
                 if now - window >= CPU_WINDOW_S:
                     self.load.loop_shares.append((time.thread_time() - spent) / (now - window))

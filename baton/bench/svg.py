@@ -68,8 +68,8 @@ def render(chart: Chart) -> str:
     y = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [_band(x, band) for band in chart.bands]
     parts += _axes(chart, x, y, x_ticks, y_ticks)
-    parts += _rules(chart, x, y)
     parts += [_curve(line, index, x, y) for index, line in enumerate(chart.lines)]
+    parts += _rules(chart, x, y)  # last, so that their texts stay legible
     return _figure(chart, "".join(parts))
 
 

@@ -186,7 +186,7 @@ def test_a_bad_trace_is_told_by_line_and_field(tmp_path: Path, name: str, conten
     path = tmp_path / name
     if content is not None:
         path.write_text(content, newline="")
-    with pytest.raises(ConfigError, match="^trace") as caught:
+    with pytest.raises(ConfigError, match=r"^trace") as caught:
         read_trace(path, "auto")
     assert told in str(caught.value)
 
