@@ -59,8 +59,8 @@ def round_of(
     """From (time, gap) of the streams' tokens in both runs and the burst's first tokens, seconds after its arrival."""
     end = max(firsts)
     spans = [[gap * 1e3 for at, gap in gaps if 0 < at <= end] for gaps in (calm, burst)]
-    if min(map(len, spans)) < 100:
-        raise RuntimeError(f"the streams ended before the burst did: {[len(span) for span in spans]} gaps")
+    if any(max(at for at, _ in gaps) < end for gaps in (calm, burst)):
+        raise RuntimeError(f"the streams ended before the burst did, whose last first token came after {end:.1f} s")
     p99 = [float(np.percentile(span, 99)) for span in spans]
     return Round(p99[0], p99[1], max(spans[1]), tuple(first * 1e3 for first in firsts))
 

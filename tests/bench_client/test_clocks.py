@@ -29,7 +29,7 @@ import grpc
 from baton.v1 import generation_pb2 as pb, generation_pb2_grpc as rpc
 import baton
 assert not hasattr(baton, "__file__") or baton.__file__ is None, "the generated package only"
-count, every, tokens = int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
+count, every, tokens, first = int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6])
 stub = rpc.GenerationStub(grpc.insecure_channel(sys.argv[1]))
 stub.ListModels(pb.ListModelsRequest(), timeout=20)
 results = [None] * count
@@ -38,7 +38,8 @@ def one(index):
     due = begin + int(index * every * 1e9)
     time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
     request = pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=range(300 + index, 364 + index)), sampling=pb.Sampling(temperature=0.0),
+        token_ids=pb.TokenIds(ids=range(300 + first + 64 * index, 364 + first + 64 * index)),
+        sampling=pb.Sampling(temperature=0.0),
         stopping=pb.Stopping(max_tokens=tokens, ignore_eos=True),
     )
     stamps = []
@@ -63,11 +64,16 @@ def stubs(folder: Path) -> None:
     subprocess.run([*command, f"--grpc_python_out={folder}", *sources], check=True, cwd=folder, timeout=60)
 
 
-async def independent(address: str, folder: Path, count: int, every_s: float, tokens: int) -> list[list[float]]:
-    """TTFT, TPOT and all gaps of each request, in milliseconds, as somebody else's program sees them."""
+async def independent(
+    address: str, folder: Path, count: int, every_s: float, tokens: int, first: int = 0
+) -> list[list[float]]:
+    """TTFT, TPOT and all gaps of each request, in milliseconds, as somebody else's program sees them.
+
+    `first` sets its prompts off from those of another call.
+    """
     libraries = [path for path in sys.path if path.endswith("site-packages")]
     program = f"import sys; sys.path[:0] = {libraries!r}\n{INDEPENDENT}"
-    arguments = [address, str(folder), str(count), str(every_s), str(tokens)]
+    arguments = [address, str(folder), str(count), str(every_s), str(tokens), str(first)]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-S", "-c", program, *arguments, stdout=asyncio.subprocess.PIPE
     )
