@@ -128,6 +128,7 @@ class _Driver:
                 planned = next(upcoming)
                 ready.append((planned, self._build(planned)))
                 left -= 1
+                await asyncio.sleep(0)  # messages that came meanwhile are stamped before the next one is built
             wait_s = ready[0][0].at_s - self._now()
             if wait_s > 0:
                 await asyncio.sleep(math.ceil(wait_s * 1e3) / 1e3)  # the loop's clock has milliseconds; never early
