@@ -83,7 +83,7 @@ class LoadConfig:
             require(value >= 0 and isfinite(value), name, f"at least 0, not {value:g}")
         require(self.rate is None or 0 < self.rate < 1e6, "rate", f"must be positive, not {self.rate}")
         require(self.requests is None or self.requests >= 1, "requests", f"at least 1, not {self.requests}")
-        require(self.seed >= 0, "seed", f"at least 0, not {self.seed}")
+        require(0 <= self.seed < 2**32, "seed", f"from 0 to 2^32 - 1, not {self.seed}")
         require(1 <= self.channels <= 256, "channels", f"1 to 256, not {self.channels}")
         require(self.warmup_s < self.seconds, "warmup_s", f"less than the {self.seconds:g} s of --seconds")
         self._check_arrivals()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from baton.bench.arrivals import arrival_times, profile_of
 from baton.bench.classes import TrafficClass
@@ -19,6 +20,8 @@ LENGTHS_STREAM, CLASSES_STREAM, PROMPTS_STREAM, BLOCKS_STREAM = 2, 3, 4, 5
 FIRST_ORDINARY_TOKEN = 256
 """Below it vocabularies keep their control tokens."""
 MOST_REQUESTS = 1_000_000
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""SplitMix64's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,24 +131,35 @@ def _fit(request: Planned, context_tokens: int) -> Planned:
 
 
 class Prompts:
-    """The token ids of planned requests: random ordinary tokens, with shared blocks really shared."""
+    """The token ids of planned requests: random ordinary tokens, with shared blocks really shared.
+
+    Token `i` of block `b` is a hash of (seed, b, i), so that any block can be had without those before it, all of a
+    prompt at once: a prompt of thousands of blocks must not hold the client up.
+    """
 
     def __init__(self, seed: int, vocabulary: int) -> None:
         self._seed = seed
         self._low = min(FIRST_ORDINARY_TOKEN, vocabulary // 2)
-        self._high = vocabulary
+        self._range = np.uint64(vocabulary - self._low)
 
     def ids(self, request: Planned) -> list[int]:
         """`prompt_tokens` of them; a function of the seed, and of the request's index or blocks."""
         if not request.blocks:
-            return self._draw([self._seed, PROMPTS_STREAM, request.index], request.prompt_tokens)
-        ids: list[int] = []
-        for block in request.blocks:
-            if len(ids) >= request.prompt_tokens:
-                break
-            ids += self._draw([self._seed, BLOCKS_STREAM, block], request.block_tokens)
-        return ids[: request.prompt_tokens]
+            return self._draw(PROMPTS_STREAM, [request.index], request.prompt_tokens)
+        needed = -(-request.prompt_tokens // request.block_tokens)
+        return self._draw(BLOCKS_STREAM, request.blocks[:needed], request.block_tokens)[: request.prompt_tokens]
 
-    def _draw(self, key: Sequence[int], count: int) -> list[int]:
-        ids: list[int] = np.random.default_rng(list(key)).integers(self._low, self._high, count).tolist()
+    def _draw(self, stream: int, blocks: Sequence[int], count: int) -> list[int]:
+        """`count` tokens of each block, one block after the other."""
+        root = _mixed(np.array([self._seed * 8 + stream], dtype=np.uint64))
+        keys = _mixed(root + np.array(blocks, dtype=np.uint64))
+        numbers = _mixed(keys[:, None] + np.arange(count, dtype=np.uint64) * GOLDEN)
+        ids: list[int] = (numbers % self._range + np.uint64(self._low)).ravel().tolist()
         return ids
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014); neighbours come out unrelated."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

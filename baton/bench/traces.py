@@ -121,6 +121,6 @@ def _count(value: Any) -> int:
 
 
 def _id(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError
     return value
