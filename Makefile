@@ -15,7 +15,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl lint types format proto pins bench-overhead bench-engine bench-router cost-model profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl lint types format proto pins bench-overhead bench-engine bench-router bench-quality bench-burst bench-goodput cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -105,6 +105,12 @@ cost-model: model ## the JSON for --cost-model: what a step of the real engine c
 
 bench-quality: model ## what each weight and KV format costs in quality, and deterministic mode in time
 	$(BIN)/python -m tests.bench.quality $(ARGS)
+
+bench-burst: model ## what a burst of long prompts does to streams in progress; PEERS=DIR puts vLLM beside it
+	$(BIN)/python -m tests.bench.burst $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-goodput: model ## the highest rate that keeps 90 % of requests within CORNER=tpot|ttft|middle; TRACE=FILE replays lengths
+	$(BIN)/python -m tests.bench.goodput --corner $(or $(CORNER),tpot) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)

@@ -13,7 +13,7 @@ from importlib.metadata import version as installed_version
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from baton.cli import demo, generate, inspection, model, roles, up
+from baton.cli import bench, demo, generate, inspection, model, roles, up
 from baton.cli.exits import DEBUG, OK, USAGE, report
 
 
@@ -38,7 +38,7 @@ app = App(
 )
 for group, commands in (
     (CLUSTER, (up.up, roles.router, roles.prefill, roles.decode, demo.demo)),
-    (CLIENT, (generate.generate, generate.chat, generate.tokenize)),
+    (CLIENT, (generate.generate, generate.chat, generate.tokenize, bench.bench)),
     (OPERATIONS, (inspection.workers, inspection.models, inspection.status, inspection.health)),
 ):
     for command in commands:

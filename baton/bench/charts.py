@@ -1,0 +1,101 @@
+"""The report's charts, from a measurement and its records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from baton.bench.metrics import counted
+from baton.bench.records import Record, values
+from baton.bench.results import Measurement
+from baton.bench.svg import Chart, Line
+from baton.bench.sweep import Point
+
+SHARES = np.concatenate([np.linspace(0, 0.9, 91), np.linspace(0.91, 1.0, 46)])
+
+
+def charts_of(found: Measurement, records: Sequence[Record], attainment: float) -> list[Chart]:
+    """In the order in which a reader asks; `attainment` is what a sweep wants."""
+    chosen = counted(records, found.config.warmup_s)
+    charts = [
+        _cdf("Time to first token", chosen, lambda record: _one(record.ttft_ms), _marks(found, "ttft_ms")),
+        _cdf("Time per output token", chosen, lambda record: _one(record.tpot_ms), _marks(found, "tpot_ms")),
+        _cdf("Inter-token latency", chosen, lambda record: record.gaps_ms, ()),
+        _itl(found),
+        _traffic(found),
+        _over_rate(found.sweep or (_point(found),)),
+    ]
+    return [*charts, _attained(found.sweep, attainment)] if found.sweep else charts
+
+
+def _one(value: float | None) -> list[float]:
+    return [] if value is None else [value]
+
+
+def _cdf(
+    title: str,
+    records: Sequence[Record],
+    of: Callable[[Record], list[float]],
+    marks: Sequence[tuple[float, str]],
+) -> Chart:
+    """A curve per class: which share of the requests (or gaps) was at most so slow."""
+    names = sorted({record.planned.traffic.name for record in records})
+    lines = []
+    for name in names:
+        found = [value for record in records if record.planned.traffic.name == name for value in of(record)]
+        if found:
+            quantiles = np.quantile(found, SHARES).tolist()
+            lines.append(Line(name, list(zip(quantiles, (SHARES * 100).tolist(), strict=True))))
+    return Chart(title, "milliseconds (log)", "% at most", lines, x_log=True, y_most=100.0, marks=marks)
+
+
+def _marks(found: Measurement, objective: str) -> list[tuple[float, str]]:
+    """The objectives, as many as there are classes with one."""
+    marks = []
+    for traffic in found.config.traffic_classes():
+        value = getattr(traffic, objective)
+        if value is not None:
+            marks.append((value, f"{traffic.name}: objective {value:g} ms"))
+    return marks
+
+
+def _itl(found: Measurement) -> Chart:
+    series = found.series
+    curves = (("p50", series.itl_p50_ms), ("p99", series.itl_p99_ms), ("max", series.itl_max_ms))
+    lines = [Line(name, list(zip(series.at_s, curve, strict=True))) for name, curve in curves]
+    title = "Inter-token latency over time"
+    return Chart(title, "seconds", "milliseconds", lines, bands=series.bursts, band_label="burst of arrivals")
+
+
+def _traffic(found: Measurement) -> Chart:
+    series = found.series
+    lines = [
+        Line("due", list(zip(series.at_s, series.arrivals, strict=True))),
+        Line("of these, kept their objectives", list(zip(series.at_s, series.kept, strict=True))),
+    ]
+    title = "Requests over time, by when they were due"
+    return Chart(title, "seconds", "requests / s", lines, bands=series.bursts, band_label="burst of arrivals")
+
+
+def _point(found: Measurement) -> Point:
+    return Point(found.summary.rate, found.summary.attainment, found.summary.goodput, found.verdict.valid)
+
+
+def _over_rate(points: Sequence[Point]) -> Chart:
+    known = sorted(points, key=lambda point: point.rate)
+    goodput = [(point.rate, point.goodput) for point in known]
+    lines = [Line("goodput", goodput, dots=True), Line("all kept", [(0.0, 0.0), (known[-1].rate, known[-1].rate)])]
+    return Chart("Goodput over rate", "requests / s sent", "requests / s that kept all", lines)
+
+
+def _attained(points: Sequence[Point], wanted: float) -> Chart:
+    known = sorted(points, key=lambda point: point.rate)
+    line = Line("attainment", [(point.rate, point.attainment * 100) for point in known], dots=True)
+    level = [(wanted * 100, f"wanted: {wanted:.0%}")]
+    return Chart("Attainment over rate", "requests / s sent", "% kept", [line], y_most=100.0, levels=level)
+
+
+def worst_gap(records: Sequence[Record]) -> float | None:
+    """The longest silence in any stream, in milliseconds."""
+    return max(values(list(records), lambda record: max(record.gaps_ms, default=None)), default=None)

@@ -1,0 +1,79 @@
+"""How many tokens a prompt or an answer has: distributions named in a text, and drawn from a generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import TYPE_CHECKING
+
+from baton.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMS = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA[:MAX]"
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Always the same."""
+
+    tokens: int
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """At least 1."""
+        return self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Every whole number from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """At least 1."""
+        return int(rng.integers(self.low, self.high + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Lognormal:
+    """exp(N(log median, sigma)), cut at `most`."""
+
+    median: float
+    sigma: float
+    most: int
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """At least 1."""
+        return min(self.most, max(1, round(float(rng.lognormal(log(self.median), self.sigma)))))
+
+
+Lengths = Fixed | Uniform | Lognormal
+UNBOUNDED = 1 << 20
+
+
+def parse_lengths(text: str, field: str) -> Lengths:
+    """One of the FORMS. Raises ConfigError naming the field."""
+    kind, *numbers = text.split(":")
+    try:
+        found = _parse(kind, numbers)
+    except ValueError:
+        found = None
+    if found is None:
+        raise ConfigError(f"{field}: expected {FORMS}, with at least 1 token, not {text!r}")
+    return found
+
+
+def _parse(kind: str, numbers: list[str]) -> Lengths | None:
+    match kind, numbers:
+        case "uniform", [low, high]:
+            return Uniform(int(low), int(high)) if 1 <= int(low) <= int(high) else None
+        case "lognormal", [median, sigma, *rest] if len(rest) <= 1:
+            most = int(rest[0]) if rest else UNBOUNDED
+            good = float(median) >= 1 and 0 <= float(sigma) < 10 and most >= 1
+            return Lognormal(float(median), float(sigma), most) if good else None
+        case _, []:
+            return Fixed(int(kind)) if int(kind) >= 1 else None
+    return None

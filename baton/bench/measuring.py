@@ -1,0 +1,68 @@
+"""One measurement, or a sweep of them, from a configuration to its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from baton.bench.config import DEFAULT_RATE, LoadConfig, SweepConfig
+from baton.bench.driver import Run, Watcher, run_plan
+from baton.bench.lengths import UNBOUNDED
+from baton.bench.plan import make_plan
+from baton.bench.results import Measurement, measure
+from baton.bench.sweep import Point, best, next_rate
+from baton.bench.target import Target, connect
+from baton.bench.traces import mean_rate, read_trace
+from baton.config import require
+
+
+async def measure_once(address: str, config: LoadConfig, watch: Watcher | None = None) -> tuple[Measurement, Run]:
+    """Connects, sends, sums up. Raises ConfigError, or Unavailable when nobody serves there."""
+    make_plan(config, UNBOUNDED)  # what is wrong with a trace is told before anybody is asked
+    async with connect(address, config) as target:
+        return await _at_rate(target, config, watch)
+
+
+async def measure_sweep(
+    address: str,
+    config: LoadConfig,
+    sweep: SweepConfig,
+    watch: Watcher | None = None,
+    told: Callable[[Point], None] = lambda point: None,
+) -> tuple[Measurement, Run]:
+    """The measurement of the best rate, or of the lowest when none reached the attainment, with all points.
+
+    Each rate has the same pattern of arrivals, stretched, and starts when everything before it has ended.
+    """
+    require(config.arrival_kind != "steps", "sweep", "steps have rates of their own; it goes with other arrivals")
+    points: list[Point] = []
+    found: dict[float, tuple[Measurement, Run]] = {}
+    start = _first_rate(config)
+    async with connect(address, config) as target:
+        while (rate := next_rate(points, start, sweep.attainment, sweep.tolerance)) is not None:
+            found[rate] = await _at_rate(target, replace(config, rate=rate), watch)
+            summary, verdict = found[rate][0].summary, found[rate][0].verdict
+            points.append(Point(rate, summary.attainment, summary.goodput, verdict.valid))
+            told(points[-1])
+    top = best(points, sweep.attainment)
+    measured, run = found[top.rate if top else min(found)]
+    measured = replace(measured, sweep=tuple(points), found=top)
+    return measured if top else _without_rate(measured, sweep.attainment), run
+
+
+def _without_rate(measured: Measurement, attainment: float) -> Measurement:
+    text = f"no rate that was tried reached {attainment:.0%}; the figures are those of the lowest"
+    verdict = replace(measured.verdict, warnings=(*measured.verdict.warnings, text))
+    return replace(measured, verdict=verdict)
+
+
+def _first_rate(config: LoadConfig) -> float:
+    if config.rate is None and config.arrival_kind == "trace":
+        assert config.trace is not None, "checked by the configuration"
+        return mean_rate(read_trace(config.trace, config.trace_format)) / config.time_scale or DEFAULT_RATE
+    return config.rate or DEFAULT_RATE
+
+
+async def _at_rate(target: Target, config: LoadConfig, watch: Watcher | None) -> tuple[Measurement, Run]:
+    run = await run_plan(target, make_plan(config, target.model.context_tokens), config, watch)
+    return measure(run, config, target.address, target.model.name), run

@@ -1,0 +1,44 @@
+"""The highest rate at which enough requests keep their objectives, by doubling and then bisecting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_POINTS = 16
+LEAST_RATE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A run of a sweep. `valid` is False when the client was the bottleneck."""
+
+    rate: float
+    attainment: float
+    goodput: float
+    valid: bool = True
+
+
+def best(points: Sequence[Point], attainment: float) -> Point | None:
+    """The highest rate that reached the attainment, below the lowest that did not: runs are noisy."""
+    ceiling = min((point.rate for point in points if point.attainment < attainment), default=float("inf"))
+    reached = [point for point in points if point.valid and attainment <= point.attainment and point.rate < ceiling]
+    return max(reached, key=lambda point: point.rate, default=None)
+
+
+def next_rate(points: Sequence[Point], start: float, attainment: float, tolerance: float) -> float | None:
+    """Which rate to try; None when the answer is known to within `tolerance` (0.05: 5 %), or can't be had.
+
+    A point at which the client was the bottleneck ends the search: what lies above it can't be measured from here.
+    """
+    if not points:
+        return start
+    if len(points) >= MOST_POINTS or not all(point.valid for point in points):
+        return None
+    found = best(points, attainment)
+    failed = min((point.rate for point in points if point.attainment < attainment), default=None)
+    if failed is None:
+        return 2 * max(point.rate for point in points)
+    if found is None:
+        return failed / 2 if failed / 2 >= LEAST_RATE else None
+    return (found.rate + failed) / 2 if failed / found.rate > 1 + tolerance else None

@@ -1,0 +1,82 @@
+"""Whether a run measured the server or the client, and what else its reader must know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.bench.config import LoadConfig
+from baton.bench.driver import Run
+from baton.bench.metrics import CrossCheck, Distribution, distribution
+
+WARN_LATE_MS = 5.0
+WARN_LOOP_SHARE, MOST_LOOP_SHARE = 0.7, 0.95
+WARN_DIFFERENCE_MS = 20.0
+CLOCK_NOISE_MS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHealth:
+    """How late this client sent, how late its loop ran, and how busy its core was."""
+
+    late_ms: Distribution | None
+    lag_ms: Distribution | None
+    loop_share_mean: float
+    loop_share_max: float
+    """Of a core, the busiest second of the loop's thread."""
+    process_share: float
+    cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`valid` is False when the figures tell of the client rather than of the server."""
+
+    valid: bool
+    warnings: tuple[str, ...]
+
+
+def health_of(run: Run) -> ClientHealth:
+    """Over the whole run, warm-up included."""
+    client = run.client
+    shares = client.loop_shares or [0.0]
+    return ClientHealth(
+        distribution([record.late_ms for record in run.records]),
+        distribution(client.lags_ms),
+        sum(shares) / len(shares),
+        max(shares),
+        client.process_share,
+        client.cores,
+    )
+
+
+def judge(run: Run, health: ClientHealth, check: CrossCheck, config: LoadConfig) -> Verdict:
+    """The bounds: `max_late_ms` at the 99th percentile of sends and of the loop's timers, and a full loop."""
+    valid, warnings = True, []
+    for what, found in (("requests were sent", health.late_ms), ("the event loop ran", health.lag_ms)):
+        if found is not None and found.p99 > WARN_LATE_MS:
+            warnings.append(f"client: 1 % of the time {what} more than {found.p99:.1f} ms late")
+            valid = valid and found.p99 <= config.max_late_ms
+    if health.loop_share_max > WARN_LOOP_SHARE:
+        warnings.append(f"client: its event loop used {health.loop_share_max:.0%} of a core in its busiest second")
+        valid = valid and health.loop_share_mean <= MOST_LOOP_SHARE
+    if not valid:
+        warnings.insert(0, "INVALID: the client was the bottleneck; send less, or give it more of the processor")
+    return Verdict(valid, tuple(warnings + _notes(run, check)))
+
+
+def _notes(run: Run, check: CrossCheck) -> list[str]:
+    notes = []
+    if run.plan.clipped:
+        notes.append(f"{run.plan.clipped} requests were shortened to fit the model's context")
+    difference = check.ttft_difference_ms
+    if difference is not None and difference.p50 > WARN_DIFFERENCE_MS:
+        notes.append(f"the client saw first tokens {difference.p50:.1f} ms later than the router (median)")
+    if difference is not None and difference.p50 < -CLOCK_NOISE_MS:
+        notes.append(
+            f"the router reports first tokens {-difference.p50:.1f} ms later than the client saw them (median)"
+        )
+    if check.disagreements:
+        notes.append(f"client and server disagree on {check.disagreements} kept objectives")
+    if not any(record.stamps for record in run.records):
+        notes.append("no request got a token")
+    return notes

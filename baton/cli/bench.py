@@ -1,0 +1,108 @@
+"""`baton bench`: load a cluster, open loop, and say what it kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+# What stands in annotations that the flag class inherits as text is looked up here.
+from baton.bench.config import Arrivals, LoadConfig, SweepConfig, TraceFormat  # noqa: F401
+from baton.cli.exits import FAILURE, OK
+from baton.cli.flags import DEFAULT_SERVER, Server, run
+from baton.client.types import WhenUnmet  # noqa: F401
+from baton.errors import ConfigError
+
+if TYPE_CHECKING:
+    from baton.bench.driver import Run
+    from baton.bench.results import Measurement
+    from baton.cli.bench_output import Screen
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFlags(LoadConfig):
+    """The load's settings as flags."""
+
+    classes: Annotated[list[str], Parameter(name="--class")] = field(default_factory=list)
+    """NAME:WEIGHT:ttft_ms=N,tpot_ms=N,priority=N,when_unmet=...; may be given several times."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepFlags(SweepConfig):
+    """What a sweep looks for, as flags."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Files to write; each is optional."""
+
+    json: Path | None = None
+    """Write all figures to this file."""
+    csv: Path | None = None
+    """Write a row per request to this file."""
+    html: Path | None = None
+    """Write the report with its plots to this file, which needs nothing else to be read."""
+
+    def __post_init__(self) -> None:
+        for name in ("json", "csv", "html"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.absolute().parent.is_dir():  # rather now than after the run
+                raise ConfigError(f"{name}: there is no folder {path.parent}")
+
+
+def bench(
+    *,
+    server: Server = DEFAULT_SERVER,
+    load: LoadFlags = LoadFlags(),
+    sweep: Annotated[bool, Parameter(negative=())] = False,
+    search: SweepFlags = SweepFlags(),
+    compare: tuple[Path, Path] | None = None,
+    outputs: Outputs = Outputs(),
+) -> int:
+    """Load a cluster at its own pace, whatever it answers, and report latencies, attainment and goodput.
+
+    Exit status 1 when the client could not keep up, when no request got a token, or when a sweep found no rate.
+
+    Parameters
+    ----------
+    sweep
+        Find the highest rate that reaches the attainment, from --rate on.
+    compare
+        Send nothing; print the ratios of two results of --json, B over A.
+    """
+    from baton.cli import bench_output as output
+
+    if compare is not None:
+        output.show_comparison(*compare)
+        return OK
+    with output.watching() as screen:
+        found, ran = run(lambda: _measure(server, load, search if sweep else None, screen))
+    _write(found, ran, outputs, search.attainment)
+    output.show(found)
+    good = found.verdict.valid and any(record.stamps for record in ran.records) and not (sweep and found.found is None)
+    return OK if good else FAILURE
+
+
+async def _measure(server: str, load: LoadConfig, sweep: SweepConfig | None, screen: Screen) -> tuple[Measurement, Run]:
+    from baton.bench.measuring import measure_once, measure_sweep
+
+    if sweep is None:
+        return await measure_once(server, load, screen.watch)
+    return await measure_sweep(server, load, sweep, screen.watch, screen.tell)
+
+
+def _write(found: Measurement, ran: Run, outputs: Outputs, attainment: float) -> None:
+    from baton.bench.page import write_page
+    from baton.bench.results import write_csv, write_json
+
+    if outputs.json is not None:
+        write_json(found, outputs.json)
+    if outputs.csv is not None:
+        write_csv(ran.records, outputs.csv)
+    if outputs.html is not None:
+        write_page(found, ran.records, outputs.html, attainment)

@@ -1,0 +1,165 @@
+"""The highest rate at which 90 % of requests keep their objectives: `make bench-goodput CORNER=tpot|ttft|middle`.
+
+Every mode of `modes.py` gets the same requests at the same fixed rates, round by round. Objectives are multiples of the
+idle system's own times, measured in the same run, before any load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import uvloop
+
+from baton.bench.config import LoadConfig
+from baton.bench.driver import run_plan
+from baton.bench.measuring import measure_once
+from baton.bench.plan import Plan, Planned, make_plan
+from baton.bench.target import connect
+from tests.bench.modes import MODES, Mode
+from tests.bench.report import Row, publish, spread
+
+CORNERS = {"tpot": (12.0, 1.5), "ttft": (2.0, 6.0), "middle": (4.9, 3.0)}
+"""Multiples of the idle TTFT and of the idle step; the middle is the geometric mean of tight and relaxed."""
+WANTED = 0.9
+BURSTINESS = 4.0
+SCALE = 1 / 8
+STEP_SEQUENCES = 8
+LEAST = {"tpot": 1.6, "ttft": 0.95, "middle": 0.95}
+"""What the adaptive mode is to reach, as a multiple of the best other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompt and output lengths, in the forms of `baton bench`, and the median prompt; all scaled already."""
+
+    prompt_tokens: str
+    output_tokens: str
+    median_prompt: int
+
+
+# Lognormals with the mean and the standard deviation of the logarithms of the trace's lengths (the maximum likelihood
+# fit), cut at the trace's longest. Of 19,366 conversation requests: exp(6.633), 0.985, 14,050 for prompts, and
+# exp(5.019), 0.859, 1,000 for outputs. Of 8,819 code requests: exp(6.999), 1.360, 7,437, and exp(2.788), 0.847, 1,899.
+# Medians and longest are divided by 8 here. The traces' own median prompts are 1,020 and 1,469 tokens.
+WORKLOADS = {
+    "conv": Workload("lognormal:95:0.985:1756", "lognormal:18.9:0.859:125", 127),
+    "code": Workload("lognormal:136.9:1.36:930", "lognormal:2.03:0.847:237", 184),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Of the unloaded system, in milliseconds."""
+
+    ttft: float
+    step: float
+
+
+async def idle_times(mode: Mode, prompt: int) -> Idle:
+    """One prompt after the other, and then a step of eight sequences; medians."""
+    spaced = [Planned(index, index * 2.0, prompt, 1) for index in range(7)]
+    streams = [Planned(10 + index, 16.0, 64, 64) for index in range(STEP_SEQUENCES)]
+    config = LoadConfig(seed=99)
+    async with mode.start() as address, connect(address, config) as target:
+        run = await run_plan(target, Plan((*spaced, *streams), 18.0), config)
+    alone = [record.ttft_ms or 0.0 for record in run.records[2:7]]  # the first ones warm it up
+    gaps = [gap for record in run.records[7:] for gap in record.gaps_ms]
+    return Idle(statistics.median(alone), statistics.median(gaps))
+
+
+def load_of(workload: Workload, trace: Path | None, corner: str, idle: Idle, seconds: float) -> LoadConfig:
+    """Without a rate and a seed."""
+    slack_ttft, slack_tpot = CORNERS[corner]
+    return LoadConfig(
+        arrivals="steady",
+        burstiness=BURSTINESS,
+        seconds=seconds,
+        trace=trace,
+        length_scale=SCALE if trace else 1.0,
+        prompt_tokens=workload.prompt_tokens,
+        output_tokens=workload.output_tokens,
+        slo=f"ttft_ms={idle.ttft * slack_ttft:.3f},tpot_ms={idle.step * slack_tpot:.3f}",
+    )
+
+
+def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> float:
+    """Where the attainment crosses what is wanted, between the first rate that misses it and the one below.
+
+    Below the lowest rate it is taken as 1 at a rate of 0. When no rate misses it, the highest: more was not tried.
+    """
+    below, kept = 0.0, 1.0
+    for rate, share in sorted(attained.items()):
+        if share < wanted:
+            return below + (rate - below) * (kept - wanted) / (kept - share)
+        below, kept = rate, share
+    return below
+
+
+async def measure(corner: str, load: LoadConfig, rates: Sequence[float], rounds: int) -> list[Row]:
+    """A row per mode, and one per mode and rate."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for round_ in range(rounds):
+        for mode in MODES:
+            async with mode.start() as address:
+                for rate in rates:
+                    asked = replace(load, rate=rate, seed=round_)
+                    measured, _ = await measure_once(address, asked)
+                    if not measured.verdict.valid:
+                        raise RuntimeError(f"{mode.name} at {rate}/s: {measured.verdict.warnings[0]}")
+                    found.setdefault((mode.name, rate), []).append(measured.summary.attainment)
+                    print(f"{mode.name}, {rate:g}/s: {measured.summary.attainment:.1%} kept", flush=True)
+    goodput = {
+        mode.name: rate_at({rate: statistics.median(found[mode.name, rate]) for rate in rates}) for mode in MODES
+    }
+    detail = [
+        Row(f"{name}: attainment at {rate:g}/s", "%", statistics.median(shares) * 100, "", None, True,
+            spread=spread([share * 100 for share in shares]))
+        for (name, rate), shares in found.items()
+    ]  # fmt: skip
+    return [_row(corner, mode, goodput) for mode in MODES] + detail
+
+
+def _row(corner: str, mode: Mode, goodput: Mapping[str, float]) -> Row:
+    """A mode against the best of the others; the target is the adaptive mode's."""
+    ours = goodput[mode.name]
+    best = max((name for name in goodput if name != mode.name), key=lambda name: goodput[name], default=None)
+    theirs = None if best is None else goodput[best]
+    target, met = "", None
+    if mode.name == "adaptive" and theirs:
+        target, met = f"at least {LEAST[corner]} x", ours >= LEAST[corner] * theirs
+    return Row(f"{corner}: goodput at 90 %, {mode.name}", "requests/s", ours, best or "", theirs, True, target, met)
+
+
+async def run(options: argparse.Namespace) -> list[Row]:
+    """Idle times first, then the load."""
+    workload = WORKLOADS[options.workload]
+    idle = await idle_times(MODES[0], workload.median_prompt)
+    load = load_of(workload, options.trace, options.corner, idle, options.seconds)
+    requests = len(make_plan(replace(load, rate=max(options.rates)), 8192).requests)
+    print(f"idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}; at most {requests} requests")
+    reference = [
+        Row("idle TTFT of the median prompt", "ms", idle.ttft, "", None, False),
+        Row("idle step of 8 sequences", "ms", idle.step, "", None, False),
+    ]
+    return await measure(options.corner, load, options.rates, options.rounds) + reference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corner", choices=CORNERS, default="tpot")
+    parser.add_argument("--workload", choices=WORKLOADS, default="conv")
+    parser.add_argument("--trace", type=Path, help="Azure's CSV; without it lengths are drawn from the fit to it")
+    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default="1,2,3,4,5,6")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    sys.exit(0 if publish(f"goodput-{options.corner}", uvloop.run(run(options))) else 1)
+
+
+if __name__ == "__main__":
+    main()
