@@ -64,8 +64,7 @@ class PrefillRole:
         self.layout = engine.layout
         self.pool = pool
         self._admission = Admission(pool, self.layout, fingerprint)
-        self._chunk_tokens, self._max_ungranted = chunk_tokens, max_ungranted
-        self._counts = counts
+        self._chunk_tokens, self._max_ungranted, self._counts = chunk_tokens, max_ungranted, counts
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._started: dict[AttemptKey, Attempt] = {}
         self._waiting: PromptQueue[Attempt] = PromptQueue()
@@ -107,11 +106,9 @@ class PrefillRole:
         except errors.InvalidArgument as error:
             router.send(ended=wire.Ended(attempt=message.attempt, status=INTERNAL, message=str(error)))
             return
-        if spec.attempt in self._attempts:
-            self._counts.add("duplicate_messages")
-            return
-        if spec.attempt in self._tombstones:
-            self._counts.add("late_messages")  # it is over, or its cancel came first, and that was acknowledged
+        if spec.attempt in self._attempts or spec.attempt in self._tombstones:
+            # A tombstone: it is over, or its cancel came first, and that was acknowledged.
+            self._counts.add("duplicate_messages" if spec.attempt in self._attempts else "late_messages")
             return
         if obstacle := self._admission.obstacle(spec.known_tokens):
             router.send(ended=wire.Ended(attempt=spec.attempt, status=EXHAUSTED, message=obstacle))

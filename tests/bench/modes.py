@@ -1,6 +1,7 @@
 """Ways to lay a cluster out on the same two cores, for benchmarks that compare them.
 
-Disaggregated: prefill worker, router and load generator on the first core, the decode worker on the last.
+Prefill worker (or one of two colocated workers), router and load generator on the first core, the decode worker (or
+the other one) on the last.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from baton.launch.cluster import ClusterConfig, LocalCluster
 
@@ -27,11 +29,29 @@ class Mode:
 @contextlib.asynccontextmanager
 async def disaggregated() -> AsyncIterator[str]:
     """One worker of each role."""
-    async with _pinned(ClusterConfig(listen="127.0.0.1:0", pin=True, start_s=120.0)) as address:
+    async with _pinned(_config(path="disaggregated")) as address:
         yield address
 
 
-MODES = (Mode("disaggregated", disaggregated),)
+@contextlib.asynccontextmanager
+async def adaptive() -> AsyncIterator[str]:
+    """One worker of each role; each request takes the path that keeps its objectives."""
+    async with _pinned(_config(path="adaptive")) as address:
+        yield address
+
+
+@contextlib.asynccontextmanager
+async def colocated() -> AsyncIterator[str]:
+    """A worker that does both phases on each core; its chunks fit what the strictest objective leaves of a step."""
+    async with _pinned(_config(colocated=2)) as address:
+        yield address
+
+
+def _config(**settings: Any) -> ClusterConfig:
+    return ClusterConfig(listen="127.0.0.1:0", pin=True, start_s=120.0, **settings)
+
+
+MODES = (Mode("disaggregated", disaggregated), Mode("adaptive", adaptive), Mode("colocated", colocated))
 
 
 @contextlib.asynccontextmanager
