@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from baton.config import WorkerConfig
+from baton.config import KernelChoice, WorkerConfig
 from baton.errors import ConfigError
+from kvtransfer.copying import BlockCopy, copy_runs
 from kvtransfer.memory import PoolMemory
 
 if TYPE_CHECKING:
@@ -81,3 +82,17 @@ def load(config: WorkerConfig) -> Loaded:
         seconds=round(time.monotonic() - started, 2),
     )
     return Loaded(description.card, engine, memory)
+
+
+def block_copy(kernels: KernelChoice) -> BlockCopy:
+    """The kernels' copy where they are in use, else the plain one; which of them computes is in the log."""
+    from baton.engine.native.build import NativeUnavailable
+    from baton.engine.native.copying import StreamingCopy
+    from baton.engine.native.library import load as load_library
+
+    if kernels == "torch":
+        return copy_runs
+    try:
+        return StreamingCopy(load_library())
+    except NativeUnavailable:
+        return copy_runs

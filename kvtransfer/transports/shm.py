@@ -19,6 +19,7 @@ from functools import partial
 
 from baton.errors import ConfigError
 from baton.spec import HandoffKey, ProcessRef
+from kvtransfer.copying import BlockCopy, copy_runs
 from kvtransfer.handoff import Ticket
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports import shm_wire as wire
@@ -46,15 +47,22 @@ class _Connection:
 
 class ShmTransport:
     """Implements `Transport`. `memory` must be shared on a receiver; a writer's pool may be of any kind. The pool must
-    outlive the transport."""
+    outlive the transport. `copy_blocks` is how the writer copies."""
 
     kind = "shm"
     revoke_proves = False
 
-    def __init__(self, memory: PoolMemory, incarnation: str, events: ReceiverEvents | None = None) -> None:
+    def __init__(
+        self,
+        memory: PoolMemory,
+        incarnation: str,
+        events: ReceiverEvents | None = None,
+        copy_blocks: BlockCopy = copy_runs,
+    ) -> None:
         self.memory = memory
         self.incarnation = incarnation
         self._events = events
+        self._copy_blocks = copy_blocks
         self._tickets: dict[HandoffKey, Ticket] = {}  # single operations on it are atomic
         self._connections: dict[int, _Connection] = {}
         self._writers: dict[str, tuple[int, int]] = {}  # incarnation -> (pid, pidfd)
@@ -69,7 +77,7 @@ class ShmTransport:
         return f"@{self._name}"
 
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> ShmChannel:
-        return ShmChannel(self.memory, self.incarnation, endpoint, peer, deadline)
+        return ShmChannel(self.memory, self.incarnation, endpoint, peer, deadline, self._copy_blocks)
 
     def admit(self, ticket: Ticket) -> None:
         self._tickets[ticket.key] = ticket

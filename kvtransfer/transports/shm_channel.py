@@ -11,11 +11,12 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
 from baton.spec import HandoffKey, ProcessRef
+from kvtransfer.copying import BlockCopy
 from kvtransfer.handoff import Ticket
 from kvtransfer.memory import SEALS, PoolMemory
 from kvtransfer.transports import shm_wire as wire
@@ -24,14 +25,23 @@ from kvtransfer.transports.check import plan
 from kvtransfer.transports.wire import pack_identity
 
 CLAIMS_REMEMBERED = 256
-RUN_BYTES = 16 * 2**20  # so that a deadline or a close is noticed within milliseconds
+CALL_BYTES = 32 * 2**20
 
 
 class ShmChannel:
     """Implements `Channel`. Raises from the constructor as `Transport.connect` says."""
 
-    def __init__(self, source: PoolMemory, incarnation: str, endpoint: str, peer: ProcessRef, deadline: float) -> None:
+    def __init__(
+        self,
+        source: PoolMemory,
+        incarnation: str,
+        endpoint: str,
+        peer: ProcessRef,
+        deadline: float,
+        copy_blocks: BlockCopy,
+    ) -> None:
         self._source = source
+        self._copy_blocks = copy_blocks
         self._pin = source.block(0)  # keeps the mapping while a copy reads it
         self._peer = peer
         self._closing = False
@@ -111,29 +121,20 @@ class ShmChannel:
         self._target_blocks = blocks
 
     def _copy(self, moves: Sequence[BlockMove], deadline: float) -> None:
-        for source, target, size in self._runs(moves):
+        """A few calls, each short enough that a deadline or a close is noticed within milliseconds."""
+        size = self._source.layout.block_bytes
+        longest = max(1, CALL_BYTES // size)
+        for first in range(0, len(moves), longest):
             if self._closing:
                 raise PeerClosed("the channel is closed")
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"the write to {self._peer.name} did not end in time")
-            ctypes.memmove(target, source, size)  # releases the interpreter lock
-
-    def _runs(self, moves: Sequence[BlockMove]) -> Iterator[tuple[int, int, int]]:
-        """(source address, target address, bytes) of neighbouring blocks joined, up to about `RUN_BYTES`."""
-        size = self._source.layout.block_bytes
-        longest = max(1, RUN_BYTES // size)
-        position = 0
-        while position < len(moves):
-            first = moves[position]
-            if not 0 <= first.destination < self._target_blocks:
-                raise WriteRefused(f"block {first.destination} of {self._target_blocks}")
-            count = 1
-            while position + count < len(moves) and count < longest and _follows(first, moves[position + count], count):
-                count += 1
-            if first.destination + count > self._target_blocks:
-                raise WriteRefused(f"block {self._target_blocks} of {self._target_blocks}")
-            yield self._source.address + first.source * size, self._target + first.destination * size, count * size
-            position += count
+            some = moves[first : first + longest]
+            targets = [move.destination for move in some]
+            outside = next((block for block in targets if not 0 <= block < self._target_blocks), None)
+            if outside is not None:
+                raise WriteRefused(f"block {outside} of {self._target_blocks}")
+            self._copy_blocks(self._target, self._source.address, targets, [move.source for move in some], size)
 
     def _request(self, op: wire.Op, ticket: Ticket, body: bytes, deadline: float) -> None:
         if self._closing:
@@ -158,7 +159,3 @@ class ShmChannel:
         if left <= 0:
             raise TimeoutError
         self._socket.settimeout(left)
-
-
-def _follows(first: BlockMove, move: BlockMove, count: int) -> bool:
-    return move.source == first.source + count and move.destination == first.destination + count
