@@ -14,7 +14,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly test-gpu lint types format proto pins bench-overhead bench-engine profile clean
+.PHONY: help setup model demo test test-nightly test-gpu test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,10 @@ test-nightly: model ## the long tests
 test-gpu: model ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+test-nixl: $(STAMP) ## install the extra nixl (480 MB, once) and run the tests of its transport
+	@$(BIN)/python -c 'import nixl' 2>/dev/null || $(BIN)/python -m pip install -qq -c constraints.txt --editable '.[nixl]'
+	$(BIN)/python -m pytest tests/kvtransfer -k nixl $(ARGS)
+
 lint: $(STAMP) ## style, import layers, and the wire contract with its generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,6 +82,12 @@ bench-overhead: model ## what the cluster adds to the engine's own time to first
 
 bench-engine: model ## our engine beside the peers of PEERS=DIR, or beside the hardware's limit alone
 	$(BIN)/python -m tests.bench.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-kv: model ## block transfers beside plain copies, a raw socket and, where it is installed, NIXL
+	$(BIN)/python -m tests.bench.kv $(ARGS)
+
+bench-handoff: model ## what the handoff costs an idle 1+1, and what it costs those that decode
+	$(BIN)/python -m tests.bench.handoff $(ARGS)
 
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)

@@ -15,7 +15,7 @@ DEFAULT_LISTEN = "127.0.0.1:9700"
 KernelChoice = Literal["auto", "native", "torch"]
 WeightChoice = Literal["auto", "bf16", "int8", "int4"]
 KvChoice = Literal["auto", "int8"]
-TransportChoice = Literal["auto", "shm", "tcp"]
+TransportChoice = Literal["auto", "shm", "tcp", "nixl"]
 RoleName = Literal["prefill", "decode"]
 
 
@@ -99,8 +99,8 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         require(len(self.roles) == 1, "roles", "one of prefill and decode; both in one process are not built yet")
-        require(self.transport in ("auto", "shm", "tcp"), "transport", f"auto, shm or tcp, not {self.transport!r}")
-        for field, choices in (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice)):
+        choice = (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice))
+        for field, choices in (*choice, ("transport", TransportChoice)):
             known = get_args(choices)
             require(getattr(self, field) in known, field, f"{', '.join(known)}, not {getattr(self, field)!r}")
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):

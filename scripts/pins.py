@@ -3,8 +3,8 @@
     python scripts/pins.py           write it
     python scripts/pins.py --check   write nothing; exit 1 and name what differs
 
-Pinned is what pyproject.toml reaches (dependencies, extras, dev group, build system), followed through the installed
-packages' own requirements. To move a pin: `.venv/bin/pip install -U NAME`, `make pins`, `make test`.
+Pinned is what pyproject.toml reaches (dependencies, extras, dev group, build system; of the extras in `APART` only what
+is installed, the others keep their pins), followed through the installed packages' own requirements. To move a pin: `.venv/bin/pip install -U NAME`, `make pins`, `make test`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -24,6 +25,8 @@ PINS = ROOT / "constraints.txt"
 TOOLS = ("pip",)  # pinned too, though no package asks for it
 # Only the CUDA builds of torch bring these; which ones, and in which version, is torch's own exact choice.
 PLATFORM = re.compile(r"(nvidia|cuda|triton)(-|$)")
+# Extras that `make setup` leaves out for their size, and what each brings. Their pins stay while they are not here.
+APART = {"nixl": ("nixl", "nixl-cu12", "nixl-cu13")}
 HEADER = """\
 # The exact versions that Baton is built, tested and released with: runtime, extras, development and build.
 # pyproject.toml has the ranges. Written by `make pins`; how to move a pin: scripts/pins.py.
@@ -35,11 +38,29 @@ def declared() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = [
         project["project"]["dependencies"],
-        *project["project"].get("optional-dependencies", {}).values(),
+        *(wanted for extra, wanted in _extras(project).items() if extra not in APART or _installed(APART[extra][0])),
         *project["dependency-groups"].values(),
         project["build-system"]["requires"],
     ]
     return [requirement for group in groups for requirement in group]
+
+
+def _extras(project: dict[str, Any]) -> dict[str, list[str]]:
+    extras: dict[str, list[str]] = project["project"].get("optional-dependencies", {})
+    return extras
+
+
+def _installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _absent() -> set[str]:
+    """The packages of extras that are not installed here."""
+    return {name for names in APART.values() if not _installed(names[0]) for name in names}
 
 
 def resolved(requirements: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -85,7 +106,9 @@ def drift(pins: dict[str, str], versions: dict[str, str]) -> list[str]:
     wanted = {name: version for name, version in versions.items() if not PLATFORM.match(name)}
     unpinned = [f"{name}: {wanted[name]} is not pinned" for name in wanted.keys() - pins.keys()]
     other = [f"{n}: {wanted[n]} here, pinned {pins[n]}" for n in wanted.keys() & pins.keys() if wanted[n] != pins[n]]
-    unused = [f"{name}: pinned, but nothing reaches it" for name in pins.keys() - wanted.keys() - set(TOOLS)]
+    unused = [
+        f"{name}: pinned, but nothing reaches it" for name in pins.keys() - wanted.keys() - set(TOOLS) - _absent()
+    ]
     return sorted(unpinned + other + unused)
 
 
@@ -101,7 +124,8 @@ def main(check: bool) -> None:
             )
         return
     tools = {name: distribution(name).version for name in TOOLS}
-    lines = {name: version for name, version in (tools | versions).items() if not PLATFORM.match(name)}
+    kept = {name: version for name, version in pinned().items() if name in _absent()}
+    lines = {name: version for name, version in (tools | kept | versions).items() if not PLATFORM.match(name)}
     PINS.write_text(HEADER + "".join(f"{name}=={lines[name]}\n" for name in sorted(lines)))
 
 

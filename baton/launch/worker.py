@@ -18,7 +18,7 @@ from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
 from baton.launch.worker_admin import WorkerAdmin
-from baton.launch.worker_load import Loaded, claim_cpus, load
+from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
 from baton.rpc.registration import Registration
@@ -32,6 +32,7 @@ from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
 from kvtransfer.outcomes import LedgerLimits
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
+from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from prefill_worker.service import PrefillRole
@@ -216,10 +217,12 @@ def _transports(parts: Parts, events: LoopEvents | None) -> dict[str, Transport]
     config, memory, incarnation = parts.config, parts.loaded.memory, parts.process.incarnation
     made: dict[str, Transport] = {}
     if config.transport in ("auto", "shm"):
-        made["shm"] = ShmTransport(memory, incarnation, events)
+        made["shm"] = ShmTransport(memory, incarnation, events, block_copy(config.kernels))
+    host, _ = parse_address(config.listen, "listen")
+    advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
+    if config.transport == "nixl":  # only where it is asked for: without RDMA hardware ours are faster
+        made["nixl"] = NixlTransport(memory, incarnation, events, host, advertised, config.checksums)
     if config.transport in ("auto", "tcp"):
-        host, _ = parse_address(config.listen, "listen")
-        advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
         made["tcp"] = TcpTransport(
             memory, incarnation, events, host=host, advertise=advertised, checksums=config.checksums
         )

@@ -18,7 +18,7 @@ from kvtransfer.handoff import Ticket
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports import tcp_wire as wire
 from kvtransfer.transports.base import ReceiverEvents
-from kvtransfer.transports.check import identity_refusal
+from kvtransfer.transports.check import entries_refusal
 from kvtransfer.transports.wire import Identity, unpack_identity
 
 TURN_BYTES = 16 * 2**20  # then the others have their turn
@@ -139,10 +139,7 @@ class TcpConnection:
         assert self._scratch is not None
         self._entries = wire.unpack_table(self._scratch)
         ticket = self._find(self.identity.key)
-        why = identity_refusal(ticket, self.identity.generation, self.identity.write_token)
-        if why is None and ticket is not None:
-            wrong = next((e for e in self._entries if ticket.destination(e.index) != e.destination), None)
-            why = None if wrong is None else f"block {wrong.index} may not go to {wrong.destination}"
+        why = entries_refusal(ticket, self.identity, self._entries)
         if why is None:
             self.phase = Phase.PAYLOAD
             self._vectors = [self._memory.block(entry.destination) for entry in self._entries]

@@ -11,9 +11,18 @@ from baton.spec import ProcessRef
 from kvtransfer.layout import KvLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports.base import BlockMove, Transport
+from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from tests.kvtransfer.patterns import fill
+
+
+def writer(kind: str, memory: PoolMemory, incarnation: str) -> Transport:
+    if kind == "shm":
+        return ShmTransport(memory, incarnation)
+    if kind == "nixl":
+        return NixlTransport(memory, incarnation, checksums=True)
+    return TcpTransport(memory, incarnation, checksums=True)
 
 
 def main() -> None:
@@ -21,9 +30,7 @@ def main() -> None:
     assert isinstance(layout, KvLayout)
     memory = PoolMemory(layout, blocks, shared=False)
     fill(memory, seed)
-    transport: Transport = (
-        ShmTransport(memory, incarnation) if kind == "shm" else TcpTransport(memory, incarnation, checksums=True)
-    )
+    transport = writer(kind, memory, incarnation)
     channel = None
     while True:
         try:
