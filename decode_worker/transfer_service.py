@@ -76,9 +76,10 @@ class TransferService(TransferServicer):
         lease_s: float,
         counts: Counts,
         checksums: bool = False,
+        tcp_tls: bool = False,
     ) -> None:
         self._role = role
-        self._checksums = checksums
+        self._options = {"checksums": checksums, "tcp_tls": tcp_tls}
         self._process = process
         self._lease_s = lease_s
         self._counts = counts
@@ -131,7 +132,13 @@ class TransferService(TransferServicer):
         if mismatch is not None:
             answer.mismatch.CopyFrom(mismatch)
             self._counts.add("handshakes_refused")
-            log.warning("handshake refused", sender=theirs.process.name, field=mismatch.field)
+            log.warning(
+                "handshake refused",
+                sender=theirs.process.name,
+                field=mismatch.field,
+                theirs=mismatch.sender_value,
+                ours=mismatch.receiver_value,
+            )
             return answer
         for kind, transport in self._role.transports.items():
             if kind in theirs.transports and (kind != "shm" or theirs.host == host_id()):
@@ -153,9 +160,9 @@ class TransferService(TransferServicer):
         if difference is not None:
             field, sender, receiver = difference
             return wire.Mismatch(field=f"kv_layout.{field}", sender_value=sender, receiver_value=receiver)
-        if theirs.checksums != self._checksums:
-            ours, sender = str(self._checksums).lower(), str(theirs.checksums).lower()
-            return wire.Mismatch(field="checksums", sender_value=sender, receiver_value=ours)
+        for field, ours in self._options.items():
+            if (offered := bool(getattr(theirs, field))) != ours:
+                return wire.Mismatch(field=field, sender_value=str(offered).lower(), receiver_value=str(ours).lower())
         if theirs.fingerprint != self._role.fingerprint:
             return wire.Mismatch(
                 field="fingerprint", sender_value=theirs.fingerprint, receiver_value=self._role.fingerprint

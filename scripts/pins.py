@@ -4,7 +4,8 @@
     python scripts/pins.py --check   write nothing; exit 1 and name what differs
 
 Pinned is what pyproject.toml reaches (dependencies, extras, dev group, build system; of the extras in `APART` only what
-is installed, the others keep their pins), followed through the installed packages' own requirements. To move a pin: `.venv/bin/pip install -U NAME`, `make pins`, `make test`.
+is installed, the others keep their pins), followed through the installed packages' own requirements. To move a pin:
+`.venv/bin/pip install -U NAME`, `make pins`, `make test`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from baton.config import WorkerConfig
 from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
+from baton.launch.tcp_settings import tcp_transport
 from baton.launch.worker_admin import WorkerAdmin
 from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
 from baton.rpc.convert import process_to_wire
@@ -34,7 +35,6 @@ from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport
-from kvtransfer.transports.tcp import TcpTransport
 from prefill_worker.service import PrefillRole
 
 EXPIRE_EVERY_S = 0.25
@@ -185,7 +185,9 @@ def _compose(parts: Parts) -> list[Service]:
             counts=counts,
         )
         events.deliver_to(decode)
-        transfer = TransferService(decode, parts.current_process, config.lease_s, counts, config.checksums)
+        transfer = TransferService(
+            decode, parts.current_process, config.lease_s, counts, config.checksums, config.tcp_tls
+        )
         parts.transfer = transfer
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
         parts.roles.append(decode)
@@ -217,15 +219,13 @@ def _transports(parts: Parts, events: LoopEvents | None) -> dict[str, Transport]
     config, memory, incarnation = parts.config, parts.loaded.memory, parts.process.incarnation
     made: dict[str, Transport] = {}
     if config.transport in ("auto", "shm"):
-        made["shm"] = ShmTransport(memory, incarnation, events, block_copy(config.kernels))
+        made["shm"] = ShmTransport(memory, incarnation, events, block_copy(config.kernels), config.checksums)
     host, _ = parse_address(config.listen, "listen")
     advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
     if config.transport == "nixl":  # only where it is asked for: without RDMA hardware ours are faster
         made["nixl"] = NixlTransport(memory, incarnation, events, host, advertised, config.checksums)
     if config.transport in ("auto", "tcp"):
-        made["tcp"] = TcpTransport(
-            memory, incarnation, events, host=host, advertise=advertised, checksums=config.checksums
-        )
+        made["tcp"] = tcp_transport(config, memory, incarnation, events, host, advertised)
     return made
 
 
@@ -239,6 +239,7 @@ def _handshake(parts: Parts) -> transfer_pb2.HandshakeRequest:
         transports=list(parts.transports),
         host=host_id(),
         checksums=parts.config.checksums,
+        tcp_tls=parts.config.tcp_tls,
     )
 
 

@@ -225,7 +225,7 @@ class Bench:
         if self.kind == "memory":
             return MemoryTransport(self.memory, "receiver", self.network, self.events)
         if self.kind == "shm":
-            return ShmTransport(self.memory, "receiver", self.events)
+            return ShmTransport(self.memory, "receiver", self.events, checksums=True)
         if self.kind == "nixl":
             return NixlTransport(self.memory, "receiver", self.events, checksums=True)
         return TcpTransport(self.memory, "receiver", self.events, checksums=True)

@@ -19,7 +19,7 @@ from tests.kvtransfer.patterns import fill
 
 def writer(kind: str, memory: PoolMemory, incarnation: str) -> Transport:
     if kind == "shm":
-        return ShmTransport(memory, incarnation)
+        return ShmTransport(memory, incarnation, checksums=True)
     if kind == "nixl":
         return NixlTransport(memory, incarnation, checksums=True)
     return TcpTransport(memory, incarnation, checksums=True)
