@@ -129,6 +129,9 @@ class TransferService(TransferServicer):
             process=process_to_wire(self._process()), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
         )
         mismatch = self._mismatch(theirs)
+        if mismatch is None:
+            answer.endpoints.extend(self._endpoints(theirs))
+            mismatch = None if answer.endpoints else self._no_way(theirs)
         if mismatch is not None:
             answer.mismatch.CopyFrom(mismatch)
             self._counts.add("handshakes_refused")
@@ -139,15 +142,23 @@ class TransferService(TransferServicer):
                 theirs=mismatch.sender_value,
                 ours=mismatch.receiver_value,
             )
-            return answer
-        for kind, transport in self._role.transports.items():
-            if kind in theirs.transports and (kind != "shm" or theirs.host == host_id()):
-                answer.endpoints.append(wire.Endpoint(transport=kind, address=transport.endpoint()))
-        if not answer.endpoints:
-            offered = ", ".join(self._role.transports)
-            wanted = ", ".join(theirs.transports)
-            answer.mismatch.CopyFrom(wire.Mismatch(field="transports", sender_value=wanted, receiver_value=offered))
         return answer
+
+    def _endpoints(self, theirs: wire.HandshakeRequest) -> list[wire.Endpoint]:
+        """What both sides can use, best first."""
+        return [
+            wire.Endpoint(transport=kind, address=transport.endpoint())
+            for kind, transport in self._role.transports.items()
+            if kind in theirs.transports and (kind != "shm" or theirs.host == host_id())
+        ]
+
+    def _no_way(self, theirs: wire.HandshakeRequest) -> wire.Mismatch:
+        offered = list(self._role.transports)
+        if set(offered) & set(theirs.transports):  # only shm is refused by anything else
+            return wire.Mismatch(field="host", sender_value=theirs.host, receiver_value=host_id())
+        return wire.Mismatch(
+            field="transports", sender_value=", ".join(theirs.transports), receiver_value=", ".join(offered)
+        )
 
     def _mismatch(self, theirs: wire.HandshakeRequest) -> wire.Mismatch | None:
         if not theirs.version_min <= PROTOCOL_VERSION <= theirs.version_max:
