@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from baton.errors import ConfigError
 
-MAX_VECTORS = 512
+CALL_BYTES = 2**20
+"""One call's worth: Python prepares each vector anew for each call, and a socket takes or gives less than this."""
 CLIENT_HELLO = b"\x16\x03"
 """How a client that wants TLS starts; nothing else of ours does."""
 
@@ -32,11 +33,11 @@ class Stream:
 
     def receive_into(self, vectors: list[memoryview]) -> int:
         """Fills what it can; 0 at the end. Raises `BlockingIOError` when nothing is there, `OSError`."""
-        return self.socket.recvmsg_into(vectors[:MAX_VECTORS])[0]
+        return self.socket.recvmsg_into(_some(vectors))[0]
 
     def send(self, vectors: list[memoryview]) -> int:
         """Sends what it can, without assembling. Raises `BlockingIOError` when nothing can leave, `OSError`."""
-        return self.socket.sendmsg(vectors[:MAX_VECTORS])
+        return self.socket.sendmsg(_some(vectors))
 
     def shutdown(self) -> None:
         """Ends both directions, from any thread; whoever waits on the socket wakes."""
@@ -68,6 +69,16 @@ class TlsStream(Stream):
 
     def send(self, vectors: list[memoryview]) -> int:
         return _unless_early(lambda: self.socket.send(vectors[0]))
+
+
+def _some(vectors: list[memoryview]) -> list[memoryview]:
+    """The first ones, with `CALL_BYTES` or a little more between them."""
+    size = 0
+    for position, vector in enumerate(vectors):
+        size += len(vector)
+        if size >= CALL_BYTES:
+            return vectors[: position + 1]
+    return vectors
 
 
 def _unless_early(call: Callable[[], int]) -> int:
