@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -42,10 +42,10 @@ class Running:
 
 
 @asynccontextmanager
-async def running(**options: object) -> AsyncIterator[Running]:
+async def running(*, worker_flags: Sequence[str] = (), **options: object) -> AsyncIterator[Running]:
     """A cluster on a free port; afterwards none of its processes is left."""
     config = ClusterConfig(**{"listen": "127.0.0.1:0", "pool_tokens": 12_288} | options)  # type: ignore[arg-type]
-    async with LocalCluster(config) as cluster:
+    async with LocalCluster(config, worker_flags=worker_flags) as cluster:
         pids = [child.pid for child in cluster.processes]
         async with Client(cluster.address) as client:
             yield Running(cluster, client)
