@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -42,8 +42,8 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*, worker_flags: Sequence[str] = (), **options: object) -> AsyncIterator[Running]:
-    """A cluster on a free port; afterwards none of its processes is left."""
+async def running(*worker_flags: str, **options: object) -> AsyncIterator[Running]:
+    """A cluster on a free port; afterwards none of its processes is left. The flags are for each worker."""
     config = ClusterConfig(**{"listen": "127.0.0.1:0", "pool_tokens": 12_288} | options)  # type: ignore[arg-type]
     async with LocalCluster(config, worker_flags=worker_flags) as cluster:
         pids = [child.pid for child in cluster.processes]

@@ -27,7 +27,7 @@ def certificates(folder: Path) -> list[str]:
 
 async def check(transport: str, *flags: str) -> None:
     """Each block is sent once, and what the decode worker holds already is not sent again."""
-    async with running(transport=transport, worker_flags=flags, dtype="bfloat16") as cluster:
+    async with running(*flags, transport=transport, dtype="bfloat16") as cluster:
         first = await cluster.client.complete(token_ids=prompt_of(PROMPT), max_tokens=4, ignore_eos=True, timeout=60)
         again = await cluster.client.complete(token_ids=prompt_of(PROMPT), max_tokens=4, ignore_eos=True, timeout=60)
         for completion, sent in ((first, 41), (again, 1)):
