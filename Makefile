@@ -15,7 +15,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl lint types format proto pins bench-overhead bench-engine bench-router bench-quality bench-burst bench-goodput cost-model profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-quality bench-burst bench-goodput cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,10 @@ $(CUDA)/.ready-$(KEY): $(STAMP)
 	  -c constraints.txt --build-constraint constraints.txt --editable '.[cuda]'
 	@touch $@
 
+test-nixl: $(STAMP) ## install the extra nixl (480 MB, once) and run the tests of its transport
+	@$(BIN)/python -c 'import nixl' 2>/dev/null || $(BIN)/python -m pip install -qq -c constraints.txt --editable '.[nixl]'
+	$(BIN)/python -m pytest tests/kvtransfer -k nixl $(ARGS)
+
 lint: $(STAMP) ## style, import layers, and the wire contract with its generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -111,6 +115,12 @@ bench-burst: model ## what a burst of long prompts does to streams in progress; 
 
 bench-goodput: model ## the highest rate that keeps 90 % of requests within CORNER=tpot|ttft|middle; TRACE=FILE replays lengths
 	$(BIN)/python -m tests.bench.goodput --corner $(or $(CORNER),tpot) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+
+bench-kv: model ## block transfers beside plain copies, a raw socket and, where it is installed, NIXL
+	$(BIN)/python -m tests.bench.kv $(ARGS)
+
+bench-handoff: model ## what the handoff costs an idle 1+1, and what it costs those that decode
+	$(BIN)/python -m tests.bench.handoff $(ARGS)
 
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)

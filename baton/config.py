@@ -16,7 +16,7 @@ EngineChoice = Literal["model", "simulated"]
 KernelChoice = Literal["auto", "native", "torch"]
 WeightChoice = Literal["auto", "bf16", "int8", "int4"]
 KvChoice = Literal["auto", "int8"]
-TransportChoice = Literal["auto", "shm", "tcp", "nccl"]
+TransportChoice = Literal["auto", "shm", "tcp", "nccl", "nixl"]
 PathChoice = Literal["adaptive", "disaggregated", "direct"]
 RoleName = Literal["prefill", "decode"]
 
@@ -123,7 +123,19 @@ class WorkerConfig:
     handoff_deadline_s: float = 30.0
     """Bounds each wait of a handoff: for the grant, for one write, for the answer to the commit."""
     checksums: bool = False
-    """Check each block's bytes on arrival, where the transport moves bytes (tcp)."""
+    """Check each block's bytes on arrival; the same on all workers."""
+    tcp_listen: str = ""
+    """HOST:PORT for KV blocks by tcp; any port of the host of `listen` when empty."""
+    tcp_advertise: str = ""
+    """HOST:PORT where others reach that, when it differs: behind a proxy, or with a wildcard."""
+    tcp_connections: int = 1
+    """Connections that a prefill worker opens to each decode worker."""
+    tcp_tls_cert: str = ""
+    """PEM file of this worker's certificate: KV blocks go by TLS; with the two below, and on all workers."""
+    tcp_tls_key: str = ""
+    """PEM file of its key, without a passphrase."""
+    tcp_tls_ca: str = ""
+    """PEM file of the authority that signed every worker's certificate."""
 
     def __post_init__(self) -> None:
         require(len(self.roles) == 1, "roles", "one of prefill and decode; both in one process are not built yet")
@@ -135,6 +147,9 @@ class WorkerConfig:
             ("transport", TransportChoice),
         ):
             require_choice(field, getattr(self, field), choices)
+        given = [bool(value) for value in (self.tcp_tls_cert, self.tcp_tls_key, self.tcp_tls_ca)]
+        require(all(given) or not any(given), "tcp_tls_cert", "goes with tcp_tls_key and tcp_tls_ca: all or none")
+        require(1 <= self.tcp_connections <= 64, "tcp_connections", f"1 to 64, not {self.tcp_connections}")
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):
             require(getattr(self, field) >= 1, field, f"must be at least 1, not {getattr(self, field)}")
         simulated = {"cost_model": "smollm2-135m", "sim_speed": 1.0, "sim_kv_bytes_per_token": 0, "sim_eos_after": 0}
@@ -147,3 +162,8 @@ class WorkerConfig:
         for field in ("lease_s", "handoff_deadline_s", "sim_speed"):
             require(getattr(self, field) > 0, field, "must be positive")
         require(self.tpot_budget_ms >= 0, "tpot_budget_ms", f"must not be negative, not {self.tpot_budget_ms}")
+
+    @property
+    def tcp_tls(self) -> bool:
+        """Whether KV blocks that go by tcp are encrypted."""
+        return bool(self.tcp_tls_cert)

@@ -78,9 +78,10 @@ class TransferService(TransferServicer):
         lease_s: float,
         counts: Counts,
         checksums: bool = False,
+        tcp_tls: bool = False,
     ) -> None:
         self._role = role
-        self._checksums = checksums
+        self._options = {"checksums": checksums, "tcp_tls": tcp_tls}
         self._process = process
         self._lease_s = lease_s
         self._counts = counts
@@ -132,19 +133,36 @@ class TransferService(TransferServicer):
             process=process_to_wire(self._process()), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
         )
         mismatch = self._mismatch(theirs)
+        if mismatch is None:
+            answer.endpoints.extend(self._endpoints(theirs))
+            mismatch = None if answer.endpoints else self._no_way(theirs)
         if mismatch is not None:
             answer.mismatch.CopyFrom(mismatch)
             self._counts.add("handshakes_refused")
-            log.warning("handshake refused", sender=theirs.process.name, field=mismatch.field)
-            return answer
-        for kind, transport in self._role.transports.items():
-            if kind in theirs.transports and (kind != "shm" or theirs.host == host_id()):
-                answer.endpoints.append(wire.Endpoint(transport=kind, address=transport.endpoint()))
-        if not answer.endpoints:
-            offered = ", ".join(self._role.transports)
-            wanted = ", ".join(theirs.transports)
-            answer.mismatch.CopyFrom(wire.Mismatch(field="transports", sender_value=wanted, receiver_value=offered))
+            log.warning(
+                "handshake refused",
+                sender=theirs.process.name,
+                field=mismatch.field,
+                theirs=mismatch.sender_value,
+                ours=mismatch.receiver_value,
+            )
         return answer
+
+    def _endpoints(self, theirs: wire.HandshakeRequest) -> list[wire.Endpoint]:
+        """What both sides can use, best first."""
+        return [
+            wire.Endpoint(transport=kind, address=transport.endpoint())
+            for kind, transport in self._role.transports.items()
+            if kind in theirs.transports and (kind != "shm" or theirs.host == host_id())
+        ]
+
+    def _no_way(self, theirs: wire.HandshakeRequest) -> wire.Mismatch:
+        offered = list(self._role.transports)
+        if set(offered) & set(theirs.transports):  # only shm is refused by anything else
+            return wire.Mismatch(field="host", sender_value=theirs.host, receiver_value=host_id())
+        return wire.Mismatch(
+            field="transports", sender_value=", ".join(theirs.transports), receiver_value=", ".join(offered)
+        )
 
     def _mismatch(self, theirs: wire.HandshakeRequest) -> wire.Mismatch | None:
         if not theirs.version_min <= PROTOCOL_VERSION <= theirs.version_max:
@@ -157,9 +175,9 @@ class TransferService(TransferServicer):
         if difference is not None:
             field, sender, receiver = difference
             return wire.Mismatch(field=f"kv_layout.{field}", sender_value=sender, receiver_value=receiver)
-        if theirs.checksums != self._checksums:
-            ours, sender = str(self._checksums).lower(), str(theirs.checksums).lower()
-            return wire.Mismatch(field="checksums", sender_value=sender, receiver_value=ours)
+        for field, ours in self._options.items():
+            if (offered := bool(getattr(theirs, field))) != ours:
+                return wire.Mismatch(field=field, sender_value=str(offered).lower(), receiver_value=str(ours).lower())
         if theirs.fingerprint != self._role.fingerprint:
             field, receiver, sender = fingerprint_difference(self._role.fingerprint, theirs.fingerprint)
             return wire.Mismatch(field=field, sender_value=sender, receiver_value=receiver)

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "constraints.txt"
 TOOLS = ("pip",)  # pinned too, though no package asks for it
-APART = ("cuda",)  # the extras that `make setup` leaves out
+APART = ("cuda", "nixl")  # the extras that `make setup` leaves out
 # Only the CUDA builds of torch bring these; which ones, and in which version, is torch's own exact choice.
 PLATFORM = re.compile(r"(nvidia|cuda|triton)(-|$)")
 HEADER = """\

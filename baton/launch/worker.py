@@ -18,9 +18,10 @@ from baton.cost import CostModel
 from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
+from baton.launch.tcp_settings import tcp_transport
 from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_cuda import check_device, nccl_transport
-from baton.launch.worker_load import Loaded, claim_cpus, load
+from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
 from baton.rpc.registration import Registration
@@ -35,8 +36,8 @@ from kvtransfer.outcomes import LedgerLimits
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
 from kvtransfer.transports.nccl_library import DevicePool
+from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport
-from kvtransfer.transports.tcp import TcpTransport
 from prefill_worker.service import PrefillRole
 
 EXPIRE_EVERY_S = 0.25
@@ -195,7 +196,9 @@ def _compose(parts: Parts) -> list[Service]:
             model=CostModel(loaded.measured),
         )
         events.deliver_to(decode)
-        transfer = TransferService(decode, parts.current_process, config.lease_s, counts, config.checksums)
+        transfer = TransferService(
+            decode, parts.current_process, config.lease_s, counts, config.checksums, config.tcp_tls
+        )
         parts.transfer, parts.check_books = transfer, decode.ledger.check_integrity
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
         parts.roles.append(decode)
@@ -233,11 +236,13 @@ def _transports(parts: Parts, events: LoopEvents | None) -> dict[str, Transport]
         return {"nccl": nccl_transport(config, memory, incarnation, events, host, advertised)}
     made: dict[str, Transport] = {}
     if config.transport in ("auto", "shm"):
-        made["shm"] = ShmTransport(memory, incarnation, events)
+        made["shm"] = ShmTransport(memory, incarnation, events, block_copy(config.kernels), config.checksums)
+    host, _ = parse_address(config.listen, "listen")
+    advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
+    if config.transport == "nixl":  # only where it is asked for: without RDMA hardware ours are faster
+        made["nixl"] = NixlTransport(memory, incarnation, events, host, advertised, config.checksums)
     if config.transport in ("auto", "tcp"):
-        made["tcp"] = TcpTransport(
-            memory, incarnation, events, host=host, advertise=advertised, checksums=config.checksums
-        )
+        made["tcp"] = tcp_transport(config, memory, incarnation, events, host, advertised)
     return made
 
 
@@ -251,6 +256,7 @@ def _handshake(parts: Parts) -> transfer_pb2.HandshakeRequest:
         transports=list(parts.transports),
         host=host_id(),
         checksums=parts.config.checksums,
+        tcp_tls=parts.config.tcp_tls,
     )
 
 

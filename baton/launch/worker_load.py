@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from baton.config import WorkerConfig
+from baton.config import KernelChoice, WorkerConfig
 from baton.cost import StepShape
 from baton.errors import ConfigError
+from kvtransfer.copying import BlockCopy, copy_runs
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports.nccl_library import DevicePool
 
@@ -125,3 +126,17 @@ def _computing(config: WorkerConfig) -> Loaded:
         assert isinstance(engine, NativeEngine), "no other engine is loaded for it"
         card = computed_by(card, {"weights": config.weights} | engine.arithmetic)
     return Loaded(card, engine, memory, engine.weight_bytes, engine.kernels, measured)
+
+
+def block_copy(kernels: KernelChoice) -> BlockCopy:
+    """The kernels' copy where they are in use, else the plain one; which of them computes is in the log."""
+    from baton.engine.native.build import NativeUnavailable
+    from baton.engine.native.copying import StreamingCopy
+    from baton.engine.native.library import load as load_library
+
+    if kernels == "torch":
+        return copy_runs
+    try:
+        return StreamingCopy(load_library())
+    except NativeUnavailable:
+        return copy_runs

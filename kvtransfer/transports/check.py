@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from baton.errors import WriteRefused
 from kvtransfer.handoff import Ticket
 from kvtransfer.transports.base import BlockMove
+from kvtransfer.transports.tcp_wire import Entry
+from kvtransfer.transports.wire import Identity
 
 
 def plan(ticket: Ticket, moves: Sequence[BlockMove], source_blocks: int) -> None:
@@ -30,6 +32,15 @@ def refusal(admitted: Ticket | None, ticket: Ticket, moves: Sequence[BlockMove],
         if admitted.destination(move.index) != move.destination:
             return f"block {move.index} may not go to {move.destination}"
     return None
+
+
+def entries_refusal(admitted: Ticket | None, identity: Identity, entries: Sequence[Entry]) -> str | None:
+    """Why the receiver does not take a batch of `entries` under this identity; None when it does."""
+    why = identity_refusal(admitted, identity.generation, identity.write_token)
+    if why is not None or admitted is None:
+        return why
+    wrong = next((e for e in entries if admitted.destination(e.index) != e.destination), None)
+    return None if wrong is None else f"block {wrong.index} may not go to {wrong.destination}"
 
 
 def identity_refusal(admitted: Ticket | None, generation: int, write_token: bytes) -> str | None:

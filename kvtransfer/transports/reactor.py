@@ -35,6 +35,7 @@ class Reactor:
         self._watched: dict[int, tuple[Callable[[int], None], Callable[[], None] | None]] = {}
         self._deadlines: LeaseTable[int] = LeaseTable()
         self._calls: deque[Callable[[], None]] = deque()
+        self._polls: dict[int, Callable[[], None]] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -90,6 +91,14 @@ class Reactor:
 
         self.call(partial(self.watch, fd, ready, partial(self._epoll.modify, fd, select.EPOLLIN)))
 
+    def poll(self, fd: int, function: Callable[[], None] | None) -> None:
+        """Call `function` over and over, without waiting, until None or `forget` takes its place: for what moves only
+        while it is asked. It goes with a watched descriptor."""
+        if function is None:
+            self._polls.pop(fd, None)
+        else:
+            self._polls[fd] = function
+
     def limit(self, fd: int, seconds: float | None) -> None:
         """`late` is due `seconds` from now; None: never."""
         if seconds is None:
@@ -99,6 +108,7 @@ class Reactor:
 
     def forget(self, fd: int) -> None:
         """Watch `fd` no longer; to be called before it is closed."""
+        self._polls.pop(fd, None)
         if self._watched.pop(fd, None) is not None:
             self._deadlines.drop(fd)
             self._epoll.unregister(fd)
@@ -117,10 +127,15 @@ class Reactor:
         """Wait once and serve what is ready; whether it was the last time."""
         soonest = self._deadlines.next_deadline()
         timeout = None if soonest is None else max(0.0, soonest - time.monotonic())
+        if self._polls:
+            timeout = 0.0
         for fd, events in self._epoll.poll(timeout):
             watched = self._watched.get(fd)  # an earlier callback of this turn may have closed it
             if watched is not None:
                 self._guard(fd, partial(watched[0], events))
+        for fd, function in list(self._polls.items()):
+            if self._polls.get(fd) is function:
+                self._guard(fd, function)
         for fd in self._deadlines.expire(time.monotonic()):
             watched = self._watched.get(fd)
             if watched is not None and watched[1] is not None:

@@ -13,12 +13,14 @@ import os
 import secrets
 import socket
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from baton.errors import ConfigError
 from baton.spec import HandoffKey, ProcessRef
+from kvtransfer.copying import BlockCopy, copy_runs
 from kvtransfer.handoff import Ticket
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports import shm_wire as wire
@@ -46,15 +48,25 @@ class _Connection:
 
 class ShmTransport:
     """Implements `Transport`. `memory` must be shared on a receiver; a writer's pool may be of any kind. The pool must
-    outlive the transport."""
+    outlive the transport. `copy_blocks` is how the writer copies. `checksums` (CRC-32 of each
+    block) must be the same on both sides."""
 
     kind = "shm"
     revoke_proves = False
 
-    def __init__(self, memory: PoolMemory, incarnation: str, events: ReceiverEvents | None = None) -> None:
+    def __init__(
+        self,
+        memory: PoolMemory,
+        incarnation: str,
+        events: ReceiverEvents | None = None,
+        copy_blocks: BlockCopy = copy_runs,
+        checksums: bool = False,
+    ) -> None:
         self.memory = memory
         self.incarnation = incarnation
         self._events = events
+        self._copy_blocks = copy_blocks
+        self._flags = wire.Flags.CHECKSUMS if checksums else wire.Flags(0)
         self._tickets: dict[HandoffKey, Ticket] = {}  # single operations on it are atomic
         self._connections: dict[int, _Connection] = {}
         self._writers: dict[str, tuple[int, int]] = {}  # incarnation -> (pid, pidfd)
@@ -69,7 +81,7 @@ class ShmTransport:
         return f"@{self._name}"
 
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> ShmChannel:
-        return ShmChannel(self.memory, self.incarnation, endpoint, peer, deadline)
+        return ShmChannel(self.memory, self.incarnation, endpoint, peer, deadline, self._copy_blocks, self._flags)
 
     def admit(self, ticket: Ticket) -> None:
         self._tickets[ticket.key] = ticket
@@ -131,12 +143,12 @@ class ShmTransport:
         assert self._reactor is not None
         if len(data) <= wire.HELLO.size or self.memory.fd is None:
             return False
-        magic, version, block_bytes, started = wire.HELLO.unpack_from(data)
+        magic, version, flags, block_bytes, started = wire.HELLO.unpack_from(data)
         if magic != wire.MAGIC or not _still(connection, started):
             return False
         mine = self.memory.layout.block_bytes
-        welcome = wire.WELCOME.pack(wire.MAGIC, wire.VERSION, mine, self.memory.blocks)
-        if version != wire.VERSION or block_bytes != mine:
+        welcome = wire.WELCOME.pack(wire.MAGIC, wire.VERSION, self._flags, mine, self.memory.blocks)
+        if (version, flags, block_bytes) != (wire.VERSION, self._flags, mine):
             _send(connection.socket.send, welcome)  # it sees what differs, and gets no memory
             return False
         incarnation = data[wire.HELLO.size :].decode(errors="replace")
@@ -179,27 +191,39 @@ class ShmTransport:
         identity = unpack_identity(data, wire.OP.size)
         ticket = self._tickets.get(identity.key)
         why = identity_refusal(ticket, identity.generation, identity.write_token)
-        indices: list[int] | None = []
+        entries: list[tuple[int, int]] | None = []
         if why is None and ticket is not None:
             if ticket.writer != connection.incarnation:
                 why = "the ticket belongs to another process"
             elif data[0] == wire.Op.CLAIM:
                 why = None if data[wire.OP.size + IDENTITY.size :] == wire.table_digest(ticket) else "other blocks"
             elif data[0] == wire.Op.DONE:
-                indices = wire.unpack_indices(data)
-                why = _indices_refusal(ticket, indices)
+                entries = wire.unpack_entries(data)
+                why = _entries_refusal(ticket, entries)
             else:
                 return False
-        return self._answer(connection, identity, why, indices or [])
+        if why is None and ticket is not None:
+            wrong = next((index for index, crc in entries or () if not self._intact(ticket, index, crc)), None)
+            if wrong is not None:
+                text = f"block {wrong} arrived with other bytes than were sent"
+                return self._answer(connection, identity, wire.Status.CHECKSUM, text, [])
+        status = wire.Status.OK if why is None else wire.Status.REFUSED
+        return self._answer(connection, identity, status, why or "", [index for index, _ in entries or ()])
 
-    def _answer(self, connection: _Connection, identity: Identity, why: str | None, indices: list[int]) -> bool:
+    def _intact(self, ticket: Ticket, index: int, checksum: int) -> bool:
+        if wire.Flags.CHECKSUMS not in self._flags:
+            return True
+        return zlib.crc32(self.memory.block(ticket.blocks[index])) == checksum
+
+    def _answer(
+        self, connection: _Connection, identity: Identity, status: wire.Status, text: str, indices: list[int]
+    ) -> bool:
         assert self._events is not None
-        if why is not None:
-            self._events.refused_write(identity.key, why)
+        if status is not wire.Status.OK:
+            self._events.refused_write(identity.key, text)
         elif indices:
             self._events.landed(identity.key, identity.generation, indices)
-        status = wire.Status.OK if why is None else wire.Status.REFUSED
-        return _send(connection.socket.send, bytes((status,)) + (why or "").encode())
+        return _send(connection.socket.send, bytes((status,)) + text.encode())
 
     def _drop(self, connection: _Connection) -> None:
         assert self._reactor is not None
@@ -224,10 +248,10 @@ class ShmTransport:
         self._writers.clear()
 
 
-def _indices_refusal(ticket: Ticket, indices: list[int] | None) -> str | None:
-    if indices is None:
-        return "malformed indices"
-    wrong = next((index for index in indices if ticket.destination(index) is None), None)
+def _entries_refusal(ticket: Ticket, entries: list[tuple[int, int]] | None) -> str | None:
+    if entries is None:
+        return "malformed entries"
+    wrong = next((index for index, _ in entries if ticket.destination(index) is None), None)
     return None if wrong is None else f"block {wrong} is not granted"
 
 

@@ -10,12 +10,14 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
-from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
+from baton.errors import ChecksumMismatch, DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
 from baton.spec import HandoffKey, ProcessRef
+from kvtransfer.copying import BlockCopy
 from kvtransfer.handoff import Ticket
 from kvtransfer.memory import SEALS, PoolMemory
 from kvtransfer.transports import shm_wire as wire
@@ -24,14 +26,25 @@ from kvtransfer.transports.check import plan
 from kvtransfer.transports.wire import pack_identity
 
 CLAIMS_REMEMBERED = 256
-RUN_BYTES = 16 * 2**20  # so that a deadline or a close is noticed within milliseconds
+CALL_BYTES = 32 * 2**20
 
 
 class ShmChannel:
     """Implements `Channel`. Raises from the constructor as `Transport.connect` says."""
 
-    def __init__(self, source: PoolMemory, incarnation: str, endpoint: str, peer: ProcessRef, deadline: float) -> None:
+    def __init__(
+        self,
+        source: PoolMemory,
+        incarnation: str,
+        endpoint: str,
+        peer: ProcessRef,
+        deadline: float,
+        copy_blocks: BlockCopy,
+        flags: wire.Flags,
+    ) -> None:
         self._source = source
+        self._flags = flags
+        self._copy_blocks = copy_blocks
         self._pin = source.block(0)  # keeps the mapping while a copy reads it
         self._peer = peer
         self._closing = False
@@ -55,9 +68,9 @@ class ShmChannel:
                 if len(self._claimed) > CLAIMS_REMEMBERED:
                     self._claimed.popitem(last=False)
             self._copy(moves, deadline)
-            indices = [move.index for move in moves]
-            for first in range(0, len(indices), wire.MAX_INDICES):
-                packed = wire.pack_indices(indices[first : first + wire.MAX_INDICES])
+            entries = [(move.index, self._checksum(move)) for move in moves]
+            for first in range(0, len(entries), wire.MAX_ENTRIES):
+                packed = wire.pack_entries(entries[first : first + wire.MAX_ENTRIES])
                 self._request(wire.Op.DONE, ticket, packed, deadline)
         return WriteReceipt(len(moves) * self._source.layout.block_bytes, time.monotonic() - started)
 
@@ -81,7 +94,9 @@ class ShmChannel:
             if uid != os.getuid():
                 raise PeerClosed(f"{self._peer.name} at {endpoint} belongs to another user")
             started = wire.start_time(os.getpid())
-            self._socket.send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, size, started) + incarnation.encode())
+            self._socket.send(
+                wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, size, started) + incarnation.encode()
+            )
             data, fds, _flags, _address = socket.recv_fds(self._socket, wire.MAX_PACKET, 1)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self._peer.name} did not answer at {endpoint}") from error
@@ -96,11 +111,13 @@ class ShmChannel:
     def _map_pool(self, welcome: bytes, fds: list[int], block_bytes: int) -> None:
         if len(welcome) != wire.WELCOME.size:
             raise PeerClosed(f"{self._peer.name} refused the connection")
-        _magic, version, theirs, blocks = wire.WELCOME.unpack(welcome)
+        _magic, version, flags, theirs, blocks = wire.WELCOME.unpack(welcome)
         if version != wire.VERSION:
             raise Mismatch("shm version", str(wire.VERSION), str(version))
         if theirs != block_bytes:
             raise Mismatch("block_bytes", str(block_bytes), str(theirs))
+        if flags != self._flags:
+            raise Mismatch("checksums", str(self._flags), str(wire.Flags(flags)))
         if not fds or fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise PeerClosed(f"{self._peer.name} passed no sealed memory")
         if os.fstat(fds[0]).st_size != blocks * theirs:
@@ -111,29 +128,23 @@ class ShmChannel:
         self._target_blocks = blocks
 
     def _copy(self, moves: Sequence[BlockMove], deadline: float) -> None:
-        for source, target, size in self._runs(moves):
+        """A few calls, each short enough that a deadline or a close is noticed within milliseconds."""
+        size = self._source.layout.block_bytes
+        longest = max(1, CALL_BYTES // size)
+        for first in range(0, len(moves), longest):
             if self._closing:
                 raise PeerClosed("the channel is closed")
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"the write to {self._peer.name} did not end in time")
-            ctypes.memmove(target, source, size)  # releases the interpreter lock
+            some = moves[first : first + longest]
+            targets = [move.destination for move in some]
+            outside = next((block for block in targets if not 0 <= block < self._target_blocks), None)
+            if outside is not None:
+                raise WriteRefused(f"block {outside} of {self._target_blocks}")
+            self._copy_blocks(self._target, self._source.address, targets, [move.source for move in some], size)
 
-    def _runs(self, moves: Sequence[BlockMove]) -> Iterator[tuple[int, int, int]]:
-        """(source address, target address, bytes) of neighbouring blocks joined, up to about `RUN_BYTES`."""
-        size = self._source.layout.block_bytes
-        longest = max(1, RUN_BYTES // size)
-        position = 0
-        while position < len(moves):
-            first = moves[position]
-            if not 0 <= first.destination < self._target_blocks:
-                raise WriteRefused(f"block {first.destination} of {self._target_blocks}")
-            count = 1
-            while position + count < len(moves) and count < longest and _follows(first, moves[position + count], count):
-                count += 1
-            if first.destination + count > self._target_blocks:
-                raise WriteRefused(f"block {self._target_blocks} of {self._target_blocks}")
-            yield self._source.address + first.source * size, self._target + first.destination * size, count * size
-            position += count
+    def _checksum(self, move: BlockMove) -> int:
+        return zlib.crc32(self._source.block(move.source)) if wire.Flags.CHECKSUMS in self._flags else 0
 
     def _request(self, op: wire.Op, ticket: Ticket, body: bytes, deadline: float) -> None:
         if self._closing:
@@ -149,6 +160,8 @@ class ShmChannel:
             raise PeerClosed(f"{self._peer.name}: {error}") from error
         if not reply:
             raise PeerClosed(f"{self._peer.name} closed the connection")
+        if reply[0] == wire.Status.CHECKSUM:
+            raise ChecksumMismatch(f"{ticket.key}: {reply[1:].decode(errors='replace')}")
         if reply[0] != wire.Status.OK:
             self._claimed.pop(ticket.key, None)
             raise WriteRefused(f"{ticket.key}: {reply[1:].decode(errors='replace')}")
@@ -158,7 +171,3 @@ class ShmChannel:
         if left <= 0:
             raise TimeoutError
         self._socket.settimeout(left)
-
-
-def _follows(first: BlockMove, move: BlockMove, count: int) -> bool:
-    return move.source == first.source + count and move.destination == first.destination + count

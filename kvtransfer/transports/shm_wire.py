@@ -1,28 +1,34 @@
 """What goes over the unix socket of a shared-memory pair: one message per packet, one request at a time.
 
-writer    HELLO(block bytes, incarnation)            -> WELCOME(blocks, block bytes) with the pool's memfd
+writer    HELLO(flags, block bytes, incarnation)     -> WELCOME(flags, blocks, block bytes) with the pool's memfd
 writer    CLAIM(identity, digest of the block table) -> REPLY     before the first byte of a ticket
-writer    DONE(identity, indices)                    -> REPLY     after the copy
+writer    DONE(identity, entries)                    -> REPLY     after the copy
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from enum import IntEnum
+from collections.abc import Sequence
+from enum import IntEnum, IntFlag
 from pathlib import Path
 
 from kvtransfer.handoff import Ticket
 from kvtransfer.transports.wire import IDENTITY
 
 MAGIC = 0x4D485342  # "BSHM"
-VERSION = 1
-HELLO = struct.Struct("<IHQQ")  # magic, version, block bytes, start time of the writer's process
-WELCOME = struct.Struct("<IHQQ")  # magic, version, block bytes, blocks
+VERSION = 2
+HELLO = struct.Struct("<IHHQQ")  # magic, version, flags, block bytes, start time of the writer's process
+WELCOME = struct.Struct("<IHHQQ")  # magic, version, flags, block bytes, blocks
+ENTRY = struct.Struct("<II")  # index in the sequence, CRC-32 of the bytes (0 without checksums)
 OP = struct.Struct("<B")
 TABLE_DIGEST_BYTES = 16
-MAX_INDICES = 8192
+MAX_ENTRIES = 4096
 MAX_PACKET = 64 * 1024
+
+
+class Flags(IntFlag):
+    CHECKSUMS = 1
 
 
 class Op(IntEnum):
@@ -33,6 +39,7 @@ class Op(IntEnum):
 class Status(IntEnum):
     OK = 0
     REFUSED = 1
+    CHECKSUM = 2
 
 
 def table_digest(ticket: Ticket) -> bytes:
@@ -41,14 +48,14 @@ def table_digest(ticket: Ticket) -> bytes:
     return hashlib.blake2b(data, digest_size=TABLE_DIGEST_BYTES).digest()
 
 
-def pack_indices(indices: list[int]) -> bytes:
-    return struct.pack(f"<{len(indices)}I", *indices)
+def pack_entries(entries: Sequence[tuple[int, int]]) -> bytes:
+    return b"".join(ENTRY.pack(*entry) for entry in entries)
 
 
-def unpack_indices(data: bytes) -> list[int] | None:
-    """The indices after the identity of a DONE; None when the packet is malformed."""
+def unpack_entries(data: bytes) -> list[tuple[int, int]] | None:
+    """(index, checksum) of each block after the identity of a DONE; None when the packet is malformed."""
     body = data[OP.size + IDENTITY.size :]
-    return None if len(body) % 4 else list(struct.unpack(f"<{len(body) // 4}I", body))
+    return None if len(body) % ENTRY.size else [(index, crc) for index, crc in ENTRY.iter_unpack(body)]
 
 
 def start_time(pid: int) -> int:

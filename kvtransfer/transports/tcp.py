@@ -11,28 +11,30 @@ import logging
 import socket
 from functools import partial
 
-from baton.errors import ConfigError
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.handoff import Ticket
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports import tcp_wire as wire
-from kvtransfer.transports.base import ReceiverEvents
+from kvtransfer.transports.base import Channel, ReceiverEvents
+from kvtransfer.transports.parallel import ParallelChannel
 from kvtransfer.transports.reactor import Reactor
+from kvtransfer.transports.sockets import listen_on, prepare
 from kvtransfer.transports.tcp_channel import TcpChannel
 from kvtransfer.transports.tcp_connection import Broken, TcpConnection
+from kvtransfer.transports.tcp_stream import TlsContexts
 
 log = logging.getLogger(__name__)
 
 STALL_SECONDS = 60.0
-KEEPALIVE_SECONDS = 30
 MAX_CONNECTIONS = 1024
-WILDCARDS = ("", "0.0.0.0", "::")
 
 
 class TcpTransport:
-    """Implements `Transport`. A receiver binds `host` and `port` (0: any) and tells writers `advertise`, or `host`.
+    """Implements `Transport`. A receiver binds `host` and `port` (0: any) and tells writers `advertise` or `host`, and
+    `advertise_port` or the port that it has.
 
-    `checksums` (CRC-32 of each block) must be the same on both sides. A connection that stops in the middle of a
+    `checksums` (CRC-32 of each block) and whether there is `tls` must be the same on both sides. A writer opens
+    `connections` to each receiver. A connection that stops in the middle of a
     message is closed after `stall_s`. Raises `ConfigError` where the address can't be bound. The pool must outlive
     the transport.
     """
@@ -48,13 +50,20 @@ class TcpTransport:
         host: str = "127.0.0.1",
         port: int = 0,
         advertise: str | None = None,
+        advertise_port: int = 0,
         checksums: bool = False,
+        tls: TlsContexts | None = None,
+        connections: int = 1,
         stall_s: float = STALL_SECONDS,
     ) -> None:
         self.memory = memory
         self.incarnation = incarnation
         self._events = events
         self._flags = wire.Flags.CHECKSUMS if checksums else wire.Flags(0)
+        self._tls = tls
+        if tls is not None:
+            self._flags |= wire.Flags.TLS
+        self._count = connections
         self._stall_s = stall_s
         self._tickets: dict[HandoffKey, Ticket] = {}  # single operations on it are atomic
         self._connections: dict[int, TcpConnection] = {}
@@ -62,14 +71,24 @@ class TcpTransport:
         self._reactor: Reactor | None = None
         self._endpoint = ""
         if events is not None:
-            self._listen(host, port, advertise)
+            self._listener, self._endpoint = listen_on(host, port, advertise, advertise_port)
+            self._reactor = Reactor("kv-tcp")
+            self._reactor.listen(self._listener, self._accept)
 
     def endpoint(self) -> str:
         assert self._events is not None, "only a receiver has an endpoint"
         return self._endpoint
 
-    def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> TcpChannel:
-        return TcpChannel(self.memory, self._flags, endpoint, peer, deadline)
+    def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> Channel:
+        channels: list[Channel] = []
+        try:
+            for _ in range(self._count):
+                channels.append(TcpChannel(self.memory, self._flags, endpoint, peer, deadline, self._tls))  # noqa: PERF401
+        except BaseException:
+            for channel in channels:
+                channel.close()
+            raise
+        return channels[0] if len(channels) == 1 else ParallelChannel(channels)
 
     def admit(self, ticket: Ticket) -> None:
         self._tickets[ticket.key] = ticket
@@ -83,21 +102,6 @@ class TcpTransport:
         if self._reactor is not None:
             self._reactor.close(self._close_all)
 
-    def _listen(self, host: str, port: int, advertise: str | None) -> None:
-        if host in WILDCARDS and not advertise:
-            raise ConfigError(f"kv transfer binds {host or 'all addresses'}: say which address writers are to use")
-        try:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            self._listener = socket.create_server(address[:2], family=family, backlog=128)
-        except OSError as error:
-            raise ConfigError(f"kv transfer can't listen on {host}:{port}: {error}") from error
-        self._listener.setblocking(False)
-        shown = advertise or host
-        shown = f"[{shown}]" if ":" in shown else shown
-        self._endpoint = f"{shown}:{self._listener.getsockname()[1]}"
-        self._reactor = Reactor("kv-tcp")
-        self._reactor.listen(self._listener, self._accept)
-
     def _accept(self, peer: socket.socket) -> None:
         assert self._reactor is not None
         assert self._events is not None
@@ -105,11 +109,9 @@ class TcpTransport:
             log.warning("tcp: refused a writer: %d connections are open", len(self._connections))
             peer.close()
             return
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # finds half-open connections between batches
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
-        connection = TcpConnection(peer, self.memory, self._flags, self._events, self._tickets.get)
+        prepare(peer)
         fd = peer.fileno()
+        connection = TcpConnection(peer, self._tls, self.memory, self._flags, self._events, self._tickets.get)
         self._connections[fd] = connection
         self._reactor.watch(fd, partial(self._readable, connection), partial(self._late, connection))
         self._reactor.limit(fd, self._stall_s)
@@ -121,7 +123,7 @@ class TcpTransport:
         except Broken as why:
             self._drop(connection, str(why))
         else:
-            self._reactor.limit(connection.socket.fileno(), None if connection.idle else self._stall_s)
+            self._reactor.limit(connection.stream.socket.fileno(), None if connection.idle else self._stall_s)
 
     def _late(self, connection: TcpConnection) -> None:
         self._drop(connection, "the writer stopped in the middle of a message")
@@ -135,7 +137,7 @@ class TcpTransport:
 
     def _drop(self, connection: TcpConnection, why: str) -> None:
         assert self._reactor is not None
-        fd = connection.socket.fileno()
+        fd = connection.stream.socket.fileno()
         if self._connections.pop(fd, None) is None:
             return
         log.debug("tcp: closed a connection: %s", why)

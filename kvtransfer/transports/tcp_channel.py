@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import select
-import socket
+import ssl
 import threading
 import time
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 
 from baton.errors import (
     BatonError,
@@ -25,16 +24,25 @@ from kvtransfer.memory import PoolMemory
 from kvtransfer.transports import tcp_wire as wire
 from kvtransfer.transports.base import BlockMove, WriteReceipt
 from kvtransfer.transports.check import plan
+from kvtransfer.transports.sockets import connect_to, left
 from kvtransfer.transports.tcp_connection import rest
+from kvtransfer.transports.tcp_stream import Stream, TlsContexts
 
-MAX_VECTORS = 512
 READ_BYTES = 4096
 
 
 class TcpChannel:
     """Implements `Channel`. Raises from the constructor as `Transport.connect` says."""
 
-    def __init__(self, source: PoolMemory, flags: wire.Flags, endpoint: str, peer: ProcessRef, deadline: float) -> None:
+    def __init__(
+        self,
+        source: PoolMemory,
+        flags: wire.Flags,
+        endpoint: str,
+        peer: ProcessRef,
+        deadline: float,
+        tls: TlsContexts | None = None,
+    ) -> None:
         self._source = source
         self._flags = flags
         self._peer = peer
@@ -42,7 +50,10 @@ class TcpChannel:
         self._broken = False
         self._busy = threading.Lock()
         self._answers = bytearray()
-        self._socket = self._connect(endpoint, deadline)
+        self._incoming = bytearray(READ_BYTES)
+        connected = connect_to(endpoint, peer.name, deadline)
+        connected.setblocking(False)
+        self._stream = Stream(connected) if tls is None else tls.connect(connected)
         try:
             self._handshake(deadline)
         except BaseException:
@@ -69,36 +80,34 @@ class TcpChannel:
 
     def close(self) -> None:
         self._closing = True
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a write under way
+        self._stream.shutdown()  # wakes a write under way
         with self._busy:
-            self._socket.close()
-
-    def _connect(self, endpoint: str, deadline: float) -> socket.socket:
-        host, _, port = endpoint.rpartition(":")
-        try:
-            connected = socket.create_connection((host.strip("[]"), int(port)), timeout=_left(deadline))
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{self._peer.name} did not answer at {endpoint}") from error
-        except OSError as error:
-            raise PeerClosed(f"{self._peer.name} at {endpoint}: {error}") from error
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connected.setblocking(False)
-        return connected
+            self._stream.close()
 
     def _handshake(self, deadline: float) -> None:
         size = self._source.layout.block_bytes
-        self._send([memoryview(wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, size))], deadline)
-        magic, version, flags, theirs = wire.HELLO.unpack(self._read(wire.HELLO.size, deadline))
+        try:
+            self._send([memoryview(wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, size))], deadline)
+            answer = self._read(wire.HELLO.size, deadline)
+        except PeerClosed as error:
+            self._explain(error)
+            raise
+        magic, version, flags, theirs = wire.HELLO.unpack(answer)
         if magic != wire.MAGIC:
             raise PeerClosed(f"{self._peer.name} is no receiver of ours")
         if version != wire.VERSION:
             raise Mismatch("tcp version", str(wire.VERSION), str(version))
         if theirs != size:
             raise Mismatch("block_bytes", str(size), str(theirs))
+        if (flags ^ self._flags) & wire.Flags.TLS:
+            raise Mismatch("tls", "off", "on")
         if flags != self._flags:
             raise Mismatch("checksums", str(self._flags), str(wire.Flags(flags)))
+
+    def _explain(self, error: PeerClosed) -> None:
+        """Raises `Mismatch` where the receiver answers in plain what was asked under TLS."""
+        if isinstance(error.__cause__, ssl.SSLError) and error.__cause__.reason == "WRONG_VERSION_NUMBER":
+            raise Mismatch("tls", "on", "off") from error
 
     def _header(self, ticket: Ticket, moves: Sequence[BlockMove]) -> bytes:
         checked = wire.Flags.CHECKSUMS in self._flags
@@ -124,7 +133,7 @@ class TcpChannel:
     def _send(self, vectors: list[memoryview], deadline: float) -> None:
         while vectors:
             try:
-                count = self._socket.sendmsg(vectors[:MAX_VECTORS])
+                count = self._stream.send(vectors)
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline)
             except OSError as error:
@@ -142,31 +151,23 @@ class TcpChannel:
 
     def _receive(self) -> None:
         try:
-            data = self._socket.recv(READ_BYTES)
+            count = self._stream.receive_into([memoryview(self._incoming)])
         except BlockingIOError:
             return
         except OSError as error:
             raise PeerClosed(f"{self._peer.name}: {error}") from error
-        if not data:
+        if not count:
             raise PeerClosed(f"{self._peer.name} closed the connection")
-        self._answers += data
+        self._answers += self._incoming[:count]
 
     def _wait(self, event: int, deadline: float) -> None:
         """Until the socket is ready. Answers that come meanwhile are read, so that the receiver can always send one."""
         poller = select.poll()
-        poller.register(self._socket, event | select.POLLIN)
-        ready = poller.poll(_left(deadline) * 1000)
+        poller.register(self._stream.socket, event | select.POLLIN)
+        ready = poller.poll(left(deadline) * 1000)
         if self._closing:
             raise PeerClosed("the channel is closed")
         if not ready:
             raise DeadlineExceeded(f"the write to {self._peer.name} did not end in time")
         if event != select.POLLIN and ready[0][1] & select.POLLIN:
             self._receive()
-
-
-def _left(deadline: float) -> float:
-    """Seconds until then. Raises `DeadlineExceeded` when there are none."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise DeadlineExceeded("the deadline has passed")
-    return left

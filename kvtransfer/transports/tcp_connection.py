@@ -18,12 +18,12 @@ from kvtransfer.handoff import Ticket
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transports import tcp_wire as wire
 from kvtransfer.transports.base import ReceiverEvents
-from kvtransfer.transports.check import identity_refusal
+from kvtransfer.transports.check import entries_refusal
+from kvtransfer.transports.tcp_stream import CLIENT_HELLO, Stream, TlsContexts, TlsStream
 from kvtransfer.transports.wire import Identity, unpack_identity
 
 TURN_BYTES = 16 * 2**20  # then the others have their turn
 SCRATCH_BYTES = 256 * 1024
-MAX_VECTORS = 256
 
 
 class Phase(Enum):
@@ -44,12 +44,14 @@ class TcpConnection:
     def __init__(
         self,
         peer: socket.socket,
+        tls: TlsContexts | None,
         memory: PoolMemory,
         flags: wire.Flags,
         events: ReceiverEvents,
         find: Callable[[HandoffKey], Ticket | None],
     ) -> None:
-        self.socket = peer
+        self.stream = Stream(peer)
+        self._tls = tls
         self.phase = Phase.HELLO
         self.identity: Identity | None = None
         self._memory = memory
@@ -75,10 +77,12 @@ class TcpConnection:
 
     def read(self) -> None:
         """Take what has come, up to one turn's worth. Raises `Broken` when the connection is to be closed."""
+        if self._tls is not None:
+            self._choose(self._tls)
         left = TURN_BYTES
-        while left > 0:
+        while left > 0 or self.stream.pending:
             try:
-                count = self.socket.recvmsg_into(self._vectors[:MAX_VECTORS])[0]
+                count = self.stream.receive_into(self._vectors)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -90,7 +94,19 @@ class TcpConnection:
 
     def close(self) -> None:
         self._vectors = []
-        self.socket.close()
+        self.stream.close()
+
+    def _choose(self, tls: TlsContexts) -> None:
+        """TLS, unless the writer starts without: then it is told so, in plain, by the flags of our HELLO."""
+        try:
+            first = self.stream.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise Broken(str(error)) from error
+        if CLIENT_HELLO.startswith(first):
+            self.stream = tls.accept(self.stream.socket)
+        self._tls = None
 
     def _advance(self, count: int) -> None:
         """`count` more bytes are in `_vectors`; when those are full, go to the next phase."""
@@ -111,10 +127,18 @@ class TcpConnection:
     def _hello(self) -> None:
         magic, version, flags, block_bytes = wire.HELLO.unpack_from(self._head)
         mine = self._memory.layout.block_bytes
-        if magic != wire.MAGIC:
+        if magic != wire.MAGIC and not self._head.startswith(CLIENT_HELLO):
             raise Broken("not a writer of ours")
-        self._send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, mine))
-        if (version, flags, block_bytes) != (wire.VERSION, self._flags, mine):
+        self._send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, mine))  # in plain to one that wants TLS
+        secret = isinstance(self.stream, TlsStream)
+        if (secret, magic, version, flags, block_bytes) != (
+            wire.Flags.TLS in self._flags,
+            wire.MAGIC,
+            wire.VERSION,
+            self._flags,
+            mine,
+        ):
+            self.stream.drain()  # what is left unread would reset the connection, and our answer with it
             raise Broken("the handshake differs")
         self._next_batch()
 
@@ -139,10 +163,7 @@ class TcpConnection:
         assert self._scratch is not None
         self._entries = wire.unpack_table(self._scratch)
         ticket = self._find(self.identity.key)
-        why = identity_refusal(ticket, self.identity.generation, self.identity.write_token)
-        if why is None and ticket is not None:
-            wrong = next((e for e in self._entries if ticket.destination(e.index) != e.destination), None)
-            why = None if wrong is None else f"block {wrong.index} may not go to {wrong.destination}"
+        why = entries_refusal(ticket, self.identity, self._entries)
         if why is None:
             self.phase = Phase.PAYLOAD
             self._vectors = [self._memory.block(entry.destination) for entry in self._entries]
@@ -183,7 +204,7 @@ class TcpConnection:
     def _send(self, data: bytes) -> None:
         """Answers are small, and a writer reads them: one that lets them pile up is broken."""
         try:
-            sent = self.socket.send(data)
+            sent = self.stream.send([memoryview(data)])
         except OSError as error:
             raise Broken(str(error)) from error
         if sent != len(data):

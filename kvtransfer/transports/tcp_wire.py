@@ -28,6 +28,7 @@ MAX_TEXT = 512
 
 class Flags(IntFlag):
     CHECKSUMS = 1
+    TLS = 2
 
 
 class Status(IntEnum):

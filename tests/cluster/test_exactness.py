@@ -65,7 +65,7 @@ async def test_native_output_is_near_the_reference_and_that_of_one_process() -> 
     engine = NativeEngine.load(description, blocks=256, weights="bf16")
     alone = generate(engine, [Prompt(tuple(prompt_of(length)), max_tokens=OUTPUT) for length in FEWER], blocks=256)
     flags = ("--weights", "bf16", "--kernels", "native")
-    async with running(flags, dtype="bfloat16", chunk_tokens=CHUNK) as cluster:
+    async with running(*flags, dtype="bfloat16", chunk_tokens=CHUNK) as cluster:
         found = await asyncio.gather(*(complete(cluster, length) for length in FEWER))
         await settled(cluster)
     for length, served, wanted in zip(FEWER, found, alone, strict=True):
@@ -85,7 +85,7 @@ async def test_without_a_compiler_workers_say_so_once_and_answer_right(
     monkeypatch.setenv("PATH", os.devnull)
     monkeypatch.delenv("CXX", raising=False)
     said: list[str] = []
-    async with running((), said.append, dtype="bfloat16", chunk_tokens=CHUNK, log_format="json") as cluster:
+    async with running(sink=said.append, dtype="bfloat16", chunk_tokens=CHUNK, log_format="json") as cluster:
         found = await asyncio.gather(*(complete(cluster, length) for length in FEWER[:3]))
         await settled(cluster)
     for length, served in zip(FEWER[:3], found, strict=True):

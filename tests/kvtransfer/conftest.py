@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kvtransfer.transports.nixl_agent import available
 from tests.kvtransfer.harness import Bench
+
+needs_nixl = pytest.mark.skipif(not available(), reason="the package nixl is not installed: make test-nixl")
 
 
 def _descriptors() -> set[tuple[int, str]]:
@@ -33,7 +36,7 @@ def nothing_left() -> Iterator[None]:
     assert own == set(), "a segment is left"
 
 
-@pytest.fixture(params=["memory", "shm", "tcp", "nccl"])
+@pytest.fixture(params=["memory", "shm", "tcp", "nccl", pytest.param("nixl", marks=needs_nixl)])
 def bench(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[Bench]:
     bench = Bench(request.param)
     yield bench

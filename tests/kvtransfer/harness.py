@@ -22,6 +22,7 @@ from kvtransfer.transports.base import BlockMove, Channel, Transport, WriteRecei
 from kvtransfer.transports.memory import MemoryNetwork, MemoryTransport
 from kvtransfer.transports.nccl import NcclTransport
 from kvtransfer.transports.nccl_double import DoubleDevice
+from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from tests.kvtransfer.patterns import fill, pattern
@@ -163,10 +164,15 @@ class ProcessWriter:
         pickle.dump(message, self.process.stdin)
         self.process.stdin.flush()
 
-    def _ask(self, verb: str, *arguments: object) -> object:
+    def answer(self) -> object:
+        """What the writer says next; of a `hammer`, the error that ended it."""
         assert self.process.stdout is not None
+        said: object = pickle.load(self.process.stdout)
+        return said
+
+    def _ask(self, verb: str, *arguments: object) -> object:
         self._put((verb, arguments))
-        answer: object = pickle.load(self.process.stdout)
+        answer = self.answer()
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -221,9 +227,11 @@ class Bench:
         if self.kind == "memory":
             return MemoryTransport(self.memory, "receiver", self.network, self.events)
         if self.kind == "shm":
-            return ShmTransport(self.memory, "receiver", self.events)
+            return ShmTransport(self.memory, "receiver", self.events, checksums=True)
         if self.kind == "nccl":
             return NcclTransport(self.memory, "receiver", DoubleDevice(), self.events)
+        if self.kind == "nixl":
+            return NixlTransport(self.memory, "receiver", self.events, checksums=True)
         return TcpTransport(self.memory, "receiver", self.events, checksums=True)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import pytest
 
-from baton.errors import ConfigError, DeadlineExceeded, Mismatch, PeerClosed
+from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Mismatch, PeerClosed
 from baton.spec import HandoffKey, ProcessRef
+from kvtransfer.copying import copy_runs
 from kvtransfer.handoff import Ticket
 from kvtransfer.layout import KvLayout
 from kvtransfer.memory import PoolMemory
@@ -115,7 +118,7 @@ def test_another_users_process_gets_nothing(shm: Bench, monkeypatch: pytest.Monk
     [
         b"x",
         bytes(100),
-        wire.HELLO.pack(wire.MAGIC, wire.VERSION, LAYOUT.block_bytes, 0),
+        wire.HELLO.pack(wire.MAGIC, wire.VERSION, 0, LAYOUT.block_bytes, 0),
         os.urandom(5000),
     ],
 )
@@ -135,12 +138,12 @@ def test_a_silent_connection_is_let_go(shm: Bench, monkeypatch: pytest.MonkeyPat
 def test_another_block_size_is_named(shm: Bench) -> None:
     memory = PoolMemory(KvLayout(layers=1, kv_heads=1, head_dim=16, dtype="float32"), 2, shared=False)
     with pytest.raises(Mismatch, match="block_bytes"):
-        ShmTransport(memory, "w").connect(shm.receiver.endpoint(), PEER, soon())
+        ShmTransport(memory, "w", checksums=True).connect(shm.receiver.endpoint(), PEER, soon())
     memory.close()
 
 
 def test_nobody_and_a_silent_listener(shm: Bench) -> None:
-    writer = ShmTransport(shm.memory, "w")
+    writer = ShmTransport(shm.memory, "w", checksums=True)
     with pytest.raises(PeerClosed):
         writer.connect("@baton-kv-nobody", PEER, soon())
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
@@ -157,6 +160,34 @@ def test_a_private_pool_can_not_be_shared() -> None:
     memory.close()
 
 
+def corrupting(target: int, source: int, targets: Sequence[int], sources: Sequence[int], size: int) -> None:
+    copy_runs(target, source, targets, sources, size)
+    ctypes.memset(target + targets[-1] * size + 5, 1, 1)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_corrupted_byte_is_found_with_checksums_on(nothing_left: None, checksums: bool) -> None:
+    source, memory, events = PoolMemory(LAYOUT, 4, shared=False), PoolMemory(LAYOUT, 8), Recorder()
+    receiver = ShmTransport(memory, "receiver", events, checksums=checksums)
+    ticket = Ticket(HandoffKey(os.urandom(16), 1), 1, os.urandom(16), (3, 6), 0, "w")
+    receiver.admit(ticket)
+    writer = ShmTransport(source, "w", copy_blocks=corrupting, checksums=checksums)
+    channel = writer.connect(receiver.endpoint(), PEER, soon())
+    with pytest.raises(ChecksumMismatch, match="block 1") if checksums else nullcontext():
+        channel.write(ticket, moves(ticket, [0, 1]), soon())
+    assert events.landed_indices(ticket.key) == (set() if checksums else {0, 1})
+    assert len(events.refusals) == checksums
+    channel.close()
+    receiver.close()
+    memory.close()
+    source.close()
+
+
+def test_checksums_on_one_end_only_are_named(shm: Bench) -> None:
+    with pytest.raises(Mismatch, match="checksums"):
+        ShmTransport(shm.memory, "w").connect(shm.receiver.endpoint(), PEER, soon())
+
+
 def test_neighbours_are_copied_together_and_land_right(shm: Bench) -> None:
     """Runs of source and destination that start and stop at different places."""
     source = PoolMemory(LAYOUT, 12, shared=False)
@@ -164,7 +195,7 @@ def test_neighbours_are_copied_together_and_land_right(shm: Bench) -> None:
         source.block(block)[:] = bytes([block + 1]) * LAYOUT.block_bytes
     ticket = Ticket(HandoffKey(os.urandom(16), 1), 1, os.urandom(16), (3, 4, 5, 9, 10, 1), 0, "w")
     shm.receiver.admit(ticket)
-    channel = ShmTransport(source, "w").connect(shm.receiver.endpoint(), PEER, soon())
+    channel = ShmTransport(source, "w", checksums=True).connect(shm.receiver.endpoint(), PEER, soon())
     plan = [2, 3, 7, 8, 9, 10]
     channel.write(ticket, [BlockMove(s, ticket.blocks[i], i) for i, s in enumerate(plan)], soon())
     assert [shm.memory.block(b)[0] for b in ticket.blocks] == [s + 1 for s in plan]

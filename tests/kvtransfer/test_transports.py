@@ -29,6 +29,27 @@ def test_blocks_arrive_intact_and_nowhere_else(bench: Bench) -> None:
     assert all(generation == 1 for _, generation, _ in bench.events.landings)
 
 
+def test_a_receipt_says_the_bytes_that_changed(bench: Bench) -> None:
+    """Counted in the receiver's memory, by us."""
+    writer = bench.writer()
+    ticket = bench.ticket([9, 4, 30, 5, 17, 40], cached=2)
+    started = time.monotonic()
+    receipts = [writer.write(ticket, moves(ticket, some)) for some in ([2, 3, 4], [5])]
+    elapsed = time.monotonic() - started
+    changed = sum(bench.content(block) != ZERO for block in range(BLOCKS)) * LAYOUT.block_bytes
+    assert sum(receipt.bytes for receipt in receipts) == changed == 4 * LAYOUT.block_bytes
+    assert 0 < sum(receipt.seconds for receipt in receipts) <= elapsed
+
+
+def test_a_receipts_time_lasts_until_the_bytes_are_in_place(bench: Bench) -> None:
+    """So no bandwidth that is made of it exceeds what a clock allows."""
+    writer = bench.writer()
+    ticket = bench.ticket(range(4))
+    bench.events.flowing.clear()
+    threading.Timer(0.3, bench.events.flowing.set).start()
+    assert writer.write(ticket, moves(ticket, range(4))).seconds > 0.25
+
+
 def test_a_whole_pool_in_any_order(bench: Bench) -> None:
     writer = bench.writer()
     blocks = [(7 * i + 3) % BLOCKS for i in range(BLOCKS)]

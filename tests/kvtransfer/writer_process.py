@@ -14,6 +14,7 @@ from kvtransfer.transports.base import BlockMove, Transport
 from kvtransfer.transports.nccl import NcclTransport
 from kvtransfer.transports.nccl_double import DoubleDevice
 from kvtransfer.transports.nccl_library import NcclDevice
+from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport
 from kvtransfer.transports.tcp import TcpTransport
 from tests.kvtransfer.cuda_memory import CudaMemory
@@ -58,7 +59,9 @@ def main() -> None:
 
 def _transport(kind: str, memory: PoolMemory, incarnation: str) -> Transport:
     if kind == "shm":
-        return ShmTransport(memory, incarnation)
+        return ShmTransport(memory, incarnation, checksums=True)
+    if kind == "nixl":
+        return NixlTransport(memory, incarnation, checksums=True)
     if kind == "nccl":
         return NcclTransport(memory, incarnation, DoubleDevice())
     if kind == "nccl-cuda":

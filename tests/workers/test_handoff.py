@@ -123,6 +123,8 @@ def _says(**changes: Any) -> dict[str, Any]:
         ({"kv_layout": wire.KvLayout(version=1)}, "kv_layout differs: here layers must be at least 1, not 0"),
         ({"fingerprint": "other"}, f"fingerprint differs: here other, there {'f' * 32}"),
         ({"version_min": 2, "version_max": 3}, "version differs: here 2 to 3, there 1"),
+        ({"checksums": False}, "checksums differs: here false, there true"),
+        ({"tcp_tls": True}, "tcp_tls differs: here true, there false"),
         ({"transports": ["nccl"]}, "transports differs: here nccl, there memory"),
     ],
 )
@@ -150,7 +152,7 @@ async def test_shared_memory_is_not_offered_to_another_host(cluster: Cluster) ->
     cluster.p.says = {"host": "elsewhere"}
     spec = cluster.router.spec(20)
     await cluster.bound(spec)
-    assert "transports differs: here shm, there shm" in (await refused(cluster, spec)).message
+    assert "host differs: here elsewhere, there " in (await refused(cluster, spec)).message
     cluster.router.cancel(cluster.p, spec)
 
 
