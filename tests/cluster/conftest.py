@@ -44,8 +44,8 @@ class Running:
 
 @asynccontextmanager
 async def running(*worker_flags: str, sink: Sink | None = None, **options: object) -> AsyncIterator[Running]:
-    """A cluster on a free port, with every prompt over both pools unless told otherwise; afterwards none of its processes
-    is left. The flags are for each worker."""
+    """A cluster on a free port, with every prompt over both pools unless told otherwise; none of its processes is left
+    afterwards. The flags are for each worker."""
     path = "adaptive" if options.get("colocated") else "disaggregated"
     fields = {"listen": "127.0.0.1:0", "pool_tokens": 12_288, "path": path} | options
     config = ClusterConfig(**fields)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -32,7 +33,7 @@ CASES = [(length, sampling) for length in LENGTHS for sampling in SAMPLINGS]
 async def clusters() -> AsyncIterator[dict[str, Running]]:
     async with AsyncExitStack() as stack:
         shapes = {"1+1": (1, 1), "2+2": (2, 2)}
-        flags = {"dtype": "float32", "chunk_tokens": 128, "pool_tokens": 8192}
+        flags: dict[str, Any] = {"dtype": "float32", "chunk_tokens": 128, "pool_tokens": 8192}
         yield {
             name: await stack.enter_async_context(running(prefill=prefill, decode=decode, **flags))
             for name, (prefill, decode) in shapes.items()

@@ -96,7 +96,9 @@ class WatchedTransport:
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> Channel:
         if isinstance(self.inner, ShmTransport) and self.stop.at is Step.MID_BLOCK:
             inner = self.inner
-            half: Channel = HalfWay(inner.memory, inner.incarnation, endpoint, peer, deadline, self.stop)
+            half: Channel = HalfWay(
+                self.stop, inner.memory, inner.incarnation, endpoint, peer, deadline, inner._copy_blocks, inner._flags
+            )
             return WatchedChannel(half, self)
         return WatchedChannel(self.inner.connect(endpoint, peer, deadline), self)
 
@@ -137,9 +139,9 @@ class WatchedChannel:
 class HalfWay(ShmChannel):
     """Stops when half of the first block is copied."""
 
-    def __init__(self, source: Any, incarnation: str, endpoint: str, peer: ProcessRef, deadline: float, stop: Stop):
+    def __init__(self, stop: Stop, *settings: Any):
         self._stop = stop
-        super().__init__(source, incarnation, endpoint, peer, deadline)
+        super().__init__(*settings)
 
     def _copy(self, moves: Sequence[BlockMove], deadline: float) -> None:
         size, first = self._source.layout.block_bytes, moves[0]
