@@ -199,7 +199,7 @@ def test_a_files_own_grid_is_kept_exactly(
     for name, slot in (("ffn_up", library.Slot.UP), ("attn_output", library.Slot.OUTPUT)):
         raw = next(t for t in gguf.GGUFReader(path).tensors if t.name == f"blk.1.{name}.weight")
         expected = dequantize(raw.data, quantisation)
-        found = [engine.model.row(0, 1, slot, row, expected.shape[1]) for row in range(len(expected))]
+        found = [engine.model.row(1, slot, row, expected.shape[1]) for row in range(len(expected))]
         np.testing.assert_array_equal(np.stack(found), expected)
     exact = TorchEngine.load(describe(resolve(str(path)), "float32"), blocks=8)
     tokens = tokens_for(50)

@@ -23,12 +23,11 @@ _CHOSEN = {"bf16": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
 
 @dataclass(frozen=True, slots=True)
 class _Packer:
-    """Reads tensors out of a source and packs them, as one set of weights."""
+    """Reads tensors out of a source and packs them."""
 
     model: NativeModel
     source: TensorSource
     choice: WeightChoice
-    which: int
 
     def matrix(self, layer: int, slot: int, parts: list[tuple[str, int]], columns: int) -> None:
         """The named tensors, of so many rows each, one above the other."""
@@ -36,15 +35,15 @@ class _Packer:
         own = _OWN_GRIDS.get(next(iter(kinds))) if len(kinds) == 1 else None
         form = self._format(own, is_outside=layer == OUTSIDE)
         keeps_grid = own is not None and own[1] is form and columns % 32 == 0
-        self.model.shape(self.which, layer, slot, form, sum(rows for _, rows in parts), columns)
+        self.model.shape(layer, slot, form, sum(rows for _, rows in parts), columns)
         first = 0
         for name, rows in parts:
             if keeps_grid and own is not None:
                 blocks = self.source.blocks(name, (rows, columns))
-                self.model.pack(self.which, layer, slot, first, rows, own[0], blocks.data, blocks.order)
+                self.model.pack(layer, slot, first, rows, own[0], blocks.data, blocks.order)
             else:
                 numbers = self.source.read(name, (rows, columns)).float().contiguous().numpy()
-                self.model.pack(self.which, layer, slot, first, rows, Source.F32, numbers)
+                self.model.pack(layer, slot, first, rows, Source.F32, numbers)
             first += rows
 
     def vector(self, layer: int, slot: int, parts: list[tuple[str, int]]) -> None:
@@ -69,7 +68,7 @@ def load_model(
     """
     inverse, scale = rope.frequencies(config)
     model = NativeModel(library, config, kv_dtype, np.ascontiguousarray(inverse.numpy()), scale)
-    packer = _Packer(model, source, choice, 0)
+    packer = _Packer(model, source, choice)
     head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
     packer.matrix(OUTSIDE, HEAD, [(head, config.vocabulary)], config.hidden)
     if not config.tied_embeddings:
