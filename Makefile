@@ -14,7 +14,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly test-gpu lint types format proto pins bench-overhead bench-engine profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu lint types format proto pins bench-overhead bench-engine profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ test: model ## all tests that need neither a GPU nor a night; ARGS="-k name" sel
 
 test-nightly: model ## the long tests
 	$(BIN)/python -m pytest -m "nightly and not gpu" $(ARGS)
+
+soak: model ## 10,000 requests through one worker of each role: flat memory, no slowdown (minutes)
+	$(BIN)/python -m pytest -m nightly -s tests/cluster/test_soak.py $(ARGS)
 
 test-gpu: model ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

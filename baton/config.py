@@ -19,6 +19,12 @@ TransportChoice = Literal["auto", "shm", "tcp"]
 RoleName = Literal["prefill", "decode"]
 
 
+def require_choice(field: str, value: object, choices: object) -> None:
+    """Raises ConfigError about a field whose value is none of a Literal's."""
+    known = get_args(choices)
+    require(value in known, field, f"{', '.join(known)}, not {value!r}")
+
+
 def require(condition: bool, field: str, message: str) -> None:
     """Raises ConfigError about a field unless the condition holds."""
     if not condition:
@@ -84,6 +90,8 @@ class WorkerConfig:
     """Sequences in one decode step."""
     chunk_tokens: int = 512
     """Prompt tokens computed in one prefill step."""
+    tpot_budget_ms: float = 0.0
+    """Bounds a decode step that also computes prompts in place; 0 goes by the objectives of the sequences in it."""
     max_ungranted: int = 4
     """A prefill worker starts no further prompt while this many of its prompts lack a grant."""
     threads: int = 1
@@ -101,9 +109,9 @@ class WorkerConfig:
         require(len(self.roles) == 1, "roles", "one of prefill and decode; both in one process are not built yet")
         require(self.transport in ("auto", "shm", "tcp"), "transport", f"auto, shm or tcp, not {self.transport!r}")
         for field, choices in (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice)):
-            known = get_args(choices)
-            require(getattr(self, field) in known, field, f"{', '.join(known)}, not {getattr(self, field)!r}")
+            require_choice(field, getattr(self, field), choices)
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):
             require(getattr(self, field) >= 1, field, f"must be at least 1, not {getattr(self, field)}")
         for field in ("lease_s", "handoff_deadline_s"):
             require(getattr(self, field) > 0, field, "must be positive")
+        require(self.tpot_budget_ms >= 0, "tpot_budget_ms", f"must not be negative, not {self.tpot_budget_ms}")

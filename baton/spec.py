@@ -69,7 +69,7 @@ class SequenceSpec:
 
     `output` are the tokens of earlier attempts, kept apart from `prompt` because penalties, `max_tokens` and usage
     depend on it. `max_tokens` counts all output, that of earlier attempts included. `deadline_s` is the time left
-    when the spec was received.
+    when the spec was received; `ttft_left_s` that until its first token is due, negative when it is late.
     """
 
     attempt: AttemptKey
@@ -85,6 +85,7 @@ class SequenceSpec:
     priority: int = 0
     deadline_s: float | None = None
     tenant_salt: str = ""
+    ttft_left_s: float | None = None
 
     def __post_init__(self) -> None:
         assert len(self.attempt) == 16, "an attempt key has 16 bytes"

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.rpc.worker_service import RouterSession
-from baton.spec import HandoffKey, SequenceSpec, TokenLogprobs
+from baton.spec import AttemptKey, HandoffKey, SequenceSpec, TokenLogprobs
+from baton.v1 import worker_pb2 as wire
+from kvtransfer.admission import Room
 from kvtransfer.handoff import Aborted
 
 
@@ -29,16 +31,49 @@ class Pending:
 
 
 @dataclass(slots=True)
+class PromptHere:
+    """Of a sequence whose prompt is computed on this worker: its own blocks, and what it took. Monotonic seconds."""
+
+    room: Room
+    digests: list[bytes]
+    started_at: float
+    queue_ms: float
+    first_token_at: float | None = None
+
+    def report(self, attempt: AttemptKey) -> wire.PrefillReport:
+        """What computing it cost."""
+        done = self.started_at if self.first_token_at is None else self.first_token_at
+        return wire.PrefillReport(
+            attempt=attempt,
+            queue_ms=self.queue_ms,
+            prefill_ms=(done - self.started_at) * 1e3,
+            cached_tokens=self.room.cached_tokens,
+        )
+
+
+@dataclass(slots=True)
 class Resident:
-    """A sequence that decodes here. `tokens` mirrors the engine's, for the prefix index; times are monotonic."""
+    """A sequence that decodes here. `tokens` mirrors the engine's and `computed` is how many of them have their KV;
+    times are monotonic. `prompt` is set where the prompt is computed here, `rank` orders such."""
 
     key: HandoffKey
     spec: SequenceSpec
     router: RouterSession
     tokens: list[int]
     resident_at: float
+    computed: int
     first_step_at: float | None = None
     ending: bool = field(default=False)
+    failure: str = ""
+    """Why it ends, where its own results could not be handled."""
+    prompt: PromptHere | None = None
+    rank: float = 0.0
+
+    @property
+    def uncomputed(self) -> int:
+        """Prompt tokens still to compute here."""
+        waits = self.prompt is not None and self.prompt.first_token_at is None
+        return len(self.tokens) - self.computed if waits else 0
 
 
 class Writers(Protocol):

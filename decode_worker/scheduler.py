@@ -1,25 +1,82 @@
-"""Which sequences a decode step works on: all residents, one token each (continuous batching)."""
+"""Which sequences a decode step works on: all residents, one token each (continuous batching), and beside them chunks
+of the prompts that are computed here, as large as the residents' objectives leave room for.
+
+A chunk makes every resident wait, so it may take what the strictest objective among them leaves of a step: then none
+is missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
+time, from the worker's own cost, in place of a number of tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from baton.cost import StepCost
 from baton.engine.api import Sequence, Work
 from baton.spec import AttemptKey
+
+LEAST_CHUNK = 16
+"""Tokens of a chunk where the objectives leave less: a prompt that has started must end."""
+MARGIN = 0.9
+"""Of what an objective leaves, what is used."""
+STRETCH = 3.0
+"""A step without objectives may take so many times as long with a chunk as without."""
 
 
 class DecodeScheduler:
     """Implements `baton.engine.runner.Scheduler`. Admission bounds the residents, so none ever waits for a turn."""
 
-    def __init__(self) -> None:
-        self._sequences: dict[AttemptKey, Sequence] = {}
+    def __init__(
+        self,
+        chunk_tokens: int = 512,
+        cost: Callable[[], StepCost] = StepCost,
+        tpot_budget_s: float | None = None,
+    ) -> None:
+        """`tpot_budget_s` bounds every step that has residents, whatever their objectives are."""
+        self._chunk_tokens, self._cost, self._budget_s = chunk_tokens, cost, tpot_budget_s
+        self._residents: dict[AttemptKey, Sequence] = {}
+        self._prompts: dict[AttemptKey, Sequence] = {}
 
     def add(self, sequence: Sequence) -> None:
-        """Joins from the next step on; all but its last token have their KV."""
-        self._sequences[sequence.key] = sequence
+        """Joins from the next step on. With more than its last token left to compute it is a prompt, until that is."""
+        if sequence.remaining == 1 and sequence.output_tokens > 0:
+            self._residents[sequence.key] = sequence
+            return
+        self._prompts[sequence.key] = sequence
+        self._prompts = dict(sorted(self._prompts.items(), key=lambda entry: entry[1].rank))  # stable
 
     def remove(self, key: AttemptKey) -> None:
         """See `Scheduler`."""
-        self._sequences.pop(key, None)
+        self._residents.pop(key, None)
+        self._prompts.pop(key, None)
 
     def pick(self) -> list[Work]:
-        """Every resident; what is left to compute of it is its last token."""
-        return [Work(sequence, sequence.remaining) for sequence in self._sequences.values()]
+        """Every resident with its last token, then prompts in order of rank."""
+        for key in [key for key, prompt in self._prompts.items() if self._is_computed(prompt)]:
+            self._residents[key] = self._prompts.pop(key)
+        batch = [Work(sequence, sequence.remaining) for sequence in self._residents.values()]
+        if not self._prompts:
+            return batch
+        left = self._chunk_tokens if not self._residents else self._chunk()
+        for prompt in self._prompts.values():
+            if left <= 0:
+                break
+            count = min(prompt.remaining, left)
+            batch.append(Work(prompt, count))
+            left -= count
+        return batch
+
+    def _chunk(self) -> int:
+        """Prompt tokens that this step has time for. Residents give way to no more than their objectives allow."""
+        cost = self._cost()
+        step = cost.decode(len(self._residents), sum(len(other.tokens) for other in self._residents.values()))
+        limits = [other.tpot_s for other in self._residents.values() if other.tpot_s is not None]
+        if self._budget_s is not None:
+            limits.append(self._budget_s)
+        spare = min(limits) * MARGIN - step if limits else (STRETCH - 1) * step
+        first = next(iter(self._prompts.values()))
+        return max(LEAST_CHUNK, cost.fits(spare, first.computed, self._chunk_tokens))
+
+    @staticmethod
+    def _is_computed(prompt: Sequence) -> bool:
+        """Its first token is drawn."""
+        return prompt.remaining == 1 and prompt.output_tokens > 0

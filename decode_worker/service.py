@@ -3,8 +3,7 @@
     GRANTED -> RECEIVING -> RESIDENT -> RELEASED       (`kvtransfer.grants` owns the states up to RESIDENT)
 
 A sequence's blocks are the ledger's. Until it is resident, whoever aborts it frees them through the ledger (perhaps
-after a quarantine). A resident's blocks are freed by `_release`, and only after the engine has confirmed, by the step
-that finished it or by `on_removed`, that no step touches them any more.
+after a quarantine). From then on `decode_worker.residents` has it; and a prompt that is computed here, from its start.
 """
 
 from __future__ import annotations
@@ -13,22 +12,24 @@ import time
 
 import structlog
 
+from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
 from baton.engine.load_report import load_report
-from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
 from baton.rpc.worker_service import RouterSession, WorkerService
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
+from decode_worker.direct import DirectPrompts
 from decode_worker.records import FirstToken, Pending, Resident, Writers
+from decode_worker.residents import Residents
 from decode_worker.scheduler import DecodeScheduler
+from kvtransfer.admission import Admission
 from kvtransfer.grants import GrantLedger
 from kvtransfer.handoff import Aborted, Grant, Refusal, RefusalReason
 from kvtransfer.outcomes import GrantState, LedgerLimits, Outcome
 from kvtransfer.pool import BlockPool
-from kvtransfer.prefix import block_digests
 from kvtransfer.transports.base import Transport
 
 SLOT_RETRY_S = 0.25
@@ -47,8 +48,11 @@ class DecodeRole:
         transports: dict[str, Transport],
         limits: LedgerLimits,
         max_sequences: int,
+        chunk_tokens: int,
         worker: WorkerService,
         counts: Counts,
+        model: CostModel | None = None,
+        tpot_budget_s: float | None = None,
     ) -> None:
         self.layout = engine.layout
         self.pool = pool
@@ -57,12 +61,21 @@ class DecodeRole:
         self.ledger = GrantLedger(pool, limits, self._on_abort)
         self.writers: Writers | None = None
         self._max_sequences = max_sequences
+        self._chunk_tokens = chunk_tokens
         self._worker = worker
         self._counts = counts
         self._pending: dict[HandoffKey, Pending] = {}
-        self._residents: dict[AttemptKey, Resident] = {}
         self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
-        self.runner = Runner(engine, DecodeScheduler(), self)
+        self._model = model or CostModel()
+        self._admission = Admission(pool, self.layout, fingerprint)
+        scheduler = DecodeScheduler(chunk_tokens, lambda: self._model.cost, tpot_budget_s)
+        self.residents = Residents(
+            engine, scheduler, self._model, self.ledger, pool, self._admission, fingerprint, counts, self._changed
+        )
+        self.runner = self.residents.runner
+        self._direct = DirectPrompts(
+            self.residents, self._admission, lambda: self._model.cost, chunk_tokens, self._has_slot, counts
+        )
         self._load = LoadReporter(worker, self._load_report)
 
     @property
@@ -70,7 +83,8 @@ class DecodeRole:
         """Counts of what this role holds, for `Admin.GetStatus`."""
         statistics = self.ledger.statistics()
         return {
-            "residents": len(self._residents),
+            "residents": len(self.residents),
+            "prompts_waiting": len(self._direct),
             "grants": statistics.granted + statistics.receiving,
             "aborting": statistics.aborting,
             "decode_tombstones": statistics.tombstones,
@@ -87,12 +101,11 @@ class DecodeRole:
             self._counts.add("handoffs_refused")
             return refusal or Refusal(key, RefusalReason.UNKNOWN_ROUTER, "no stream to this router")
         now = time.monotonic()
-        known = (*spec.prompt, *spec.output)
         answer = self.ledger.open(
             key,
             writer,
-            block_digests(known, self.layout.block_tokens, spec.tenant_salt, self.fingerprint),
-            self.layout.blocks_for(len(known)),
+            self._admission.digests(spec),
+            self.layout.blocks_for(spec.known_tokens),
             self.layout.blocks_for(spec.kv_tokens),
             now,
             None if spec.deadline_s is None else now + spec.deadline_s,
@@ -162,63 +175,34 @@ class DecodeRole:
     # -- the router's commands -----------------------------------------------------------------------------------
 
     def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
-        """See `RoleHandler`; only cancel concerns a decode worker."""
-        if frame.WhichOneof("body") == "cancel":
+        """See `RoleHandler`."""
+        kind = frame.WhichOneof("body")
+        if kind == "direct":
+            self._direct.command(router, frame.direct.spec)
+            self._load.changed()
+        elif kind == "cancel":
             self._cancel(router, frame.cancel.attempt)
 
     def on_router_lost(self, router: RouterSession) -> None:
         """See `RoleHandler`."""
-        lost = {resident.key.attempt for resident in self._residents.values() if resident.router is router}
+        lost = {resident.key.attempt for resident in self.residents if resident.router is router}
+        lost |= set(self._direct.of_router(router))
         lost |= {key.attempt for key, pending in self._pending.items() if pending.router is router}
         for attempt in lost:
             self._cancel(router, attempt)
 
     def _cancel(self, router: RouterSession, attempt: AttemptKey) -> None:
         cancelled = self.ledger.cancel(attempt, time.monotonic())
-        resident = self._residents.get(attempt)
-        if resident is not None:
-            if not resident.ending:
-                resident.ending = True
-                self.runner.remove(attempt)
+        if self.residents.cancel(attempt):
             return
+        waited = self._direct.cancel(attempt)
         waiting = [key for key in self._pending if key.attempt == attempt]
         for key in waiting:
             self._awaiting_proof[key] = router
             self._check_freed(key)
         if not waiting:
             router.send(freed=wire.Freed(attempt=attempt))
-        self._counts.add("cancels" if cancelled.aborted or waiting else "cancels_unknown")
-
-    # -- the engine's steps --------------------------------------------------------------------------------------
-
-    def on_step(self, report: StepReport) -> None:
-        """See `StepEvents`. One frame per router carries the tokens of all its sequences."""
-        frames: dict[int, tuple[RouterSession, list[wire.TokenRun]]] = {}
-        finished: list[tuple[Resident, StepItem]] = []
-        for item in report.items:
-            resident = self._residents.get(item.key)
-            if resident is None or resident.ending:
-                continue  # cancelled while the step ran
-            if resident.first_step_at is None:
-                resident.first_step_at = report.started
-            resident.tokens.extend(item.token_ids)
-            if item.token_ids:
-                _, runs = frames.setdefault(id(resident.router), (resident.router, []))
-                runs.append(run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
-            if item.finish is not None or report.error:
-                finished.append((resident, item))
-        for router, runs in frames.values():
-            router.send(tokens=wire.TokenFrame(runs=runs))
-        for resident, item in finished:
-            self._finish(resident, item, report)
-        self._load.changed()
-
-    def on_removed(self, key: AttemptKey) -> None:
-        """See `StepEvents`: the engine has let go of a cancelled sequence."""
-        resident = self._residents.get(key)
-        if resident is not None:
-            self._release(resident)
-            resident.router.send(freed=wire.Freed(attempt=key))
+        self._counts.add("cancels" if cancelled.aborted or waiting or waited else "cancels_unknown")
 
     async def stop(self) -> None:
         """Ends the engine's thread; whatever is resident is lost with it."""
@@ -237,11 +221,20 @@ class DecodeRole:
         if transport not in self.transports:
             offered = ", ".join(self.transports)
             return Refusal(key, RefusalReason.MISMATCH, f"transport differs: sender {transport}, receiver {offered}")
-        others = sum(other.attempt != key.attempt for other in self._pending)
-        if len(self._residents) + others >= self._max_sequences:
+        if not self._has_slot(key.attempt):
             message = f"all {self._max_sequences} sequence slots are taken"
             return Refusal(key, RefusalReason.NO_CAPACITY, message, SLOT_RETRY_S)
         return None
+
+    def _has_slot(self, attempt: AttemptKey = b"") -> bool:
+        """Whether one more sequence may run here, beside all others but this attempt."""
+        others = sum(other.attempt != attempt for other in self._pending)
+        return len(self.residents) + others < self._max_sequences
+
+    def _changed(self) -> None:
+        """Room may have come free."""
+        self._direct.start_waiting()
+        self._load.changed()
 
     def _settled(self, key: HandoffKey, outcome: Outcome) -> Outcome:
         if outcome is Outcome.RESIDENT:
@@ -259,10 +252,8 @@ class DecodeRole:
         known = spec.known_tokens
         sequence = Sequence.from_spec(spec, list(grant.table), computed=known)
         sequence.tokens.append(first.token)
-        self._residents[key.attempt] = Resident(
-            key, spec, pending.router, list(sequence.tokens), resident_at=time.monotonic()
-        )
-        self.runner.add(sequence)
+        tokens, now = list(sequence.tokens), time.monotonic()
+        self.residents.add(Resident(key, spec, pending.router, tokens, resident_at=now, computed=known), sequence)
         if self.writers is not None:
             self.writers.committed(pending.writer, key)
         pending.router.send(resident=wire.Resident(attempt=key.attempt, handoff=key.handoff))
@@ -270,26 +261,6 @@ class DecodeRole:
         logprobs = (first.logprobs,) if first.logprobs else ()
         run = run_to_wire(key.attempt, known, (first.token,), logprobs)
         pending.router.send(tokens=wire.TokenFrame(runs=[run]))
-        self._load.changed()
-
-    def _finish(self, resident: Resident, item: StepItem, report: StepReport) -> None:
-        self._release(resident)
-        ended = wire.Ended(attempt=item.key, output_tokens=len(resident.tokens) - len(resident.spec.prompt))
-        if report.error:
-            ended.status, ended.message = 13, f"decode failed: {report.error}"  # google.rpc.Code.INTERNAL
-        elif item.finish is not None:
-            ended.reason = int(item.finish)  # type: ignore[assignment]  # the same numbers
-        if resident.first_step_at is not None:
-            ended.first_step_wait_ms = (resident.first_step_at - resident.resident_at) * 1e3
-            ended.decode_ms = (report.started + report.seconds - resident.first_step_at) * 1e3
-        resident.router.send(ended=ended)
-
-    def _release(self, resident: Resident) -> None:
-        """Blocks whose tokens were all computed stay in the prefix cache for a next turn: the last token is not."""
-        del self._residents[resident.key.attempt]
-        computed = resident.tokens[:-1]
-        digests = block_digests(computed, self.layout.block_tokens, resident.spec.tenant_salt, self.fingerprint)
-        self.ledger.release(resident.key, time.monotonic(), digests)
         self._load.changed()
 
     def _on_abort(self, aborted: Aborted) -> None:
@@ -321,8 +292,10 @@ class DecodeRole:
     def _load_report(self) -> wire.LoadReport:
         return load_report(
             self.pool,
-            waiting=len(self._pending),
-            running=len(self._residents),
-            waiting_tokens=0,
-            resident_tokens=sum(len(resident.tokens) for resident in self._residents.values()),
+            waiting=len(self._pending) + len(self._direct),
+            running=len(self.residents),
+            waiting_tokens=self._direct.tokens,
+            resident_tokens=sum(len(resident.tokens) for resident in self.residents),
+            model=self._model,
+            chunk_tokens=self._chunk_tokens,
         )

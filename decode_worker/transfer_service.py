@@ -41,6 +41,8 @@ class WriterStream:
 
     def __init__(self, process: ProcessRef) -> None:
         self.process = process
+        self.error: errors.BatonError | None = None
+        """Why it was ended, where that was the writer's fault."""
         self._outgoing: asyncio.Queue[wire.ReceiverFrame | None] = asyncio.Queue()
         self._ended = False
 
@@ -118,6 +120,8 @@ class TransferService(TransferServicer):
             async with cancelling(reader):
                 async for frame in stream.outgoing():
                     yield frame
+            if stream.error is not None:
+                await abort(context, stream.error)
         finally:
             if self._streams.get(stream.process.incarnation) is stream:
                 del self._streams[stream.process.incarnation]
@@ -193,8 +197,9 @@ class TransferService(TransferServicer):
                 whole = assembler.add(frame.fragment) if frame.WhichOneof("body") == "fragment" else frame
                 if whole is not None:
                     self._take(stream, whole)
-        except errors.ResourceExhausted as error:
+        except (errors.ResourceExhausted, errors.InvalidArgument) as error:
             log.warning("control stream ended", writer=stream.process.name, error=str(error))
+            stream.error = error
         except Exception as error:  # a boundary: the stream ends, and the writer comes back with a new one
             log.error("unexpected error on a control stream", writer=stream.process.name, exc_info=error)
         finally:

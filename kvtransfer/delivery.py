@@ -6,9 +6,9 @@
                                     v
                                  FAILED ──rebind (a higher handoff number)──> AWAITING_GRANT
 
-The source blocks belong to the caller, who holds them until `may_release`: the handoff is over for good and no write
-reads them any more. A rebind starts over with the next receiver. Every handoff that a receiver may know and that is
-over without Committed is closed towards it, but only when none of its writes is under way: `Closed` is a promise.
+The source blocks belong to the caller, who holds them until the handoff is over for good and none is `in_flight`: no
+write reads them any more. A rebind starts over with the next receiver. Every handoff that a receiver may know and that
+is over without Committed is closed towards it, but only when none of its writes is under way: `Closed` is a promise.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ class Delivery:
         self._first_token_known = False
         self._ticket: Ticket | None = None
         self._next = 0  # the first index that was never handed out
-        self._again: list[int] = []  # handed out, failed, to be tried once more
         self._written = 0
         self._under_way: Counter[HandoffKey] = Counter()  # blocks in writes that have not returned
         self._to_close: set[HandoffKey] = set()
@@ -83,11 +82,6 @@ class Delivery:
     def delivered(self) -> bool:
         """Whether every block that the receiver lacked has been written to it."""
         return self._ticket is not None and self._written == len(self._ticket.writable)
-
-    @property
-    def may_release(self) -> bool:
-        """Whether the source blocks may be given back. In FAILED they may as well be kept, for a rebind."""
-        return self.state in (DeliveryState.RELEASED, DeliveryState.FAILED) and not self.in_flight
 
     def computed(self, tokens: int) -> None:
         """The KV of the first `tokens` tokens is in the source blocks. Never goes back."""
@@ -126,31 +120,25 @@ class Delivery:
     def take_moves(self, limit: int) -> list[BlockMove]:
         """At most `limit` blocks that can be written now, in the order of the sequence; they are under way from here.
 
-        Empty while nothing is ready. Continues after the commit only with what a failed write left behind.
+        Empty while nothing is ready, and after the commit.
         """
-        if self._ticket is None or self.state not in (DeliveryState.DELIVERING, DeliveryState.COMMITTING):
+        if self._ticket is None or self.state is not DeliveryState.DELIVERING:
             return []
-        end = self.complete_blocks
-        indices = self._again[:limit]
-        del self._again[: len(indices)]
-        fresh = range(self._next, min(end, self._next + limit - len(indices)))
-        self._next = max(self._next, fresh.stop)
-        self._under_way[self.key] += len(indices) + len(fresh)
-        return [BlockMove(self.source[i], self._ticket.blocks[i], i) for i in (*indices, *fresh)]
+        indices = range(self._next, min(self.complete_blocks, self._next + limit))
+        if not indices:
+            return []
+        self._next = indices.stop
+        self._under_way[self.key] += len(indices)
+        return [BlockMove(self.source[i], self._ticket.blocks[i], i) for i in indices]
 
     def written(self, key: HandoffKey, moves: Sequence[BlockMove]) -> None:
         """The transport has placed this batch."""
         if self._landed(key, moves):
             self._written += len(moves)
 
-    def write_failed(self, key: HandoffKey, moves: Sequence[BlockMove], reason: str, retry: bool = False) -> None:
-        """The transport has not placed this batch, or not all of it. With `retry` its blocks are to be taken again,
-        under the same grant; otherwise the handoff has failed."""
-        if not self._landed(key, moves):
-            return
-        if retry:
-            self._again = sorted([*self._again, *(move.index for move in moves)])
-        else:
+    def write_failed(self, key: HandoffKey, moves: Sequence[BlockMove], reason: str) -> None:
+        """The transport has not placed this batch, or not all of it: the handoff has failed."""
+        if self._landed(key, moves):
             self._end(reason, close=True)
 
     def take_commit(self) -> int | None:
@@ -158,7 +146,7 @@ class Delivery:
         known. None before and after. The data may still be under way: the receiver waits for it."""
         if self.state is not DeliveryState.DELIVERING or self._ticket is None or not self._first_token_known:
             return None
-        if self._again or self._next < len(self.source):
+        if self._next < len(self.source):
             return None
         self.state = DeliveryState.COMMITTING
         return len(self._ticket.writable)
@@ -219,7 +207,6 @@ class Delivery:
         self.reason = reason
         self._ticket = None
         self._next = self._written = 0
-        self._again.clear()
         if close:
             self._to_close.add(self.key)
         return True

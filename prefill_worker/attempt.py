@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 
 from baton.engine.runner import StepItem
 from baton.rpc.worker_service import RouterSession
-from baton.spec import AttemptKey, SequenceSpec
+from baton.spec import AttemptKey, FinishReason, HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
+from kvtransfer.handoff import RefusalReason
 from prefill_worker.outbound import Outbound
 from prefill_worker.sender import Sender
 
@@ -39,7 +40,7 @@ class State(enum.Enum):
 class Attempt:
     """Times are monotonic seconds. `in_engine`: a step may touch the blocks. `over`: nothing more is done for it, and
     its blocks go as soon as nothing touches them; `acknowledge` that to the router then. `hold_until`: when a computed
-    prompt that no decode worker takes is given up."""
+    prompt that no decode worker takes is given up. `rank` and `late` are the queue's."""
 
     spec: SequenceSpec
     router: RouterSession
@@ -60,6 +61,8 @@ class Attempt:
     outbound: Outbound | None = None
     sender: Sender | None = None
     hold_until: float | None = None
+    rank: float = 0.0
+    late: bool = False
 
     @property
     def key(self) -> AttemptKey:
@@ -88,6 +91,12 @@ class Attempt:
             outbound.first_logprobs = self.first.logprobs[0] if self.first.logprobs else None
             outbound.delivery.first_token()
 
+    def finished(self, reason: FinishReason) -> wire.Ended:
+        """Its first token was its last."""
+        ended = wire.Ended(attempt=self.key, output_tokens=len(self.spec.output) + 1)
+        ended.reason = reason.value  # type: ignore[assignment]  # the same numbers
+        return ended
+
     def report(self) -> wire.PrefillReport:
         """What it cost here."""
         done = self.first_token_at or time.monotonic()
@@ -106,3 +115,16 @@ class Attempt:
             report.transfer_blocks = cost.blocks
             report.transfer_cached_blocks = cost.cached_blocks
         return report
+
+
+def handoff_failed(
+    key: HandoffKey, reason: RefusalReason, message: str, retry_after_s: float | None
+) -> wire.HandoffFailed:
+    """A handoff came to nothing."""
+    return wire.HandoffFailed(
+        attempt=key.attempt,
+        handoff=key.handoff,
+        reason=wire.RefusalReason.Value(f"REFUSAL_REASON_{reason.name}"),
+        message=message,
+        retry_after_ms=None if retry_after_s is None else retry_after_s * 1e3,
+    )

@@ -69,6 +69,9 @@ class PairStream:
         self.up = False
         self.transport = ""
         """What blocks travel by while the stream is up."""
+        self.heard = 0
+        """The peer has acted on the stream's first so many frames: it has answered a renewal that came after them."""
+        self._sent = 0
         self._handshake, self._transports, self._events, self._executor = handshake, transports, events, executor
         self._lanes: Lanes[wire.SenderFrame] = Lanes(wire.SenderFrame)
         self._lease = PeerLease()
@@ -80,10 +83,13 @@ class PairStream:
         """There is something to say: connect, if it is down."""
         self._wanted.set()
 
-    def send(self, **body: object) -> None:
-        """Queues a frame; only while it is up."""
+    def send(self, **body: object) -> int:
+        """Queues a frame; only while it is up. Returns its number on this stream, to be compared with `heard`, which
+        holds for small frames: large ones may be overtaken."""
         assert self.up, "nothing is sent on a stream that is down"
         self._lanes.put(wire.SenderFrame(**body))  # type: ignore[arg-type]
+        self._sent += 1
+        return self._sent
 
     def may_write(self) -> bool:
         """Whether the lease on what the peer granted is valid. Safe on any thread."""
@@ -181,6 +187,7 @@ class PairStream:
     def _come_up(self, transport: str) -> None:
         self.transport = transport
         self._lanes.clear()
+        self._sent = self.heard = 0
         self.up = True
         self._events.stream_up()
         log.info("control stream up", peer=self.peer.name, transport=transport)
@@ -208,13 +215,14 @@ class PairStream:
             await asyncio.sleep(max(0.01, due - time.monotonic()))
             self._lease.asked(time.monotonic())
             self._renewed.clear()
-            self.send(renew=wire.RenewRequestFrame())
+            renewal = self.send(renew=wire.RenewRequestFrame())
             until = self._lease.deadline or 0.0
             try:
                 async with asyncio.timeout(max(0.01, until - time.monotonic())):
                     await self._renewed.wait()
             except TimeoutError:
                 raise errors.DeadlineExceeded("the lease on granted memory was not renewed") from None
+            self.heard = renewal
 
     def _end(self, message: str) -> None:
         self.closed = True

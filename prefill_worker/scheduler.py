@@ -1,6 +1,7 @@
-"""Which prompts a prefill step works on: as many tokens as the budget allows, oldest prompt first.
+"""Which prompts a prefill step works on: as many tokens as the budget allows, the most urgent prompt first.
 
-Long prompts are chunked; what a chunk leaves of the budget goes to the next prompts, so short ones are batched.
+Long prompts are chunked; what a chunk leaves of the budget goes to the next prompts, so short ones are batched. A more
+urgent prompt that starts later goes first from the next step on: that is preemption between chunks.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ class PrefillScheduler:
     """Implements `baton.engine.runner.Scheduler`. A sequence is out of it as soon as its first token is drawn."""
 
     def __init__(self, chunk_tokens: int) -> None:
-        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel waits."""
+        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits."""
         self._chunk_tokens = chunk_tokens
         self._sequences: dict[AttemptKey, tuple[Sequence, int]] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Its known tokens are the prompt; one token is drawn after them, no more."""
         self._sequences[sequence.key] = (sequence, len(sequence.tokens))
+        ordered = sorted(self._sequences.items(), key=lambda entry: entry[1][0].rank)  # stable: ties by arrival
+        self._sequences = dict(ordered)
 
     def remove(self, key: AttemptKey) -> None:
         """See `Scheduler`."""
         self._sequences.pop(key, None)
 
     def pick(self) -> list[Work]:
-        """At most `chunk_tokens` tokens, in order of arrival."""
+        """At most `chunk_tokens` tokens, in order of rank."""
         self._drop_computed()
         batch: list[Work] = []
         budget = self._chunk_tokens

@@ -2,7 +2,8 @@
 
 When the stream breaks, every handoff on it fails, and the router binds anew. What had been granted must still be closed
 towards the peer, which keeps those blocks in quarantine until it hears so: such closes are owed, and are the first
-thing said on the next stream.
+thing said on the next stream. A close that was said may be lost with its stream, so it is owed again when that breaks
+before the peer has answered a later renewal. To close twice does no harm.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Sender:
         self._incarnation = handshake().process.incarnation
         self._outbound: dict[AttemptKey, Outbound] = {}
         self._owed: dict[HandoffKey, str] = {}
+        self._said: dict[HandoffKey, tuple[int, str]] = {}  # closes that may be lost if the stream breaks
         self._stream = PairStream(peer, handshake, transports, self, executor)
         self._mover = Mover(self, executor, self._stream.may_write, deadline_s)
 
@@ -108,7 +110,9 @@ class Sender:
     def send_close(self, key: HandoffKey, reason: str) -> None:
         """See `Closer`."""
         if self._stream.up:
-            self._stream.send(close=wire.CloseNotice(attempt=key.attempt, handoff=key.handoff, reason=reason))
+            number = self._stream.send(close=wire.CloseNotice(attempt=key.attempt, handoff=key.handoff, reason=reason))
+            self._said = {k: said for k, said in self._said.items() if said[0] > self._stream.heard}
+            self._said[key] = number, reason
         elif not self.closed:
             self._owed[key] = reason
             self._stream.want()
@@ -134,6 +138,8 @@ class Sender:
 
     def stream_down(self, reason: RefusalReason, message: str) -> None:
         """See `PairEvents`."""
+        self._owed |= {key: why for key, (number, why) in self._said.items() if number > self._stream.heard}
+        self._said.clear()
         if self.closed:
             self._owed.clear()  # nobody is there to wait for them
         for outbound in list(self._outbound.values()):

@@ -12,24 +12,26 @@ from collections.abc import Callable
 import structlog
 
 from baton import errors
+from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
 from baton.engine.load_report import load_report
+from baton.engine.prompt_queue import PromptQueue
 from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import process_from_wire, run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
+from baton.rpc.results import TokenFrames, for_each
 from baton.rpc.worker_service import RouterSession, WorkerService
 from baton.spec import AttemptKey, FinishReason, HandoffKey
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
+from kvtransfer.admission import Admission
 from kvtransfer.delivery import Delivery
 from kvtransfer.handoff import RefusalReason
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
-from prefill_worker.admission import Admission
-from prefill_worker.attempt import Attempt, State
+from prefill_worker.attempt import Attempt, State, handoff_failed
 from prefill_worker.outbound import Outbound
-from prefill_worker.queue import PromptQueue
 from prefill_worker.scheduler import PrefillScheduler
 from prefill_worker.senders import Senders
 from prefill_worker.tombstones import Tombstones
@@ -57,6 +59,7 @@ class PrefillRole:
         handoff_deadline_s: float,
         worker: WorkerService,
         counts: Counts,
+        model: CostModel | None = None,
     ) -> None:
         self.layout = engine.layout
         self.pool = pool
@@ -65,10 +68,10 @@ class PrefillRole:
         self._counts = counts
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._started: dict[AttemptKey, Attempt] = {}
-        self._waiting = PromptQueue()
+        self._waiting: PromptQueue[Attempt] = PromptQueue()
         self._senders = Senders(handshake, transports, self, handoff_deadline_s, counts)
         self._tombstones = Tombstones()
-        self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self)
+        self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self, model)
         self._load = LoadReporter(worker, self._load_report)
 
     @property
@@ -110,11 +113,13 @@ class PrefillRole:
         if spec.attempt in self._tombstones:
             self._counts.add("late_messages")  # it is over, or its cancel came first, and that was acknowledged
             return
-        if obstacle := self._admission.obstacle(spec):
+        if obstacle := self._admission.obstacle(spec.known_tokens):
             router.send(ended=wire.Ended(attempt=spec.attempt, status=EXHAUSTED, message=obstacle))
             return
-        attempt = self._attempts[spec.attempt] = Attempt(spec, router)
-        self._waiting.push(attempt)
+        attempt = self._attempts[spec.attempt] = Attempt(spec, router, digests=self._admission.digests(spec))
+        cached = self._admission.cached(spec, attempt.digests)
+        work_s = self.runner.cost.prefill(spec.known_tokens - cached, cached, self._chunk_tokens)
+        self._waiting.push(attempt, work_s)
         self._start_waiting()
 
     def _bind(self, router: RouterSession, message: wire.BindCommand) -> None:
@@ -167,17 +172,18 @@ class PrefillRole:
     # -- computing -----------------------------------------------------------------------------------------------
 
     def _start_waiting(self) -> None:
-        """Starts prompts in turn, while the engine has less than two chunks ahead and decode workers keep up."""
-        while (attempt := self._waiting.first()) is not None:
-            ahead = sum(other.uncomputed for other in self._started.values() if other.in_engine)
-            ungranted = sum(not other.granted for other in self._started.values())
-            if (
-                ahead >= 2 * self._chunk_tokens
-                or ungranted >= self._max_ungranted
-                or not self._admission.reserve(attempt)
-            ):
+        """Starts prompts in turn while the engine has less than two chunks ahead of them and decode workers keep up."""
+        while (attempt := self._waiting.first(time.monotonic())) is not None:
+            started = self._started.values()
+            ahead = sum(other.uncomputed for other in started if other.in_engine and other.rank <= attempt.rank)
+            ungranted = sum(not other.granted for other in started)
+            if ahead >= 2 * self._chunk_tokens or ungranted >= self._max_ungranted:
+                break
+            room = self._admission.reserve(attempt.spec, attempt.digests, attempt.spec.known_tokens)
+            if room is None:
                 break
             self._waiting.remove(attempt)
+            attempt.blocks, attempt.cached_tokens = list(room.blocks), room.cached_tokens
             self._start(attempt)
         self._load.changed()
 
@@ -187,38 +193,42 @@ class PrefillRole:
         attempt.started_at = time.monotonic()
         attempt.in_engine = True
         attempt.computed = attempt.cached_tokens
-        self.runner.add(Sequence.from_spec(attempt.spec, attempt.blocks, attempt.cached_tokens))
+        self.runner.add(Sequence.from_spec(attempt.spec, attempt.blocks, attempt.cached_tokens, attempt.rank))
         attempt.router.send(
             started=wire.Started(attempt=attempt.key, queue_ms=attempt.queue_ms, cached_tokens=attempt.cached_tokens)
         )
 
     def on_step(self, report: StepReport) -> None:
-        """See `StepEvents`."""
-        first_tokens: dict[int, tuple[RouterSession, list[wire.TokenRun]]] = {}
-        drawn: list[tuple[Attempt, StepItem]] = []
-        for item in report.items:
-            attempt = self._attempts.get(item.key)
-            if attempt is None:
-                continue
-            attempt.in_engine = not (item.token_ids or report.error)
-            if attempt.over:
-                continue  # `on_removed` follows
-            if report.error:
-                self._fail(attempt, INTERNAL, f"prefill failed: {report.error}")
-                continue
-            attempt.computed = item.computed
-            if item.token_ids:
-                _, runs = first_tokens.setdefault(id(attempt.router), (attempt.router, []))
-                runs.append(run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
-                drawn.append((attempt, item))
-            elif attempt.outbound is not None and attempt.sender is not None:
-                attempt.outbound.delivery.computed(attempt.computed)
-                attempt.sender.advance(attempt.outbound)
-        for router, runs in first_tokens.values():
-            router.send(tokens=wire.TokenFrame(runs=runs))
-        for attempt, item in drawn:
-            self._first_token(attempt, item, report.started + report.seconds)
+        """See `StepEvents`. What raises for one sequence ends that one alone."""
+        frames = TokenFrames()
+        for_each(report.items, lambda item: self._computed(item, report, frames), self._broken)
+        frames.send()
+        drawn = [item for item in report.items if item.token_ids]
+        for_each(drawn, lambda item: self._first_token(item, report.started + report.seconds), self._broken)
         self._start_waiting()
+
+    def _computed(self, item: StepItem, report: StepReport, frames: TokenFrames) -> None:
+        attempt = self._attempts.get(item.key)
+        if attempt is None:
+            return
+        attempt.in_engine = not (item.token_ids or report.error)
+        if attempt.over:
+            return  # `on_removed` follows
+        if report.error:
+            self._fail(attempt, INTERNAL, f"prefill failed: {report.error}")
+            return
+        attempt.computed = item.computed
+        if item.token_ids:
+            frames.add(attempt.router, run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
+        elif attempt.outbound is not None and attempt.sender is not None:
+            attempt.outbound.delivery.computed(attempt.computed)
+            attempt.sender.advance(attempt.outbound)
+
+    def _broken(self, item: StepItem, reason: str) -> None:
+        self._counts.add("results_failed")
+        attempt = self._attempts.get(item.key)
+        if attempt is not None and not attempt.over:
+            self._fail(attempt, INTERNAL, f"prefill failed: {reason}")
 
     def on_removed(self, key: AttemptKey) -> None:
         """See `StepEvents`."""
@@ -227,10 +237,13 @@ class PrefillRole:
             attempt.in_engine = False
             self._release_if_idle(attempt)
 
-    def _first_token(self, attempt: Attempt, item: StepItem, now: float) -> None:
+    def _first_token(self, item: StepItem, now: float) -> None:
+        attempt = self._attempts.get(item.key)
+        if attempt is None or attempt.over:
+            return
         attempt.first, attempt.first_token_at = item, now
         attempt.state = State.DELIVERING
-        self._admission.remember(attempt)
+        self._admission.remember(attempt.blocks, attempt.digests)
         if item.finish is not None:
             self._finish(attempt, item.finish)
             return
@@ -243,10 +256,7 @@ class PrefillRole:
     def _finish(self, attempt: Attempt, reason: FinishReason) -> None:
         """The first token was the last one: nobody needs the KV."""
         attempt.router.send(prefill_report=attempt.report())
-        output = len(attempt.spec.output) + 1
-        ended = wire.Ended(attempt=attempt.key, output_tokens=output)
-        ended.reason = reason.value  # type: ignore[assignment]  # the same numbers
-        attempt.router.send(ended=ended)
+        attempt.router.send(ended=attempt.finished(reason))
         self._end(attempt, acknowledge=False)
 
     # -- the handoff (`OutboundEvents`) --------------------------------------------------------------------------
@@ -277,15 +287,7 @@ class PrefillRole:
         log.info("handoff failed", request=request, handoff=str(outbound.key), reason=reason.name, message=message)
         attempt.granted = False
         attempt.hold_until = time.monotonic() + HOLD_S
-        attempt.router.send(
-            handoff_failed=wire.HandoffFailed(
-                attempt=attempt.key,
-                handoff=outbound.key.handoff,
-                reason=wire.RefusalReason.Value(f"REFUSAL_REASON_{reason.name}"),
-                message=message,
-                retry_after_ms=None if retry_after_s is None else retry_after_s * 1e3,
-            )
-        )
+        attempt.router.send(handoff_failed=handoff_failed(outbound.key, reason, message, retry_after_s))
 
     def settled(self, outbound: Outbound) -> None:
         """See `OutboundEvents`."""
@@ -346,4 +348,6 @@ class PrefillRole:
             running=len(self._started),
             waiting_tokens=self._waiting.tokens + computing,
             resident_tokens=self.pool.statistics().held * self.layout.block_tokens,
+            model=self.runner.model,
+            chunk_tokens=self._chunk_tokens,
         )

@@ -51,7 +51,7 @@ class Attempt:
         self.decode = worker
         self.holding.add(worker)
         worker.decode.bind(self.key, demand)
-        leave = self.handoffs.bound(worker.name)
+        leave = self.handoffs.bound(worker.process.incarnation)
         left = None if leave is None else self._left.pop(leave, None)
         self.holding -= {left}
         return HandoffKey(self.key, self.handoffs.number), left
@@ -60,15 +60,14 @@ class Attempt:
         """The current handoff came to nothing. Returns how long to wait before asking the same worker again."""
         self.unbind()
         if reason in UNCERTAIN:
-            self._left[worker.name] = worker
+            self._left[worker.process.incarnation] = worker
             self.holding.add(worker)
-        return self.handoffs.failed(worker.name, reason, message, retry_after_s)
+        return self.handoffs.failed(worker.process.incarnation, reason, message, retry_after_s)
 
     def readopt(self, worker: Worker, demand: Demand) -> bool:
         """The sequence did arrive at a worker whose handoff was given up; False where it was not given up there."""
-        if self._left.get(worker.name) is not worker:
+        if self._left.pop(worker.process.incarnation, None) is None:
             return False
-        del self._left[worker.name]
         self.decode = worker
         worker.decode.bind(self.key, demand)
         return True

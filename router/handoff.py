@@ -36,7 +36,10 @@ UNCERTAIN = frozenset({Refusal.UNSPECIFIED, Refusal.UNREACHABLE, Refusal.EXPIRED
 
 
 class Handoffs:
-    """The handoffs of one attempt: how many there were, whom not to ask, and how long to wait before the next."""
+    """The handoffs of one attempt: how many there were, whom not to ask, and how long to wait before the next.
+
+    Workers go by incarnation: one that has started again under its name has neither refused nor holds anything.
+    """
 
     def __init__(self) -> None:
         self.number = 0

@@ -19,6 +19,7 @@ import structlog
 
 from baton.config import RoleName
 from baton.errors import BatonError, InvalidArgument, Mismatch, NotFound, Unavailable
+from baton.rpc import net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
@@ -28,6 +29,7 @@ from router.worker import ModelCard, Registration, Worker
 from router.worker_link import WorkerLink
 
 NOBODY_RETRY_S = 1.0
+PROBE_S = 0.25
 LEFT = "it left"
 """A worker that says goodbye is no cause for alarm."""
 log = structlog.get_logger(__name__)
@@ -105,12 +107,18 @@ class Registry:
             )
         return self.models[name]
 
-    def register(self, given: Registration) -> Worker:
+    async def register(self, given: Registration) -> Worker:
         """A worker joins, or confirms that it is there.
 
-        A new incarnation of a name ends the old one. Raises Mismatch when its model differs from that of the same
-        name; Unavailable when the router is closing.
+        A new incarnation of a name takes the place of an old one that is gone. Raises InvalidArgument while the old one
+        lives: two that both renew would evict each other for ever. Mismatch when its model differs from that of the
+        same name; Unavailable when the router is closing.
         """
+        known = self._workers.get(given.process.name)
+        if known is not None and await _lives_beside(known, given):
+            where = known.process.address
+            message = f"{known.name!r} is the name of a live worker at {where}; this one needs another"
+            raise InvalidArgument("worker.name", message)
         if self._closed:
             raise Unavailable("the router is shutting down", NOBODY_RETRY_S)
         known = self._workers.get(given.process.name)
@@ -246,6 +254,16 @@ class Registry:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+async def _lives_beside(known: Worker, given: Registration) -> bool:
+    """Whether `known` is another process, and alive: its stream is up. That of one that has just died may still seem
+    to be, so its address is asked; and who serves at that address now is its successor."""
+    if not known.link.attached or known.process.incarnation == given.process.incarnation:
+        return False
+    if known.process.address == given.process.address:
+        return False
+    return await net.listens(known.process.address, PROBE_S) and known.link.attached
 
 
 def check_card(ours: ModelCard, theirs: ModelCard) -> None:

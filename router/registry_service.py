@@ -28,10 +28,11 @@ class RegistryService(RegistryServicer):
         self._registry, self._router = registry, router
 
     async def Register(self, request: wire.RegisterRequest, context: Any) -> wire.RegisterResponse:
-        """FAILED_PRECONDITION names the field and both values when the model is not that of the others."""
+        """FAILED_PRECONDITION names the field and both values when the model is not that of the others;
+        INVALID_ARGUMENT the name when a live worker has it."""
 
         async def register() -> wire.RegisterResponse:
-            self._registry.register(read_registration(request))
+            await self._registry.register(read_registration(request))
             return wire.RegisterResponse(router=process_to_wire(self._router()), lease_ms=self._lease_ms)
 
         return await _answer(register(), context)

@@ -197,7 +197,8 @@ class Requests:
         """See `Port`."""
         _, model = self._live[request.key]
         workers = model.reachable("decode")
-        excluded = request.attempt.handoffs.excluded
+        refusers = request.attempt.handoffs.excluded
+        excluded = {worker.name for worker in workers if worker.process.incarnation in refusers}
         decision = pick_decode([worker.decode_load() for worker in workers], request.order.demand, excluded, avoid)
         if decision is None:
             return None
@@ -216,7 +217,6 @@ class Requests:
                     attempt=key.attempt,
                     handoff=key.handoff,
                     decode_worker=process_to_wire(decode.process),
-                    transports=decode.registration.transports,
                 )
             )
         )

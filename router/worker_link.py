@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import structlog
 
-from baton.errors import ResourceExhausted, TransferError
+from baton.errors import InvalidArgument, ResourceExhausted, TransferError
 from baton.rpc import net
 from baton.rpc.convert import process_to_wire
 from baton.rpc.link import GRACE_S, Session, read_frames
@@ -156,6 +156,8 @@ class WorkerLink:
             return "the worker is silent"
         except TransferError as error:
             return str(error)
+        except (ResourceExhausted, InvalidArgument) as error:
+            return Gone(f"a message of its is lost: {error}")
         finally:
             self._call = None
         return "the worker ended the stream"

@@ -15,7 +15,7 @@ from baton.cli.output import console
 from baton.cli.picture import draw
 from baton.cli.up import fetch
 from baton.client import Client, Completion
-from baton.config import DEFAULT_MODEL, TransportChoice
+from baton.config import DEFAULT_MODEL, KernelChoice, KvChoice, TransportChoice, WeightChoice
 from baton.launch.cluster import ClusterConfig, LocalCluster
 
 QUESTIONS = ("What is the capital of France?", "What is the chemical symbol for water?", "What is 2 + 2?")
@@ -27,10 +27,16 @@ def demo(
     *,
     model: Annotated[str, Parameter(help="What to serve; see `baton prefill --help`.")] = DEFAULT_MODEL,
     transport: Annotated[TransportChoice, Parameter(help="How KV blocks move.")] = "auto",
+    kernels: Annotated[KernelChoice, Parameter(help="What computes: native, torch, or what there is.")] = "auto",
+    weights: Annotated[WeightChoice, Parameter(help="The weights' format.")] = "auto",
+    kv_dtype: Annotated[KvChoice, Parameter(help="int8 halves the KV; auto keeps it as it is computed.")] = "auto",
 ) -> None:
     """Show it all: start one prefill and one decode worker, answer three prompts at once, draw where the time went."""
     name = fetch(model)
-    run(lambda: _show(ClusterConfig(model=model, transport=transport, listen="127.0.0.1:0"), name))
+    config = ClusterConfig(
+        model=model, transport=transport, kernels=kernels, weights=weights, kv_dtype=kv_dtype, listen="127.0.0.1:0"
+    )
+    run(lambda: _show(config, name))
 
 
 async def _show(config: ClusterConfig, name: str) -> None:

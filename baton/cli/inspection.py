@@ -6,11 +6,10 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
-from rich.table import Table
 
 from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
-from baton.cli.output import console, print_json, to_dict
+from baton.cli.output import print_json, print_table, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
 
 T = TypeVar("T")
@@ -23,7 +22,7 @@ def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
         print_json([to_dict(worker) for worker in found])
         return
     columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "transports"
-    _print_table(columns, [_worker_row(worker) for worker in found])
+    print_table(columns, [_worker_row(worker) for worker in found])
 
 
 def _worker_row(worker: WorkerInfo) -> list[str]:
@@ -58,7 +57,7 @@ def models(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
         ]
         for entry in found
     ]
-    _print_table(("name", "context", "prefill", "decode", "fingerprint"), rows)
+    print_table(("name", "context", "prefill", "decode", "fingerprint"), rows)
 
 
 def status(address: str | None = None, /, *, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
@@ -73,7 +72,7 @@ def status(address: str | None = None, /, *, server: Server = DEFAULT_SERVER, js
     if json:
         print_json(to_dict(found))
     else:
-        _print_table(("what", "value"), _status_rows(found))
+        print_table(("what", "value"), _status_rows(found))
 
 
 def _status_rows(found: ProcessStatus) -> list[list[str]]:
@@ -84,10 +83,12 @@ def _status_rows(found: ProcessStatus) -> list[list[str]]:
         ["roles", ", ".join(found.roles) or "router"],
         ["resident memory", f"{found.resident_bytes / 1e6:.0f} MB"],
     ]
+    if found.weight_bytes:
+        rows.append(["weights", f"{found.weight_bytes / 1e6:.0f} MB"])
     if found.pool is not None:
         pool = found.pool
         states = f"{pool.free} free, {pool.held} held, {pool.cached} cached, {pool.quarantined} quarantined"
-        rows.append(["pool", f"{pool.blocks} blocks: {states}"])
+        rows.append(["pool", f"{pool.bytes / 1e6:.0f} MB, {pool.blocks} blocks: {states}"])
         rows.append(["pool integrity", pool.integrity_error or "ok"])
     rows += [[f"live {name}", str(value)] for name, value in sorted(found.live.items())]
     rows += [[f"count {name}", str(value)] for name, value in sorted(found.counters.items())]
@@ -124,10 +125,3 @@ def _ask(address: str, question: Callable[[Client], Coroutine[Any, Any, T]]) -> 
             return await question(client)
 
     return run(main)
-
-
-def _print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)

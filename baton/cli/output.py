@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
+from rich.table import Table
 
 from baton.client.types import Event, Finished, Tokens
 from baton.errors import BatonError, FieldError, Internal, InvalidArgument, Retryable
@@ -25,6 +26,14 @@ def console(file: TextIO | None = None) -> Console:
     """As wide as the terminal; plain, without markup of our own text."""
     target = file or sys.stdout
     return Console(file=target, width=None if target.isatty() else WIDE, highlight=False, markup=False)
+
+
+def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Left-aligned, without lines."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
 
 
 def print_json(value: Any) -> None:

@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 from baton.cli.flags import debug_errors, run
 
-# TransportChoice, LogLevel and LogFormat stand in annotations that the flag class inherits as text, looked up here.
-from baton.config import TransportChoice  # noqa: F401
+# The names of choices stand in annotations that the flag class inherits as text, looked up here.
+from baton.config import KernelChoice, KvChoice, TransportChoice, WeightChoice  # noqa: F401
 from baton.launch.cluster import ClusterConfig, LocalCluster, LogFormat, LogLevel  # noqa: F401
 from baton.launch.lifetime import stop_on_signals
 

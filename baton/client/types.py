@@ -254,11 +254,12 @@ class PoolStatus:
     cached: int
     quarantined: int
     integrity_error: str
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessStatus:
-    """What one process holds. `pool` is None and `roles` empty on a router."""
+    """What one process holds. `pool` is None, `roles` empty and `weight_bytes` 0 on a router."""
 
     name: str
     incarnation: str
@@ -268,3 +269,4 @@ class ProcessStatus:
     live: dict[str, int]
     counters: dict[str, int]
     resident_bytes: int
+    weight_bytes: int = 0

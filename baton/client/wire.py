@@ -210,7 +210,8 @@ def status_from_wire(message: admin.GetStatusResponse) -> types.ProcessStatus:
     pool = None
     if message.HasField("pool"):
         seen = message.pool
-        pool = types.PoolStatus(seen.blocks, seen.free, seen.held, seen.cached, seen.quarantined, seen.integrity_error)
+        states = seen.free, seen.held, seen.cached, seen.quarantined
+        pool = types.PoolStatus(seen.blocks, *states, seen.integrity_error, seen.bytes)
     return types.ProcessStatus(
         name=message.process.name,
         incarnation=message.process.incarnation,
@@ -220,6 +221,7 @@ def status_from_wire(message: admin.GetStatusResponse) -> types.ProcessStatus:
         live=dict(message.live),
         counters=dict(message.counters),
         resident_bytes=message.resident_bytes,
+        weight_bytes=message.weight_bytes,
     )
 
 

@@ -18,8 +18,9 @@ from kvtransfer.layout import KvLayout
 class Sequence:
     """A sequence on this worker. Owned by the engine thread between `Runner.submit(add)` and its removal.
 
-    `tokens` is prompt followed by output; `tokens[:computed]` have their KV in `blocks`. `engine_state` is the
-    engine's own (a block table tensor, penalty counts); nobody else touches it.
+    `tokens` is prompt followed by output; `tokens[:computed]` have their KV in `blocks`. `rank` orders prompts, the
+    smallest first; `tpot_s` is the objective for a step. `engine_state` is the engine's own (a block table tensor,
+    penalty counts), and nobody else's.
     """
 
     key: AttemptKey
@@ -29,13 +30,18 @@ class Sequence:
     computed: int
     sampling: Sampling
     rule: StopRule = NEVER_STOP
+    rank: float = 0.0
+    tpot_s: float | None = None
     engine_state: object = field(default=None, repr=False)
 
     @classmethod
-    def from_spec(cls, spec: SequenceSpec, blocks: list[int], computed: int = 0) -> Sequence:
+    def from_spec(cls, spec: SequenceSpec, blocks: list[int], computed: int = 0, rank: float = 0.0) -> Sequence:
         """`blocks` cover at least the positions that will be computed here, in order of position."""
         tokens = [*spec.prompt, *spec.output]
-        return cls(spec.attempt, tokens, len(spec.prompt), blocks, computed, spec.sampling, StopRule.of(spec))
+        tpot = None if spec.objectives.tpot_ms is None else spec.objectives.tpot_ms / 1e3
+        return cls(
+            spec.attempt, tokens, len(spec.prompt), blocks, computed, spec.sampling, StopRule.of(spec), rank, tpot
+        )
 
     @property
     def output_tokens(self) -> int:

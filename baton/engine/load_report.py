@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from baton.cost import CostModel
 from baton.v1 import worker_pb2 as wire
 from kvtransfer.pool import BlockPool
 
 
 def load_report(
-    pool: BlockPool, *, waiting: int, running: int, waiting_tokens: int, resident_tokens: int
+    pool: BlockPool,
+    *,
+    waiting: int,
+    running: int,
+    waiting_tokens: int,
+    resident_tokens: int,
+    model: CostModel,
+    chunk_tokens: int,
 ) -> wire.LoadReport:
     """The pool's books, with what a role knows of its queue and its sequences."""
     statistics = pool.statistics()
@@ -20,4 +28,22 @@ def load_report(
         held_blocks=statistics.held,
         quarantined_blocks=statistics.quarantined,
         resident_tokens=resident_tokens,
+        cost=cost_to_wire(model, chunk_tokens),
+    )
+
+
+def cost_to_wire(model: CostModel, chunk_tokens: int) -> wire.StepCost | None:
+    """None before anything was measured."""
+    cost = model.cost
+    if not (cost.knows_prefill or cost.knows_decode):
+        return None
+    return wire.StepCost(
+        chunk=cost.chunk,
+        per_token=cost.per_token,
+        per_pair=cost.per_pair,
+        step=cost.step,
+        per_sequence=cost.per_sequence,
+        per_resident=cost.per_resident,
+        error=model.error,
+        chunk_tokens=chunk_tokens,
     )

@@ -22,6 +22,11 @@ class Model:
         inverse, self._rope_scaling = rope.frequencies(config)
         self._inverse_frequencies = inverse.to(weights.embedding.device)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all tensors, each counted once."""
+        return self._weights.bytes
+
     def forward(self, plan: Plan, pool: KvPool) -> torch.Tensor:
         """Writes the KV of the step's tokens and returns float32 logits [sampled rows, vocabulary]."""
         weights = self._weights

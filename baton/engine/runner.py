@@ -19,6 +19,7 @@ from typing import Protocol
 
 import structlog
 
+from baton.cost import CostModel, StepCost, StepShape, pairs
 from baton.engine.api import Engine, Sampled, Sequence, Work
 from baton.spec import AttemptKey, FinishReason, TokenLogprobs
 
@@ -75,13 +76,22 @@ class StepEvents(Protocol):
 class Runner:
     """Runs an engine under a scheduler on a thread of its own. Use from the event loop."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, events: StepEvents) -> None:
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, events: StepEvents, model: CostModel | None = None
+    ) -> None:
+        """`model` learns from every step; a new one where none was measured before."""
         self._engine, self._scheduler, self._events = engine, scheduler, events
+        self.model = model or CostModel()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def cost(self) -> StepCost:
+        """What steps cost, as learned so far. May be read from any thread."""
+        return self.model.cost
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in; its blocks must stay held until it is out again."""
@@ -125,7 +135,7 @@ class Runner:
             return
 
     def _step(self, batch: list[Work]) -> StepReport:
-        started = time.monotonic()
+        shape, started = shape_of(batch), time.monotonic()
         try:
             sampled = self._engine.step(batch)
         except Exception as error:  # a boundary: these sequences fail, the worker lives on
@@ -134,6 +144,7 @@ class Runner:
                 self._scheduler.remove(work.sequence.key)
             items = tuple(StepItem(work.sequence.key, 0, 0, (), (), None) for work in batch)
             return StepReport(started, time.monotonic() - started, items, f"{type(error).__name__}: {error}")
+        self.model.observe(shape, time.monotonic() - started)
         items = tuple(self._advance(work.sequence, drawn) for work, drawn in zip(batch, sampled, strict=True))
         return StepReport(started, time.monotonic() - started, items)
 
@@ -162,3 +173,17 @@ class Runner:
             self._loop.call_soon_threadsafe(callback, argument)
         except RuntimeError:  # the event loop is closed: the process ends and nobody is left to hear it
             self._stopping = True
+
+
+def shape_of(batch: list[Work]) -> StepShape:
+    """What a step will compute, before it does: one token of a sequence counts as decoding."""
+    new = resident = sequences = 0
+    attended = 0.0
+    for work in batch:
+        if work.count == 1:
+            sequences += 1
+            resident += work.sequence.computed + 1
+        else:
+            new += work.count
+            attended += pairs(work.count, work.sequence.computed)
+    return StepShape(new, attended, sequences, resident)

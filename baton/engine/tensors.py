@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from baton.engine.config import ModelConfig
 from baton.engine.gguf_file import GgufFile
+from baton.engine.gguf_names import LAYER_NAME, gguf_name
 from baton.engine.metadata import Metadata, read_json
 from baton.engine.models import ResolvedModel
 from baton.errors import ModelFileError
@@ -48,36 +48,6 @@ def open_tensors(model: ResolvedModel, config: ModelConfig) -> TensorSource:
     return GgufTensors(GgufFile(model.path), config) if model.is_gguf else SafetensorsFolder(model)
 
 
-_GGUF_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_GGUF_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
-
-
-def gguf_name(name: str) -> str:
-    """What a GGUF file calls the tensor that a Hugging Face checkpoint calls `name`."""
-    match = _LAYER_NAME.fullmatch(name)
-    if match is None:
-        return _GGUF_NAMES[name]
-    layer, module, kind = match.groups()
-    return f"blk.{layer}.{_GGUF_LAYER_NAMES[module]}.{kind}"
-
-
 class GgufTensors:
     """A TensorSource that dequantises."""
 
@@ -107,7 +77,7 @@ class GgufTensors:
         return Blocks(data, _to_half_split(torch.arange(shape[0], dtype=torch.int32), heads).numpy())
 
     def _heads_to_reorder(self, name: str) -> int | None:
-        match = _LAYER_NAME.fullmatch(name)
+        match = LAYER_NAME.fullmatch(name)
         return self._rotated_heads.get(match.group(2)) if match else None
 
 

@@ -52,6 +52,11 @@ class TorchEngine(Stepper):
         """What computes, for logs."""
         return f"torch {torch.__version__}"
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights."""
+        return self._model.weight_bytes
+
     @torch.inference_mode()
     def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
         plan = make_plan(batch, self._pool)

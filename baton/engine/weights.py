@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -37,6 +37,19 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     head: torch.Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors, each counted once."""
+        held = [value for layer in self.layers for value in _tensors_of(layer)]
+        outside = {id(tensor): tensor for tensor in (self.embedding, self.norm, self.head)}
+        return sum(tensor.nbytes for tensor in (*held, *outside.values()))
+
+
+def _tensors_of(layer: LayerWeights) -> list[torch.Tensor]:
+    """The tensors that the layer has."""
+    found = (getattr(layer, each.name) for each in fields(layer))
+    return [tensor for tensor in found if tensor is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,17 @@ from types import TracebackType
 from typing import Literal, Self
 
 import baton
-from baton.config import DEFAULT_LISTEN, DEFAULT_MODEL, RoleName, TransportChoice, require
+from baton.config import (
+    DEFAULT_LISTEN,
+    DEFAULT_MODEL,
+    KernelChoice,
+    KvChoice,
+    RoleName,
+    TransportChoice,
+    WeightChoice,
+    require,
+    require_choice,
+)
 from baton.errors import Unavailable
 from baton.launch.child import Child, Sink
 from baton.rpc.net import cancelling, format_address, parse_address
@@ -39,7 +49,7 @@ ROUTER_STOP_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """A local cluster; each worker gets the same settings."""
+    """A local cluster; each worker gets the same settings, but for those that name a role."""
 
     prefill: int = 1
     """Prefill workers."""
@@ -57,6 +67,16 @@ class ClusterConfig:
     """cpu, or auto, which is the same today."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the device is good at."""
+    kernels: KernelChoice = "auto"
+    """native: compiled for this processor; torch: slower, equally right; auto: native where it can be had."""
+    weights: WeightChoice = "auto"
+    """bf16, int8, int4 (native kernels only), or auto: a file's own 4-bit or 8-bit grid, else bf16."""
+    prefill_weights: WeightChoice | None = None
+    """The same for prefill workers alone, which are bound by arithmetic."""
+    decode_weights: WeightChoice | None = None
+    """The same for decode workers alone, which are bound by memory bandwidth."""
+    kv_dtype: KvChoice = "auto"
+    """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
     pool_tokens: int = 32_768
     """Tokens whose KV each worker's block pool holds."""
     chunk_tokens: int = 512
@@ -75,6 +95,11 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for field in ("prefill", "decode"):
             require(getattr(self, field) >= 1, field, f"at least 1, not {getattr(self, field)}")
+        for field, choices in (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice)):
+            require_choice(field, getattr(self, field), choices)
+        for field in ("prefill_weights", "decode_weights"):
+            if getattr(self, field) is not None:
+                require_choice(field, getattr(self, field), WeightChoice)
         require(self.start_s > 0, "start_s", "must be positive")
         require(not (self.pin and self.threads > 1), "threads", "with --pin each worker has one core, so 1")
         parse_address(self.listen, "listen")
@@ -182,12 +207,16 @@ class LocalCluster:
             "transport",
             "device",
             "dtype",
+            "kernels",
+            "kv_dtype",
             "pool_tokens",
             "chunk_tokens",
             "max_sequences",
             "threads",
         ):
             flags += [f"--{field.replace('_', '-')}", str(getattr(config, field))]
+        own = config.prefill_weights if role == "prefill" else config.decode_weights
+        flags += ["--weights", own or config.weights]
         if config.pin:
             flags += ["--pin", str(core_of(role, index, sorted(os.sched_getaffinity(0))))]
         return [*flags, *self._worker_flags]

@@ -14,10 +14,11 @@ from typing import Protocol
 import structlog
 
 from baton.config import WorkerConfig
+from baton.cost import CostModel
 from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
-from baton.launch.worker_admin import WorkerAdmin
+from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
@@ -72,6 +73,10 @@ class Parts:
     transports: dict[str, Transport] = field(default_factory=dict)
     roles: list[Role] = field(default_factory=list)
     transfer: TransferService | None = None
+    check_books: Callable[[], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.check_books = self.pool.check_integrity
 
     def current_process(self) -> ProcessRef:
         """Its address is known once the server listens."""
@@ -180,12 +185,15 @@ def _compose(parts: Parts) -> list[Service]:
             transports=parts.transports,
             limits=LedgerLimits(lease_s=config.lease_s, handoff_s=HANDOFF_LIMIT_S, tombstone_s=HANDOFF_LIMIT_S),
             max_sequences=config.max_sequences,
+            chunk_tokens=config.chunk_tokens,
+            tpot_budget_s=config.tpot_budget_ms / 1e3 or None,
             worker=parts.worker,
             counts=counts,
+            model=CostModel(loaded.measured),
         )
         events.deliver_to(decode)
         transfer = TransferService(decode, parts.current_process, config.lease_s, counts, config.checksums)
-        parts.transfer = transfer
+        parts.transfer, parts.check_books = transfer, decode.ledger.check_integrity
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
         parts.roles.append(decode)
     if "prefill" in config.roles:
@@ -201,12 +209,14 @@ def _compose(parts: Parts) -> list[Service]:
             handoff_deadline_s=config.handoff_deadline_s,
             worker=parts.worker,
             counts=counts,
+            model=CostModel(loaded.measured),
         )
         parts.roles.append(prefill)
     for role in parts.roles:
         parts.worker.add_handler(role)
     kinds = [ROLES[name] for name in sorted(config.roles)]
-    admin = WorkerAdmin(parts.current_process, kinds, parts.pool, parts.live, counts)
+    sizes = Sizes(loaded.memory.bytes, loaded.weight_bytes)
+    admin = WorkerAdmin(parts.current_process, kinds, parts.pool, sizes, parts.live, parts.check_books, counts)
     services.append(service(admin_pb2_grpc.add_AdminServicer_to_server, admin, "Admin"))
     return services
 

@@ -6,6 +6,7 @@ import asyncio
 import resource
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from baton.v1.admin_pb2_grpc import AdminServicer
 from kvtransfer.pool import BlockPool, PoolCorrupt
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of what a worker allocates at start and keeps."""
+
+    pool: int
+    weights: int
+
+
 class WorkerAdmin(AdminServicer):
     """Serves `Admin` on a worker."""
 
@@ -28,10 +37,14 @@ class WorkerAdmin(AdminServicer):
         process: Callable[[], ProcessRef],
         roles: list[worker_pb2.Role.ValueType],
         pool: BlockPool,
+        sizes: Sizes,
         live: Callable[[], dict[str, int]],
+        check_books: Callable[[], None],
         counts: Counts,
     ) -> None:
+        """`check_books` raises PoolCorrupt where the pool and the ledgers over it do not add up."""
         self._process, self._roles, self._pool, self._live, self._counts = process, roles, pool, live, counts
+        self._sizes, self._check_books = sizes, check_books
 
     async def ListWorkers(self, request: wire.ListWorkersRequest, context: Any) -> wire.ListWorkersResponse:
         """Only a router knows the workers."""
@@ -50,8 +63,10 @@ class WorkerAdmin(AdminServicer):
                 held=statistics.held,
                 cached=statistics.cached,
                 quarantined=statistics.quarantined,
-                integrity_error=_integrity_error(self._pool),
+                integrity_error=_integrity_error(self._check_books),
+                bytes=self._sizes.pool,
             ),
+            weight_bytes=self._sizes.weights,
             live=live,
             counters=self._counts.snapshot(),
             resident_bytes=resident_bytes(),
@@ -64,9 +79,9 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def _integrity_error(pool: BlockPool) -> str:
+def _integrity_error(check_books: Callable[[], None]) -> str:
     try:
-        pool.check_integrity()
+        check_books()
     except PoolCorrupt as error:
         return str(error)
     return ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from baton.config import WorkerConfig
+from baton.cost import StepShape
 from baton.errors import ConfigError
 from kvtransfer.memory import PoolMemory
 
@@ -22,11 +23,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that is ready to compute over `memory`."""
+    """A model that is ready to compute over `memory`. `measured` are steps of its self-measurement, in seconds."""
 
     card: ModelCard
     engine: Engine
     memory: PoolMemory
+    weight_bytes: int
+    measured: tuple[tuple[StepShape, float], ...] = ()
 
 
 def claim_cpus(config: WorkerConfig) -> None:
@@ -57,6 +60,7 @@ def load(config: WorkerConfig) -> Loaded:
 
     from baton.engine.card import describe
     from baton.engine.load import load_engine
+    from baton.engine.measure import measure
     from baton.engine.models import resolve
 
     torch.set_num_threads(config.threads)
@@ -71,6 +75,7 @@ def load(config: WorkerConfig) -> Loaded:
         description, device="cpu", buffer=memory.buffer, kernels=config.kernels, weights=config.weights
     )
     engine.warm_up()
+    measured = tuple(measure(engine, memory.blocks, description.config.context_tokens))
     log.info(
         "model loaded",
         model=description.card.name,
@@ -78,6 +83,7 @@ def load(config: WorkerConfig) -> Loaded:
         kernels=engine.kernels,
         blocks=memory.blocks,
         pool_bytes=memory.bytes,
+        weight_bytes=engine.weight_bytes,
         seconds=round(time.monotonic() - started, 2),
     )
-    return Loaded(description.card, engine, memory)
+    return Loaded(description.card, engine, memory, engine.weight_bytes, measured)

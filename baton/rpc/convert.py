@@ -53,8 +53,8 @@ def sampling_from_wire(message: wire.SamplingParams) -> Sampling:
     )
 
 
-def spec_to_wire(spec: SequenceSpec, deadline_s: float | None) -> wire.SequenceSpec:
-    """`deadline_s` is what is left now, which the spec itself can't know."""
+def spec_to_wire(spec: SequenceSpec, deadline_s: float | None, ttft_left_s: float | None = None) -> wire.SequenceSpec:
+    """`deadline_s` and `ttft_left_s` are what is left now, which the spec itself can't know."""
     return wire.SequenceSpec(
         attempt=spec.attempt,
         request_id=spec.request_id,
@@ -69,6 +69,7 @@ def spec_to_wire(spec: SequenceSpec, deadline_s: float | None) -> wire.SequenceS
         deadline_ms=None if deadline_s is None else deadline_s * 1e3,
         router=process_to_wire(spec.router),
         tenant_salt=spec.tenant_salt,
+        ttft_left_ms=None if ttft_left_s is None else ttft_left_s * 1e3,
     )
 
 
@@ -97,6 +98,7 @@ def spec_from_wire(message: wire.SequenceSpec) -> SequenceSpec:
         priority=message.priority,
         deadline_s=message.deadline_ms / 1e3 if message.HasField("deadline_ms") else None,
         tenant_salt=message.tenant_salt,
+        ttft_left_s=message.ttft_left_ms / 1e3 if message.HasField("ttft_left_ms") else None,
     )
 
 

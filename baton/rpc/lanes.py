@@ -10,7 +10,9 @@ import asyncio
 from collections import deque
 from typing import Any, Generic, TypeVar
 
-from baton.errors import ResourceExhausted
+from google.protobuf.message import DecodeError
+
+from baton.errors import InvalidArgument, ResourceExhausted
 from baton.v1 import transfer_pb2, worker_pb2
 
 FRAGMENT_BYTES = 64 * 1024
@@ -84,8 +86,11 @@ class Assembler(Generic[Frame]):
         self._bytes = 0
 
     def add(self, fragment: worker_pb2.Fragment) -> Frame | None:
-        """The whole frame when this was its last piece. Raises ResourceExhausted past the limit; no piece can be
-        taken after that, since one is missing."""
+        """The whole frame when this was its last piece.
+
+        Raises ResourceExhausted past the limit, and InvalidArgument where the pieces make no frame. Either way a
+        message is lost, and no piece can be taken after that: whoever reads the stream has to give it up.
+        """
         self._parts.setdefault(fragment.message_id, bytearray()).extend(fragment.data)
         self._bytes += len(fragment.data)
         if self._bytes > ASSEMBLY_LIMIT_BYTES:
@@ -95,5 +100,10 @@ class Assembler(Generic[Frame]):
         data = bytes(self._parts.pop(fragment.message_id))
         self._bytes -= len(data)
         frame: Frame = self._frame_type()
-        frame.ParseFromString(data)
+        try:
+            frame.ParseFromString(data)
+        except DecodeError:
+            name = self._frame_type.DESCRIPTOR.name
+            text = f"the {len(data)} bytes of message {fragment.message_id} are no {name}"
+            raise InvalidArgument("fragment.data", text) from None
         return frame

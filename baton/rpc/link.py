@@ -69,7 +69,8 @@ class Session(Generic[Out, In]):
         """Takes a frame from the wire: acknowledges ours, drops duplicates, assembles pieces, delivers the rest.
 
         Raises TransferError on a gap: the stream has to be broken off and taken up again. Raises ResourceExhausted
-        when pieces exceed their limit: the session has to be given up. A closed session drops everything.
+        when pieces exceed their limit, InvalidArgument when they make no frame: the session has to be given
+        up. A closed session drops everything.
         """
         if self.closed:
             return

@@ -19,6 +19,7 @@ class LoadReporter:
         self._report = report
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        worker.on_attach.append(lambda session: session.send(load=report()))
 
     def changed(self) -> None:
         """Something that a router places by is different now."""

@@ -24,6 +24,7 @@ from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerServicer
 
+INTERNAL = 13  # google.rpc.Code
 log = structlog.get_logger(__name__)
 
 
@@ -68,6 +69,8 @@ class WorkerService(WorkerServicer):
         self._counts = counts
         self._sessions: dict[str, RouterSession] = {}
         self._handlers: list[RoleHandler] = []
+        self.on_attach: list[Callable[[RouterSession], None]] = []
+        """Each is called with a router that starts a session."""
         self.attached, self.detached = asyncio.Event(), asyncio.Event()
         self.detached.set()
 
@@ -146,6 +149,9 @@ class WorkerService(WorkerServicer):
         self.attached.set()
         self.detached.clear()
         log.info("router attached", router=router.name, resumed=resumed)
+        if not resumed:
+            for tell in self.on_attach:
+                tell(record)
         return record, resumed, stream
 
     def _begin(self, router: ProcessRef, session_id: str) -> RouterSession:
@@ -159,7 +165,7 @@ class WorkerService(WorkerServicer):
             log.warning("router is silent; stream broken off", router=record.router.name)
         except errors.TransferError as error:
             log.warning("stream broken off", router=record.router.name, error=str(error))
-        except errors.ResourceExhausted as error:
+        except (errors.ResourceExhausted, errors.InvalidArgument) as error:
             log.warning("router given up", router=record.router.name, error=str(error))
             record.link.close()
         finally:
@@ -183,6 +189,21 @@ class WorkerService(WorkerServicer):
             except Exception as error:  # a boundary: one command fails, the stream and all other requests go on
                 self._counts.add("commands_failed")
                 log.error("a command failed", kind=frame.WhichOneof("body"), exc_info=error)
+                self._fail(record, handler, frame, error)
+
+    def _fail(self, record: RouterSession, handler: RoleHandler, frame: wire.RouterFrame, error: Exception) -> None:
+        """Ends the attempt that a command failed on, so that nobody waits for it: what it took is given back first."""
+        attempt = {"prefill": frame.prefill.spec.attempt, "bind": frame.bind.attempt}.get(
+            frame.WhichOneof("body") or ""
+        )
+        if not attempt:
+            return
+        reason = f"{type(error).__name__}: {error}"
+        try:
+            handler.on_command(record, wire.RouterFrame(cancel=wire.CancelCommand(attempt=attempt, reason=reason)))
+        except Exception as second:
+            log.error("what a failed command took could not be freed", exc_info=second)
+        record.send(ended=wire.Ended(attempt=attempt, status=INTERNAL, message=f"the worker failed: {reason}"))
 
     def _lose(self, record: RouterSession, reason: str) -> None:
         if record.grace is not None:

@@ -169,7 +169,11 @@ class GetStatusResponse(_message.Message):
     LIVE_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     resident_bytes: _builtins.int
+    """All of the process that is in memory, pool and weights included."""
+    weight_bytes: _builtins.int
+    """Workers: the weights in the formats that they are computed in. 0 on a router."""
     @_builtins.property
     def process(self) -> _worker_pb2.ProcessId: ...
     @_builtins.property
@@ -195,10 +199,11 @@ class GetStatusResponse(_message.Message):
         live: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         resident_bytes: _builtins.int = ...,
+        weight_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool", "process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "live", b"live", "pool", b"pool", "process", b"process", "resident_bytes", b"resident_bytes", "roles", b"roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "live", b"live", "pool", b"pool", "process", b"process", "resident_bytes", b"resident_bytes", "roles", b"roles", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,13 +219,16 @@ class PoolStatus(_message.Message):
     CACHED_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     INTEGRITY_ERROR_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     free: _builtins.int
     held: _builtins.int
     cached: _builtins.int
     quarantined: _builtins.int
     integrity_error: _builtins.str
-    """Empty when the pool's integrity check passes, or what it found."""
+    """Empty when the books of the pool, and of the grants over it, add up; or what does not."""
+    bytes: _builtins.int
+    """Its memory, taken in full at start."""
     def __init__(
         self,
         *,
@@ -230,10 +238,11 @@ class PoolStatus(_message.Message):
         cached: _builtins.int = ...,
         quarantined: _builtins.int = ...,
         integrity_error: _builtins.str = ...,
+        bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "cached", b"cached", "free", b"free", "held", b"held", "integrity_error", b"integrity_error", "quarantined", b"quarantined"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes", b"bytes", "cached", b"cached", "free", b"free", "held", b"held", "integrity_error", b"integrity_error", "quarantined", b"quarantined"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -432,6 +432,7 @@ class RouterFrame(_message.Message):
     PREFILL_FIELD_NUMBER: _builtins.int
     BIND_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     acknowledged: _builtins.int
     """The highest frame number received so far."""
@@ -449,6 +450,8 @@ class RouterFrame(_message.Message):
     def bind(self) -> Global___BindCommand: ...
     @_builtins.property
     def cancel(self) -> Global___CancelCommand: ...
+    @_builtins.property
+    def direct(self) -> Global___DirectCommand: ...
     def __init__(
         self,
         *,
@@ -460,12 +463,13 @@ class RouterFrame(_message.Message):
         prefill: Global___PrefillCommand | None = ...,
         bind: Global___BindCommand | None = ...,
         cancel: Global___CancelCommand | None = ...,
+        direct: Global___DirectCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "body", b"body", "cancel", b"cancel", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "body", b"body", "cancel", b"cancel", "direct", b"direct", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "bind", b"bind", "body", b"body", "cancel", b"cancel", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "number", b"number", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "bind", b"bind", "body", b"body", "cancel", b"cancel", "direct", b"direct", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "number", b"number", "prefill", b"prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "prefill", "bind", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "prefill", "bind", "cancel", "direct"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -630,6 +634,7 @@ class SequenceSpec(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     ROUTER_FIELD_NUMBER: _builtins.int
     TENANT_SALT_FIELD_NUMBER: _builtins.int
+    TTFT_LEFT_MS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.bytes
     """16 random bytes minted by the router for each attempt."""
     request_id: _builtins.str
@@ -640,6 +645,10 @@ class SequenceSpec(_message.Message):
     deadline_ms: _builtins.float
     """Time left until the request's deadline when this was sent; absent for none."""
     tenant_salt: _builtins.str
+    ttft_left_ms: _builtins.float
+    """Time left until the first token is due when this was sent, negative when it is late already; absent where nobody
+    set or assumed an objective.
+    """
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -676,14 +685,20 @@ class SequenceSpec(_message.Message):
         deadline_ms: _builtins.float | None = ...,
         router: Global___ProcessId | None = ...,
         tenant_salt: _builtins.str = ...,
+        ttft_left_ms: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "deadline_ms", b"deadline_ms", "router", b"router", "sampling", b"sampling", "slo", b"slo"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_ttft_left_ms", b"_ttft_left_ms", "deadline_ms", b"deadline_ms", "router", b"router", "sampling", b"sampling", "slo", b"slo", "ttft_left_ms", b"ttft_left_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "attempt", b"attempt", "deadline_ms", b"deadline_ms", "eos_token_ids", b"eos_token_ids", "max_tokens", b"max_tokens", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router", b"router", "sampling", b"sampling", "slo", b"slo", "stop_token_ids", b"stop_token_ids", "tenant_salt", b"tenant_salt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_ttft_left_ms", b"_ttft_left_ms", "attempt", b"attempt", "deadline_ms", b"deadline_ms", "eos_token_ids", b"eos_token_ids", "max_tokens", b"max_tokens", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router", b"router", "sampling", b"sampling", "slo", b"slo", "stop_token_ids", b"stop_token_ids", "tenant_salt", b"tenant_salt", "ttft_left_ms", b"ttft_left_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_left_ms: _TypeAlias = _typing.Literal["ttft_left_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_left_ms: _TypeAlias = _typing.Literal["_ttft_left_ms", b"_ttft_left_ms"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_left_ms) -> _WhichOneofReturnType__ttft_left_ms | None: ...
 
 Global___SequenceSpec: _TypeAlias = SequenceSpec  # noqa: Y015
 
@@ -758,6 +773,28 @@ class PrefillCommand(_message.Message):
 Global___PrefillCommand: _TypeAlias = PrefillCommand  # noqa: Y015
 
 @_typing.final
+class DirectCommand(_message.Message):
+    """Queue this prompt at a decode worker that computes it in place, in chunks beside its residents' steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> Global___SequenceSpec: ...
+    def __init__(
+        self,
+        *,
+        spec: Global___SequenceSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirectCommand: _TypeAlias = DirectCommand  # noqa: Y015
+
+@_typing.final
 class BindCommand(_message.Message):
     """Hand the attempt's blocks to this decode worker, under this handoff number."""
 
@@ -766,24 +803,20 @@ class BindCommand(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
-    TRANSPORTS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.bytes
     handoff: _builtins.int
     @_builtins.property
     def decode_worker(self) -> Global___ProcessId: ...
-    @_builtins.property
-    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         attempt: _builtins.bytes = ...,
         handoff: _builtins.int = ...,
         decode_worker: Global___ProcessId | None = ...,
-        transports: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode_worker", b"decode_worker", "handoff", b"handoff", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode_worker", b"decode_worker", "handoff", b"handoff"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1091,6 +1124,7 @@ class LoadReport(_message.Message):
     HELD_BLOCKS_FIELD_NUMBER: _builtins.int
     QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
     RESIDENT_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     running: _builtins.int
     waiting_tokens: _builtins.int
@@ -1100,6 +1134,10 @@ class LoadReport(_message.Message):
     quarantined_blocks: _builtins.int
     resident_tokens: _builtins.int
     """Tokens in the KV of running sequences."""
+    @_builtins.property
+    def cost(self) -> Global___StepCost:
+        """What its steps cost, learned from their times; absent before the first."""
+
     def __init__(
         self,
         *,
@@ -1111,11 +1149,59 @@ class LoadReport(_message.Message):
         held_blocks: _builtins.int = ...,
         quarantined_blocks: _builtins.int = ...,
         resident_tokens: _builtins.int = ...,
+        cost: Global___StepCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class StepCost(_message.Message):
+    """Linear in what a step computes, seconds throughout: a prefill chunk of n new tokens behind c others takes
+    chunk + per_token * n + per_pair * n * (c + n / 2); a decode step takes
+    step + per_sequence * sequences + per_resident * tokens in their KV.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    PER_TOKEN_FIELD_NUMBER: _builtins.int
+    PER_PAIR_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PER_RESIDENT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.float
+    per_token: _builtins.float
+    per_pair: _builtins.float
+    step: _builtins.float
+    per_sequence: _builtins.float
+    per_resident: _builtins.float
+    error: _builtins.float
+    """Mean relative error of predicted step times."""
+    chunk_tokens: _builtins.int
+    """Most prompt tokens of one chunk."""
+    def __init__(
+        self,
+        *,
+        chunk: _builtins.float = ...,
+        per_token: _builtins.float = ...,
+        per_pair: _builtins.float = ...,
+        step: _builtins.float = ...,
+        per_sequence: _builtins.float = ...,
+        per_resident: _builtins.float = ...,
+        error: _builtins.float = ...,
+        chunk_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "chunk_tokens", b"chunk_tokens", "error", b"error", "per_pair", b"per_pair", "per_resident", b"per_resident", "per_sequence", b"per_sequence", "per_token", b"per_token", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepCost: _TypeAlias = StepCost  # noqa: Y015

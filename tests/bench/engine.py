@@ -7,13 +7,12 @@ are ours and the share of what the hardware could do.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from baton.config import WeightChoice
@@ -22,8 +21,8 @@ from baton.engine.models import EMBEDDED_MODEL, resolve
 from baton.engine.native.engine import NativeEngine
 from tests.bench import limits, peers
 from tests.bench.cases import BLOCKS, CASES, Case, run
+from tests.bench.report import Row, publish, spread
 
-RESULTS = Path("bench-results/engine.json")
 READY = "start to ready"
 READY_LIMIT_S = 5.0
 # What issue 3 asks for: the least ratio to a peer. A case not here is shown without a target.
@@ -53,23 +52,6 @@ class Format:
 FORMATS = (Format("auto", "auto"), Format("auto", "int8"), Format("bf16", "auto"))
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One comparison; without a peer `theirs` and `ratio` are None. `of_limit` is the share of the hardware's limit."""
-
-    case: str
-    unit: str
-    format: str
-    ours: float
-    peer: str
-    theirs: float | None
-    ratio: float | None
-    higher_is_better: bool
-    target: float | None
-    met: bool | None
-    of_limit: float | None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", type=Path, help="where setup.sh put them")
@@ -83,10 +65,7 @@ def main() -> None:
     finally:
         for peer in others:
             peer.close()
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    print_table(rows)
-    sys.exit(any(row.met is False for row in rows))
+    sys.exit(0 if publish("engine", rows) else 1)
 
 
 def compare(others: list[peers.Peer], rounds: int) -> list[Row]:
@@ -108,12 +87,12 @@ def compare(others: list[peers.Peer], rounds: int) -> list[Row]:
     rows = []
     for case in CASES:
         for form, engine in engines.items():
-            rate = statistics.median(ours[case.name, form])
-            share = rate / case.rate(hardware.seconds(engine, case, form.weights != "bf16"))
+            rates = ours[case.name, form]
+            best = case.rate(hardware.seconds(engine, case, form.weights != "bf16"))
             found = {
                 p.name: statistics.median(theirs[case.name, p.name]) for p in others if (case.name, p.name) in theirs
             }
-            rows += [_row(case, form, rate, share, peer, value) for peer, value in (found.items() or [("", None)])]
+            rows += [_row(case, form, rates, best, peer, value) for peer, value in (found.items() or [("", None)])]
     return rows + _ready_rows(others)
 
 
@@ -124,15 +103,16 @@ def _engine(form: Format) -> NativeEngine:
     return engine
 
 
-def _row(case: Case, form: Format, rate: float, share: float, peer: str, value: float | None) -> Row:
+def _row(case: Case, form: Format, rates: list[float], limit: float, peer: str, theirs: float | None) -> Row:
     # A target is for the best format that the quality bounds allow; the others are shown beside it.
     best = Format("auto", "int8" if case.name.endswith("1000 tokens") else "auto")
     target = TARGETS.get((case.name, peer)) if form == best else None
     if form.weights == "bf16":
         target = BF16_TARGETS.get((case.name, peer))
-    ratio = None if value is None else rate / value
-    met = None if ratio is None or target is None else ratio >= target
-    return Row(case.name, case.unit, form.name, rate, peer, value, ratio, True, target, met, share)
+    rate = statistics.median(rates)
+    met = None if theirs is None or target is None else rate / theirs >= target
+    return Row(case.name, case.unit, rate, peer, theirs, True, f"at least {target:g} x" if target else "", met,
+               spread(rates), form.name, rate / limit)  # fmt: skip
 
 
 def _ready_rows(others: list[peers.Peer]) -> list[Row]:
@@ -142,39 +122,10 @@ def _ready_rows(others: list[peers.Peer]) -> list[Row]:
         started = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True)
         times.append(time.perf_counter() - started)
-    ours = statistics.median(times)
+    ours, form = statistics.median(times), FORMATS[0].name
     met = ours <= READY_LIMIT_S
-    rows = [Row(READY, "s", FORMATS[0].name, ours, "", None, None, False, READY_LIMIT_S, met, None)]
-    return rows + [
-        Row(READY, "s", FORMATS[0].name, ours, peer.name, peer.ready_s, peer.ready_s / ours, False, None, None, None)
-        for peer in others
-    ]
-
-
-def print_table(rows: list[Row]) -> None:
-    heads = ("case", "format", "ours", "unit", "peer", "theirs", "ratio", "target", "of limit")
-    table = [heads, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    met = {None: "", True: " met", False: " MISSED"}[row.met]
-    return (
-        row.case,
-        row.format,
-        f"{row.ours:.1f}",
-        row.unit,
-        row.peer or "-",
-        shown(row.theirs, ".1f"),
-        shown(row.ratio, ".2f"),
-        shown(row.target, "g") + met,
-        shown(row.of_limit, ".0%"),
-    )
+    rows = [Row(READY, "s", ours, "", None, False, f"at most {READY_LIMIT_S:g} s", met, spread(times), form)]
+    return rows + [Row(READY, "s", ours, peer.name, peer.ready_s, False, format=form) for peer in others]
 
 
 if __name__ == "__main__":

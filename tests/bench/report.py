@@ -15,11 +15,18 @@ from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path(__file__).parents[2] / "bench-results"
+COLUMNS = (
+    "case", "format", "unit", "ours", "peer", "theirs", "ratio", "target", "met", "of limit",
+    r"min \[quartiles] max",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case. `ratio` is oriented so that more is better for us; `peer` says what `theirs` was measured on."""
+    """One case. `ratio` is oriented so that more is better for us; `peer` says what `theirs` was measured on.
+
+    `format` names what was computed with and `of_limit` the share of what the hardware could do, where that is known.
+    """
 
     case: str
     unit: str
@@ -30,6 +37,8 @@ class Row:
     target: str = ""
     met: bool | None = None
     spread: str = ""
+    format: str = ""
+    of_limit: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -47,22 +56,7 @@ def spread(values: Sequence[float]) -> str:
 
 def publish(name: str, rows: Sequence[Row]) -> bool:
     """Prints the table and writes the file; whether every target is met."""
-    table = Table(title=f"bench-{name}", title_justify="left")
-    for column in ("case", "unit", "ours", "peer", "theirs", "ratio", "target", "met", r"min \[quartiles] max"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(
-            row.case,
-            row.unit,
-            f"{row.ours:.4g}",
-            row.peer,
-            "" if row.theirs is None else f"{row.theirs:.4g}",
-            "" if row.ratio is None else f"{row.ratio:.3f}",
-            row.target,
-            {True: "yes", False: "NO", None: ""}[row.met],
-            escape(row.spread),
-        )
-    Console(width=150).print(table)
+    Console(width=150).print(_table(name, rows))
     RESULTS.mkdir(exist_ok=True)
     document = {
         "benchmark": name,
@@ -72,6 +66,29 @@ def publish(name: str, rows: Sequence[Row]) -> bool:
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     return all(row.met is not False for row in rows)
+
+
+def _table(name: str, rows: Sequence[Row]) -> Table:
+    """A column is left out where no row has anything in it."""
+    lines = [_cells(row) for row in rows]
+    table = Table(title=f"bench-{name}", title_justify="left")
+    columns = [column for column in COLUMNS if any(line[column] for line in lines)]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        table.add_row(*(escape(line[column]) for column in columns))
+    return table
+
+
+def _cells(row: Row) -> dict[str, str]:
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    met = {True: "yes", False: "NO", None: ""}[row.met]
+    figures = (f"{row.ours:.4g}", row.peer, shown(row.theirs, ".4g"), shown(row.ratio, ".3f"), row.target, met)
+    return dict(
+        zip(COLUMNS, (row.case, row.format, row.unit, *figures, shown(row.of_limit, ".0%"), row.spread), strict=True)
+    )
 
 
 def _processor() -> str:

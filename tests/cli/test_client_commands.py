@@ -174,7 +174,7 @@ async def test_the_operators_commands(double: Double) -> None:
     models = await baton("models", "--server", double.address)
     assert models.out.splitlines()[1].split() == ["tiny", "64", "1", "2", "f00"]
     status = await baton("status", double.address)
-    assert "10 blocks: 7 free, 1 held, 1 cached, 1 quarantined" in status.out
+    assert "0 MB, 10 blocks: 7 free, 1 held, 1 cached, 1 quarantined" in status.out
     assert json.loads((await baton("status", double.address, "--json")).out)["live"] == {"requests": 2}
 
 

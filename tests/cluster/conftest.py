@@ -26,11 +26,11 @@ class Running:
     cluster: LocalCluster
     client: Client
 
-    async def statuses(self) -> list[ProcessStatus]:
-        """What each live worker holds; one that has just died is none any more."""
+    async def statuses(self, router: bool = False) -> list[ProcessStatus]:
+        """What each live worker holds, and the router if asked for; one that has just died is none any more."""
         found = []
         for child in self.cluster.processes:
-            if child.role == "router" or not child.running:
+            if (child.role == "router" and not router) or not child.running:
                 continue
             try:
                 async with Client(child.address) as client:
@@ -52,34 +52,58 @@ async def running(**options: object) -> AsyncIterator[Running]:
     assert not [pid for pid in pids if psutil.pid_exists(pid)], "a process outlived its cluster"
 
 
-LIVE_NAMES = ("attempts", "deliveries", "residents", "grants", "aborting")
+LIVE_NAMES = {
+    "prefill": ("attempts", "deliveries"),
+    "decode": ("residents", "grants", "aborting"),
+    "router": ("requests", "attempts", "cancelling"),
+}
+GROWING = ("tasks", "threads", "sessions")
+"""What a process has some of when it is idle, however many requests it has seen."""
 
 
 def held(status: ProcessStatus) -> dict[str, int]:
-    """What a worker that has nothing to do should not have."""
-    pool = status.pool
-    assert pool is not None, "a worker has a pool"
-    found = {"held blocks": pool.held, "quarantined blocks": pool.quarantined}
-    found |= {name: status.live[name] for name in LIVE_NAMES if name in status.live}
+    """What a process that has nothing to do should not have. A count that it does not tell of is an error."""
+    found = {name: status.live[name] for role in status.roles or ("router",) for name in LIVE_NAMES[role]}
+    if status.roles:
+        assert status.pool is not None, "a worker has a pool"
+        found |= {"held blocks": status.pool.held, "quarantined blocks": status.pool.quarantined}
     return {name: count for name, count in found.items() if count}
 
 
-async def waiting(cluster: Running) -> int:
-    """Requests that the router has not forgotten, if there is a router."""
-    if not next(child.running for child in cluster.cluster.processes if child.role == "router"):
-        return 0
-    live = (await cluster.client.status()).live
-    return live.get("requests", 0) + live.get("cancelling", 0)
-
-
 async def settled(cluster: Running) -> None:
-    """Waits until every worker has let go of everything; then their books must balance."""
+    """Waits until router and workers have let go of everything; then the workers' books must balance."""
     async with asyncio.timeout(SETTLE_S):
-        while any(held(status) for status in await cluster.statuses()) or await waiting(cluster):
+        while any(held(status) for status in await cluster.statuses(router=True)):
             await asyncio.sleep(0.05)
     for status in await cluster.statuses():
         assert status.pool is not None
         assert status.pool.integrity_error == "", status.pool.integrity_error
+
+
+async def idle_counts(cluster: Running) -> dict[str, dict[str, int]]:
+    """By process: the tasks, threads and sessions that stay when nothing is left to do."""
+    await settled(cluster)
+    return {s.name: {name: s.live[name] for name in GROWING} for s in await cluster.statuses(router=True)}
+
+
+async def no_growth(cluster: Running, before: dict[str, dict[str, int]]) -> None:
+    """Waits until no process has more than before of what `idle_counts` counts: a task may take a moment to end."""
+    grown: object = None
+    try:
+        async with asyncio.timeout(SETTLE_S):
+            while grown := _grown(before, await idle_counts(cluster)):
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise AssertionError(f"more than before: {grown}") from None
+
+
+def _grown(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> list[str]:
+    return [
+        f"{process}: {name} {before[process][name]} -> {count}"
+        for process, counts in now.items()
+        for name, count in counts.items()
+        if count > before[process][name]
+    ]
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

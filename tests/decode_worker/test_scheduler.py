@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from baton.cost import StepCost
 from baton.engine.api import Sequence
-from decode_worker.scheduler import DecodeScheduler
+from decode_worker.scheduler import LEAST_CHUNK, DecodeScheduler
 from tests.prefill_worker.builders import sequence
 
 
@@ -31,3 +32,70 @@ def test_joins_and_leaves_between_steps() -> None:
     scheduler.remove(first.key)
     scheduler.remove(first.key)
     assert [work.sequence for work in scheduler.pick()] == [second]
+
+
+COST = StepCost(0.002, 0.001, 0.0, 0.005, 0.001, 0.0)
+
+
+def prompt(length: int, rank: float = 0.0) -> Sequence:
+    made = sequence(length)
+    made.rank = rank
+    return made
+
+
+def counts(scheduler: DecodeScheduler) -> list[int]:
+    """One step, as engine and runner do it."""
+    batch = scheduler.pick()
+    for work in batch:
+        samples = work.samples
+        work.sequence.computed += work.count
+        if samples:
+            work.sequence.tokens.append(9)
+    return [work.count for work in batch]
+
+
+def test_without_residents_a_prompt_gets_whole_chunks() -> None:
+    scheduler = DecodeScheduler(32, lambda: COST)
+    scheduler.add(prompt(70))
+    assert [counts(scheduler) for _ in range(4)] == [[32], [32], [6], [1]]
+
+
+def test_a_chunk_takes_what_the_strictest_objective_leaves() -> None:
+    scheduler = DecodeScheduler(512, lambda: COST)
+    strict, loose = resident(5), resident(5)
+    strict.tpot_s, loose.tpot_s = 0.050, 1.0
+    for each in (strict, loose, prompt(300)):
+        scheduler.add(each)
+    # 0.9 * 50 ms less a step of 7 ms leaves 38 tokens of 1 ms each.
+    assert counts(scheduler) in ([1, 1, 37], [1, 1, 38])
+
+
+def test_a_prompt_goes_on_however_tight_the_objectives() -> None:
+    scheduler = DecodeScheduler(512, lambda: COST)
+    strict = resident(5)
+    strict.tpot_s = 0.001
+    scheduler.add(strict)
+    scheduler.add(prompt(100))
+    assert counts(scheduler) == [1, LEAST_CHUNK]
+
+
+def test_a_fixed_budget_bounds_what_objectives_allow() -> None:
+    scheduler = DecodeScheduler(512, lambda: COST, 0.030)
+    scheduler.add(resident(5))
+    scheduler.add(prompt(100))
+    assert counts(scheduler)[1] in (20, 21)
+
+
+def test_without_objectives_a_step_is_stretched_by_a_factor() -> None:
+    scheduler = DecodeScheduler(512, lambda: StepCost(0.0, 0.001, 0.0, 0.019, 0.001, 0.0))
+    scheduler.add(resident(5))
+    scheduler.add(prompt(100))
+    assert counts(scheduler)[1] in (39, 40)
+
+
+def test_prompts_go_by_rank_and_share_the_chunk() -> None:
+    scheduler = DecodeScheduler(32, lambda: COST)
+    long, urgent = prompt(100, 2.0), prompt(10, 1.0)
+    scheduler.add(long)
+    scheduler.add(urgent)
+    assert counts(scheduler) == [10, 22]

@@ -15,9 +15,9 @@ from gguf.quants import quantize
 from baton.engine.card import describe
 from baton.engine.config import from_hf
 from baton.engine.gguf_file import GgufFile
+from baton.engine.gguf_names import gguf_name
 from baton.engine.metadata import Metadata
 from baton.engine.models import ResolvedModel, resolve
-from baton.engine.tensors import gguf_name
 from baton.engine.torch_engine import TorchEngine
 from baton.errors import ModelFileError
 from tests.engine.conftest import CONTEXT, VOCABULARY, Tiny, tokens_for

@@ -23,7 +23,8 @@ def delivery() -> Delivery:
 
 
 def held(d: Delivery) -> bool:
-    return not d.may_release
+    """Whether the source blocks must stay: the handoff goes on, or a write reads them."""
+    return d.state not in (DeliveryState.RELEASED, DeliveryState.FAILED) or d.in_flight > 0
 
 
 def indices(moves: list[BlockMove]) -> list[int]:
@@ -64,7 +65,7 @@ def test_a_full_hit_commits_without_a_write() -> None:
     assert d.take_commit() == 0
     assert d.take_commit() is None
     assert d.committed(KEY)
-    assert d.may_release
+    assert not held(d)
 
 
 def test_the_source_is_kept_until_committed_and_read() -> None:
@@ -85,25 +86,21 @@ def test_the_source_is_kept_until_committed_and_read() -> None:
     assert d.take_closed() == []
 
 
-def test_a_failed_write_is_tried_again_or_ends_the_handoff() -> None:
+def test_a_failed_write_ends_the_handoff() -> None:
     d = delivery()
     d.computed(40)
     d.granted(ticket())
     first, second = d.take_moves(2), d.take_moves(2)
-    d.write_failed(KEY, first, "checksum", retry=True)
+    d.write_failed(KEY, first, "refused")
     d.first_token()
     assert d.take_commit() is None
-    assert d.take_moves(1) == first[:1]
-    assert d.take_moves(8) == first[1:]
-    assert d.take_commit() == 3
-    d.written(KEY, first[:1])
-    d.write_failed(KEY, first[1:], "refused")
+    assert d.take_moves(8) == []
     assert d.state is DeliveryState.FAILED
     assert d.reason == "refused"
     assert d.take_closed() == [], "a write is still under way"
     d.written(KEY, second)
     assert d.take_closed() == [KEY]
-    assert d.may_release
+    assert not held(d)
 
 
 def test_a_rebind_starts_over_and_closes_the_old() -> None:
@@ -217,14 +214,14 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.flying.append((key, moves))
 
     @precondition(lambda self: self.flying)
-    @rule(data=st.data(), how=st.sampled_from(["written", "retry", "failed"]))
+    @rule(data=st.data(), how=st.sampled_from(["written", "failed"]))
     def returned(self, data: st.DataObject, how: str) -> None:
         key, moves = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
         if how == "written":
             self.delivery.written(key, moves)
             self.placed.setdefault(key, set()).update(move.index for move in moves)
         else:
-            self.delivery.write_failed(key, moves, "broken", retry=how == "retry")
+            self.delivery.write_failed(key, moves, "broken")
 
     @rule()
     def commit(self) -> None:
@@ -270,7 +267,7 @@ class DeliveryMachine(RuleBasedStateMachine):
     def the_source_is_safe(self) -> None:
         assert self.delivery.in_flight == sum(len(batch) for _, batch in self.flying)
         if self.flying or self.delivery.state in (DeliveryState.DELIVERING, DeliveryState.COMMITTING):
-            assert not self.delivery.may_release
+            assert held(self.delivery)
 
 
 TestDeliveryMachine = DeliveryMachine.TestCase

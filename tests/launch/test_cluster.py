@@ -59,6 +59,25 @@ async def test_a_failing_worker_is_the_clusters_error_in_its_own_words() -> None
     assert not any("truncated" in line for line in lines), "said once, by the exception"
 
 
+async def test_flags_are_every_workers_but_for_those_that_name_a_role() -> None:
+    lines: list[str] = []
+    settings = {"weights": "int8", "decode_weights": "int4", "kv_dtype": "int8", "kernels": "native"}
+    async with cluster_of("parent", lines, **settings):
+        async with asyncio.timeout(WAIT_S):
+            while len(lines) < 2:
+                await asyncio.sleep(0.01)
+    said = {line.split(")")[0].strip("("): line for line in lines}
+    for name, weights in (("prefill-0", "int8"), ("decode-0", "int4")):
+        assert f"--weights {weights}" in said[name]
+        assert "--kernels native --kv-dtype int8" in said[name]
+
+
+@pytest.mark.parametrize("field", ["kernels", "weights", "prefill_weights", "decode_weights", "kv_dtype"])
+def test_a_format_that_there_is_not_is_refused_by_name(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: auto, .*, not 'int3'$"):
+        ClusterConfig(**{field: "int3"})  # type: ignore[arg-type]
+
+
 async def test_a_crash_names_the_signal() -> None:
     with pytest.raises(Unavailable, match="was killed by SIGKILL"):
         async with cluster_of("crash"):

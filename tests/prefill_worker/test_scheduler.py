@@ -73,3 +73,15 @@ def test_every_prompt_is_computed_once_within_the_budget(prompts: list[tuple[int
     assert left == 0
     assert order == [each.key for each in sequences]  # oldest first
     assert all(each.output_tokens == 1 for each in sequences)
+
+
+def test_a_more_urgent_prompt_goes_first_from_the_next_chunk_on() -> None:
+    scheduler = PrefillScheduler(8)
+    long, urgent = sequence(20), sequence(5)
+    long.rank = 2.0
+    scheduler.add(long)
+    assert run(scheduler) == [(long, 8)]
+    urgent.rank = 1.0
+    scheduler.add(urgent)
+    assert run(scheduler) == [(urgent, 5), (long, 3)]
+    assert run(scheduler) == [(long, 8)]

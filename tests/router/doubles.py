@@ -89,7 +89,7 @@ class WorkerDouble(WorkerServicer):
 
     def __init__(self, name: str, role: RoleName, output: Callable[[SequenceSpec], list[int]], **changes: Any) -> None:
         self.role, self.output = role, output
-        self.process = ProcessRef(name, f"{name}-1", "")
+        self.process = ProcessRef(name, changes.pop("incarnation", f"{name}-1"), "")
         self.card = changes.pop("card", None) or card()
         self.blocks = changes.pop("blocks", 8192)
         self.files = artifacts()

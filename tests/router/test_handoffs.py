@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from baton.config import RouterConfig
 from baton.errors import ResourceExhausted, Unavailable
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
@@ -50,6 +51,26 @@ async def test_a_final_refusal_by_the_only_worker_ends_it(cluster: Cluster, reas
     assert "says the script" in str(error)
     await cluster.idle()
     assert cluster.prefill.cancelled == cluster.prefill.attempts
+
+
+@pytest.mark.parametrize("config", [RouterConfig(listen="127.0.0.1:0", name="router", handoff_wait_s=20.0)])
+async def test_a_refusal_is_of_one_incarnation(cluster: Cluster) -> None:
+    """Who starts again under the same name has refused nothing."""
+    await cluster.add("d1", "decode")
+    full = [refused("NO_CAPACITY", retry_after_ms=20.0) for _ in range(1000)]
+    cluster.prefill.refusals = [refused("DRAINING"), *full]
+    call = cluster.call()
+    await cluster.until(lambda: cluster.prefill.count("bind") > 3)
+    binds = [command.bind.decode_worker.incarnation for command in cluster.prefill.commands if command.HasField("bind")]
+    assert binds[0] == "d0-1"
+    assert set(binds[1:]) == {"d1-1"}
+    await cluster.decode.stop()
+    await cluster.until(lambda: not cluster.usable("d0"))
+    await cluster.add("d0", "decode", incarnation="d0-2")
+    await cluster.until(lambda: cluster.prefill.commands[-1].bind.decode_worker.incarnation == "d0-2")
+    cluster.prefill.refusals = []
+    assert ids_of([event async for event in call]) == cluster.answer
+    await cluster.idle()
 
 
 async def test_waiting_for_room_is_bounded(cluster: Cluster) -> None:

@@ -52,6 +52,19 @@ async def test_a_lost_prefill_worker_ends_what_it_still_holds(cluster: Cluster) 
     await cluster.idle()
 
 
+async def test_a_worker_whose_pieces_make_no_frame_is_lost(cluster: Cluster) -> None:
+    """A message is lost with them, so nothing that the worker says can be relied on."""
+    cluster.decode.gate("step 2")
+    call = cluster.call()
+    await cluster.decode.at("step 2")
+    cluster.decode.says(fragment=wire.Fragment(message_id=9, data=b"\xff", last=True))
+    error = await error_of(call)
+    assert isinstance(error, Unavailable)
+    assert "message 9 are no WorkerFrame" in str(error)
+    assert not cluster.usable("d0")
+    await cluster.idle()
+
+
 async def test_a_lost_worker_that_was_only_bound_is_replaced(cluster: Cluster) -> None:
     gate = cluster.prefill.gate("bound")
     call = cluster.call()

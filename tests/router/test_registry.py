@@ -118,19 +118,54 @@ async def test_registering_again_confirms(cluster: Cluster) -> None:
     assert cluster.router.registry.by_name("d0") is before
 
 
+async def another_d0(cluster: Cluster) -> WorkerDouble:
+    """A second process under the name of the first, not registered yet."""
+    made = WorkerDouble("d0", "decode", cluster.output)
+    await made.start()
+    made.process = replace(made.process, incarnation="d0-2")
+    return made
+
+
+async def test_a_second_worker_of_a_live_ones_name_is_refused(cluster: Cluster) -> None:
+    first = cluster.router.registry.by_name("d0")
+    second = await another_d0(cluster)
+    with pytest.raises(InvalidArgument, match="'d0' is the name of a live worker at") as caught:
+        await registry(cluster, "Register", registration(second.process, roles=[wire.ROLE_DECODE]))
+    assert caught.value.field == "worker.name"
+    assert cluster.router.registry.by_name("d0") is first
+    assert ids_of(await cluster.generate()) == cluster.answer
+    await second.stop()
+
+
+async def test_the_name_is_free_once_its_process_is_gone_though_its_stream_seems_up(cluster: Cluster) -> None:
+    """The address refuses connections before the router has noticed that the stream is broken."""
+    first, second = cluster.router.registry.by_name("d0"), await another_d0(cluster)
+    await cluster.decode.stop()
+    first.link.attached = True
+    await second.join(cluster.router.process.address)
+    assert first.lost
+    cluster.workers["d0"] = second
+    assert ids_of(await cluster.generate()) == cluster.answer
+
+
+async def test_who_serves_at_the_old_ones_address_is_its_successor(cluster: Cluster) -> None:
+    await cluster.decode.stop()
+    cluster.router.registry.by_name("d0").link.attached = True
+    successor = replace(cluster.decode.process, incarnation="d0-2")
+    await registry(cluster, "Register", registration(successor, roles=[wire.ROLE_DECODE]))
+
+
 async def test_a_new_incarnation_voids_what_the_old_one_held(cluster: Cluster) -> None:
     cluster.decode.gate("step 1")
     stream = cluster.call()
     await cluster.decode.at("step 1")
-    newer = WorkerDouble("d0", "decode", cluster.output)
-    await newer.start()
-    newer.process = replace(newer.process, incarnation="d0-2")
+    newer = await another_d0(cluster)
+    await cluster.decode.stop()
     await newer.join(cluster.router.process.address)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in stream:
             pass
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    await cluster.decode.stop()
     cluster.workers["d0"] = newer
     await cluster.until(lambda: cluster.usable("d0"))
     assert ids_of(await cluster.generate()) == cluster.answer

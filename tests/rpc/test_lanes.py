@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.errors import ResourceExhausted
+from baton.errors import InvalidArgument, ResourceExhausted
 from baton.rpc import lanes
 from baton.rpc.lanes import FRAGMENT_BYTES, Assembler, Lanes
 from baton.v1 import transfer_pb2, worker_pb2
@@ -65,6 +65,15 @@ def test_the_pieces_at_hand_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
         assembler.add(worker_pb2.Fragment(message_id=number, data=b"x" * 100))
     with pytest.raises(ResourceExhausted, match="exceed 1000 bytes"):
         assembler.add(worker_pb2.Fragment(message_id=3, data=b"x"))
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 10, b"\x0a\x7fcut off"])
+def test_pieces_that_make_no_frame(data: bytes) -> None:
+    assembler = Assembler(worker_pb2.RouterFrame)
+    assembler.add(worker_pb2.Fragment(message_id=7, data=data[:2]))
+    with pytest.raises(InvalidArgument, match="message 7 are no RouterFrame") as caught:
+        assembler.add(worker_pb2.Fragment(message_id=7, data=data[2:], last=True))
+    assert caught.value.field == "fragment.data"
 
 
 def test_finished_messages_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

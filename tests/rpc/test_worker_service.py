@@ -270,6 +270,18 @@ async def test_pieces_without_end(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     call.cancel()
 
 
+async def test_pieces_that_make_no_frame(bench: Bench) -> None:
+    """A command is lost with them: the session can't go on, and the service does."""
+    call, _ = await bench.attach()
+    await call.write(wire.RouterFrame(number=1, fragment=wire.Fragment(message_id=1, data=b"\xff", last=True)))
+    await until(lambda: bench.handler.lost == ["r-1"])
+    assert bench.worker.sessions == []
+    assert await rest(call) == []
+    call, hello = await bench.attach()
+    assert not hello.resumed
+    call.cancel()
+
+
 async def test_a_command_that_fails_fails_alone(bench: Bench) -> None:
     def fail() -> None:
         bench.handler.on_cancel = lambda: None

@@ -36,6 +36,7 @@ class Settings:
     """Of one worker."""
 
     kind: str = "memory"
+    host: str = "127.0.0.1"
     blocks: int = 64
     chunk_tokens: int = 32
     max_ungranted: int = 4
@@ -66,7 +67,7 @@ class Node:
     async def start(self) -> None:
         """Serves."""
         services = [service(worker_pb2_grpc.add_WorkerServicer_to_server, self.worker, "Worker")]
-        self._server = await start_server("127.0.0.1:0", [*services, *self.compose()])
+        self._server = await start_server(f"{self.settings.host}:0", [*services, *self.compose()])
         self.process = replace(self.process, address=self._server.address)
         self.worker.add_handler(self.role)
         self._expiry = asyncio.create_task(self._expire(), name=f"expiry of {self.name}")
@@ -122,7 +123,7 @@ class Node:
         if self.settings.kind == "shm":
             return ShmTransport(self.memory, incarnation, events)
         if self.settings.kind == "tcp":
-            return TcpTransport(self.memory, incarnation, events, checksums=True)
+            return TcpTransport(self.memory, incarnation, events, host=self.settings.host, checksums=True)
         return MemoryTransport(self.memory, incarnation, self.network, events)
 
 
@@ -186,6 +187,7 @@ class DecodeNode(Node):
             transports={settings.kind: self.transport},
             limits=LedgerLimits(lease_s=settings.lease_s),
             max_sequences=settings.max_sequences,
+            chunk_tokens=settings.chunk_tokens,
             worker=self.worker,
             counts=self.counts,
         )

@@ -6,7 +6,7 @@ import asyncio
 import os
 import uuid
 from collections import defaultdict
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -19,7 +19,13 @@ from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerStub
 from tests.rpc.waiting import until
 from tests.workers.counting import continuation
-from tests.workers.node import Node
+
+
+class Node(Protocol):
+    """A worker, here or in another process."""
+
+    name: str
+    process: ProcessRef
 
 
 class Link:
@@ -40,6 +46,11 @@ class Link:
         greeted = len(self.resumed) + 1
         self._task = asyncio.create_task(self._run(), name=f"test link to {self.node.name}")
         await until(lambda: len(self.resumed) == greeted, "the hello")
+
+    @property
+    def broken(self) -> bool:
+        """Whether the stream has ended."""
+        return self._task is None or self._task.done()
 
     async def detach(self) -> None:
         """Breaks the stream."""
@@ -63,8 +74,8 @@ class Link:
                 writer = asyncio.create_task(self._write(call))
                 async with cancelling(writer):
                     await read_frames(self.session, frames)
-            except grpc.aio.AioRpcError:
-                pass
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+                pass  # it broke, or the worker fell silent: a test that expects so goes on
             finally:
                 self.session.detach()
                 call.cancel()
@@ -86,6 +97,15 @@ class ScriptedRouter:
         for node in nodes:
             self.links[node.name] = Link(self, node)
             await self.links[node.name].attach()
+
+    async def attach_again(self, node: Node) -> None:
+        """Where the stream broke: a new session, after what was heard on the former."""
+        former = self.links[node.name]
+        if former.broken:
+            await former.detach()
+            link = self.links[node.name] = Link(self, node)
+            link.frames.extend(former.frames)
+            await link.attach()
 
     async def stop(self) -> None:
         """Its streams break for good."""
@@ -115,9 +135,13 @@ class ScriptedRouter:
         """Queues a prompt."""
         self.say(node, prefill=wire.PrefillCommand(spec=spec_to_wire(spec, spec.deadline_s)))
 
+    def direct(self, node: Node, spec: SequenceSpec) -> None:
+        """Queues a prompt that the decode worker computes itself."""
+        self.say(node, direct=wire.DirectCommand(spec=spec_to_wire(spec, spec.deadline_s, spec.ttft_left_s)))
+
     def bind(self, node: Node, spec: SequenceSpec, decode: Node | ProcessRef, handoff: int = 1) -> None:
         """Names the decode worker."""
-        process = process_to_wire(decode.process if isinstance(decode, Node) else decode)
+        process = process_to_wire(decode if isinstance(decode, ProcessRef) else decode.process)
         self.say(node, bind=wire.BindCommand(attempt=spec.attempt, handoff=handoff, decode_worker=process))
 
     def cancel(self, node: Node, spec: SequenceSpec) -> None:

@@ -78,6 +78,50 @@ async def test_a_close_that_was_lost_is_asked_for_again(cluster: Cluster, monkey
     await cluster.router.hears(cluster.d, "freed", spec)
 
 
+async def test_a_close_that_was_lost_with_its_stream_is_said_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody binds anything to that worker any more: the blocks come back all the same."""
+    await cluster.add_prefill(kind="shm")
+    await cluster.add_decode(kind="shm")
+    cluster.p.engine.gate.clear()
+    spec = cluster.router.spec(80)
+    await cluster.bound(spec)
+    await until(lambda: cluster.d.role.live["grants"], "the grant")
+    lost: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.d.role, "closed", lost.append)
+        cluster.router.cancel(cluster.d, spec)
+        await until(lambda: lost, "the close")
+    assert cluster.d.pool.statistics().quarantined == 5
+    cluster.d.break_control_streams()
+    await cluster.router.hears(cluster.d, "freed", spec)
+    assert cluster.d.pool.statistics().quarantined == 0
+    cluster.router.cancel(cluster.p, spec)
+    cluster.p.engine.gate.set()
+
+
+async def test_closes_that_were_heard_are_forgotten(cluster: Cluster) -> None:
+    await cluster.add_prefill()
+    await cluster.add_decode(lease_s=0.3)
+    for _ in range(3):
+        cluster.p.engine.gate.clear()
+        spec = cluster.router.spec(80)
+        await cluster.bound(spec)
+        await until(lambda: cluster.d.role.live["grants"], "the grant")
+        cluster.router.cancel(cluster.p, spec)
+        cluster.p.engine.gate.set()
+        await cluster.router.hears(cluster.p, "freed", spec)
+        (sender,) = cluster.p.role._senders
+        number = max(number for number, _ in sender._said.values())
+        assert len(sender._said) == 1
+        stream = sender._stream
+        await until(lambda number=number, stream=stream: stream.heard > number, "a renewal")  # type: ignore[misc]
+    cluster.d.break_control_streams()
+    await until(lambda: not sender._said, "the break")
+    assert not sender.has_business
+
+
 async def test_a_token_drawn_while_the_stream_is_coming_down(pair: Cluster) -> None:
     """Between the break and the word of it nothing is sent, and nobody else's token is lost over it."""
     pair.p.engine.gate.clear()
@@ -114,6 +158,23 @@ async def test_what_is_left_on_the_former_stream_is_dropped(pair: Cluster) -> No
     pair.d.transfer._take(former, transfer_pb2.SenderFrame(open=message))
     assert pair.d.count("late_messages") == 1
     assert pair.d.role.live["grants"] == 0
+
+
+async def test_pieces_that_make_no_frame_end_the_stream(pair: Cluster) -> None:
+    """The writer hears why; its handoffs fail, and the same pair goes on with the next."""
+    await pair.serve(pair.router.spec(3))
+    pair.p.engine.gate.clear()
+    spec = pair.router.spec(80, max_tokens=4)
+    await pair.bound(spec)
+    await until(lambda: pair.d.role.live["grants"], "the grant")
+    (sender,) = pair.p.role._senders
+    sender._stream.send(fragment=wire.Fragment(message_id=5, data=b"\xff", last=True))
+    failed = await pair.router.hears(pair.p, "handoff_failed", spec)
+    assert failed.reason == UNREACHABLE
+    assert "message 5 are no SenderFrame" in failed.message
+    pair.p.engine.gate.set()
+    pair.router.bind(pair.p, spec, pair.d, 2)
+    await pair.finished(spec)
 
 
 async def test_freed_is_said_once_all_handoffs_are_over(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,7 @@ def _says(**changes: Any) -> dict[str, Any]:
     [
         (_says(head_dim=8), "kv_layout.head_dim differs: here 8, there 4"),
         (_says(dtype="float16"), "kv_layout.dtype differs: here float16, there float32"),
+        (_says(dtype="int8"), "kv_layout.dtype differs: here int8, there float32"),
         (_says(block_tokens=32), "kv_layout.block_tokens differs: here 32, there 16"),
         ({"kv_layout": wire.KvLayout(version=1)}, "kv_layout differs: here layers must be at least 1, not 0"),
         ({"fingerprint": "other"}, f"fingerprint differs: here other, there {'f' * 32}"),

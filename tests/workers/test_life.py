@@ -202,8 +202,9 @@ async def test_load_is_reported(pair: Cluster) -> None:
         return [frame.load for frame in pair.router.links[name].frames if frame.HasField("load")]
 
     for name in ("p0", "d0"):
-        await until(lambda name=name: reports(name) and reports(name)[-1].held_blocks == 0, "a report")  # type: ignore[misc]
+        await until(lambda name=name: reports(name) and reports(name)[-1].cached_blocks == 2, "a report")  # type: ignore[misc]
         last = reports(name)[-1]
         assert (last.waiting, last.running, last.waiting_tokens) == (0, 0, 0)
         assert last.free_blocks + last.cached_blocks == 64
-        assert last.cached_blocks == 2
+        assert last.held_blocks == 0
+        assert last.cost.chunk_tokens == 32

@@ -64,6 +64,11 @@ class NativeEngine(Stepper):
         return f"native {self._model.library.target.name}"
 
     @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights."""
+        return self._model.weight_bytes
+
+    @property
     def model(self) -> NativeModel:
         """The weights in the library's memory."""
         return self._model

@@ -10,15 +10,9 @@ import torch
 from baton.config import WeightChoice
 from baton.engine import rope
 from baton.engine.config import ModelConfig
-from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE, Format, Library, NativeModel, Slot, Source, Vector
+from baton.engine.native.formats import OWN_GRIDS, format_of
+from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE, Library, NativeModel, Slot, Source, Vector
 from baton.engine.tensors import TensorSource
-
-_OWN_GRIDS = {
-    "Q4_0": (Source.Q4_0, Format.INT4),
-    "Q4_1": (Source.Q4_1, Format.INT4),
-    "Q8_0": (Source.Q8_0, Format.INT8),
-}
-_CHOSEN = {"bf16": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +26,8 @@ class _Packer:
     def matrix(self, layer: int, slot: int, parts: list[tuple[str, int]], columns: int) -> None:
         """The named tensors, of so many rows each, one above the other."""
         kinds = {self.source.kind(name) for name, _ in parts}
-        own = _OWN_GRIDS.get(next(iter(kinds))) if len(kinds) == 1 else None
-        form = self._format(own, is_outside=layer == OUTSIDE)
+        own = OWN_GRIDS.get(next(iter(kinds))) if len(kinds) == 1 else None
+        form = format_of(self.choice, own, is_outside=layer == OUTSIDE)
         keeps_grid = own is not None and own[1] is form and columns % 32 == 0
         self.model.shape(layer, slot, form, sum(rows for _, rows in parts), columns)
         first = 0
@@ -50,13 +44,6 @@ class _Packer:
         """The named vectors, one after the other."""
         read = [self.source.read(name, (size,)).float() for name, size in parts]
         self.model.vector(layer, slot, torch.cat(read).numpy())
-
-    def _format(self, own: tuple[Source, Format] | None, is_outside: bool) -> Format:
-        if self.choice == "auto":
-            return own[1] if own is not None else Format.BF16  # nobody asked for other weights than the file's
-        if self.choice == "int4" and (is_outside or own is not None):
-            return own[1] if own is not None else Format.INT8  # the head decides what is said: it keeps 8 bits
-        return _CHOSEN[self.choice]
 
 
 def load_model(

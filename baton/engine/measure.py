@@ -1,0 +1,50 @@
+"""A short self-measurement at start, so that the very first prediction is sane: a few steps of both phases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from baton.cost import StepShape
+from baton.engine.api import Engine, Sequence, Work
+from baton.engine.runner import shape_of
+from baton.spec import Sampling
+
+LIMIT_S = 1.5
+"""Where steps are slow, what has been measured by then must do."""
+CHUNKS = ((16, 0), (128, 0), (64, 1024), (128, 0))
+"""New tokens behind so many that count as computed."""
+STEPS = ((1, 32), (8, 32), (4, 256), (1, 32), (8, 128))
+"""Sequences of so many tokens each."""
+
+
+def measure(engine: Engine, blocks: int, context_tokens: int) -> list[tuple[StepShape, float]]:
+    """Steps with their seconds, over a pool of `blocks` whose blocks nobody holds yet. What it writes is never read."""
+    found: list[tuple[StepShape, float]] = []
+    started = time.monotonic()
+    for batch in _batches(engine, min(blocks * engine.layout.block_tokens, context_tokens)):
+        shape, begun = shape_of(batch), time.monotonic()
+        engine.step(batch)
+        found.append((shape, time.monotonic() - begun))
+        if time.monotonic() - started > LIMIT_S:
+            break
+    return found
+
+
+def _batches(engine: Engine, room: int) -> Iterator[list[Work]]:
+    """Alternating, so that a limit on the time leaves some of both."""
+    for chunk, step in zip((*CHUNKS, None), STEPS, strict=True):
+        if chunk is not None:
+            new = min(chunk[0], room)
+            cached = min(chunk[1], room - new)
+            yield [Work(_sequence(engine, cached + new, cached, 0), new)]
+        count, tokens = step
+        tokens = min(tokens, room // count)
+        held = engine.layout.blocks_for(tokens)
+        if tokens >= 2:
+            yield [Work(_sequence(engine, tokens, tokens - 1, index * held), 1) for index in range(count)]
+
+
+def _sequence(engine: Engine, tokens: int, computed: int, first_block: int) -> Sequence:
+    blocks = list(range(first_block, first_block + engine.layout.blocks_for(tokens)))
+    return Sequence(bytes(16), [0] * tokens, tokens, blocks, computed, Sampling(temperature=0.0))

@@ -1,0 +1,130 @@
+"""A peer that breaks off, answers late, shows the wrong papers or garbles a byte: the right error, then all is well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from baton.v1 import worker_pb2 as wire
+from tests.faults.harness import KINDS, PROMPT_BLOCKS, workers
+from tests.faults.worker_process import Step
+from tests.rpc.waiting import until
+from tests.workers.counting import LAYOUT
+
+HALF_WAY = LAYOUT.block_bytes * 3 // 2
+
+
+async def test_torn_tcp_connection() -> None:
+    async with workers("tcp") as w:
+        w.add("p0")
+        w.add("d0")
+        await w.start(proxied=True)
+        assert w.wire is not None
+        w.wire.hold_after = HALF_WAY
+        spec = w.spec()
+        await w.begin(spec, "p0", "d0")
+        await until(w.wire.held.is_set, "half of a block")
+        w.wire.cut()
+        failed = await w.failed(spec, "p0")
+        assert failed.reason == wire.REFUSAL_REASON_UNREACHABLE
+        assert "d0" in failed.message
+        await w.carry_on(spec, "p0", "d0", 2)
+        assert (await w["d0"].idle()).aborts
+        await w["p0"].idle()
+        await w.whole_pool("p0", "d0")
+
+
+async def test_torn_shm_connection() -> None:
+    async with workers("shm") as w:
+        w.add("p0", Step.AFTER_GRANT)
+        w.add("d0")
+        await w.start()
+        spec = w.spec()
+        await w.begin(spec, "p0", "d0")
+        await w["p0"].at(Step.AFTER_GRANT)
+        assert await w["p0"].ask("tear") == 1
+        w["p0"].go()
+        failed = await w.failed(spec, "p0")
+        assert failed.reason == wire.REFUSAL_REASON_UNREACHABLE
+        await w.carry_on(spec, "p0", "d0", 2)
+        await w["p0"].idle()
+        await w["d0"].idle()
+        await w.whole_pool("p0", "d0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_answer_that_comes_late(kind: str) -> None:
+    """The blocks have landed, but the writer hears of it after its deadline; the news changes nothing then."""
+    async with workers(kind) as w:
+        w.add("p0")
+        w.add("d0", Step.LATE_ANSWER)
+        await w.start()
+        spec = w.spec()
+        await w.begin(spec, "p0", "d0")
+        await w["d0"].at(Step.LATE_ANSWER)
+        failed = await w.failed(spec, "p0")
+        assert failed.reason == wire.REFUSAL_REASON_UNREACHABLE
+        assert "in time" in failed.message
+        if kind == "tcp":  # its proof comes from the very thread that is late
+            found = await w["d0"].until(lambda report: report.aborts, "to give the grant up")
+            assert found.quarantined == PROMPT_BLOCKS
+        w["d0"].go()
+        await w.carry_on(spec, "p0", "d0", 2)
+        await w["p0"].idle()
+        await w["d0"].idle()
+        await w.whole_pool("p0", "d0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("forged", "why"), [({"write_token": b"x" * 16}, "wrong write token"), ({"generation": 999}, "generation 999")]
+)
+async def test_the_wrong_papers(kind: str, forged: dict[str, Any], why: str) -> None:
+    """No byte of it is placed; the connection stays, and the next handoff uses it."""
+    async with workers(kind) as w:
+        w.add("p0", forge=forged)
+        w.add("d0")
+        await w.start()
+        before = await w["d0"].ask("contents")
+        spec = w.spec()
+        await w.begin(spec, "p0", "d0")
+        failed = await w.failed(spec, "p0")
+        assert failed.reason == wire.REFUSAL_REASON_UNREACHABLE
+        assert why in failed.message
+        found = await w["d0"].report()
+        assert found.counts["writes_refused"] == 1
+        assert await w["d0"].ask("contents") == before
+        assert await w.carry_on(spec, "p0", "d0", 2) == 2
+        await w["p0"].idle()
+        await w["d0"].idle()
+        await w.whole_pool("p0", "d0")
+
+
+async def test_a_corrupted_byte() -> None:
+    """With checksums on: what was garbled does not count, and is sent again under a new handoff."""
+    async with workers("tcp") as w:
+        w.add("p0")
+        w.add("d0")
+        await w.start(proxied=True)
+        assert w.wire is not None
+        wire_, garbled = w.wire, list[int]()
+
+        def flip(offset: int, data: bytes) -> bytes:
+            if garbled or not offset <= HALF_WAY < offset + len(data):
+                return data
+            garbled.append(offset)
+            at = HALF_WAY - offset
+            return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+        wire_.change = flip
+        spec = w.spec()
+        await w.begin(spec, "p0", "d0")
+        failed = await w.failed(spec, "p0")
+        assert failed.reason == wire.REFUSAL_REASON_UNREACHABLE
+        assert "arrived with other bytes than were sent" in failed.message
+        assert (await w["d0"].report()).counts["writes_refused"] == 1
+        assert await w.carry_on(spec, "p0", "d0", 2) == 2
+        await w["p0"].idle()
+        await w["d0"].idle()
+        await w.whole_pool("p0", "d0")

@@ -1,0 +1,177 @@
+"""The protocol explored: whatever the adversary does, no block is reused while it may be written, and all ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from baton.spec import HandoffKey
+from kvtransfer.grants import GrantLedger, _Entry
+from kvtransfer.handoff import RefusalReason
+from kvtransfer.outcomes import Outcome
+from tests.kvtransfer.model.explorer import Explorer, Found
+from tests.kvtransfer.model.world import Attempt, Case, World
+
+ONE = ((0, 2, 1, 0),)
+"""One sequence of two prompt blocks and one of growth."""
+TWO = ((0, 2, 0, 0), (1, 2, 0, 1))
+"""Two writers, whose sequences do not fit together."""
+SAME_PREFIX = ((0, 2, 0, 0), (1, 2, 0, 0))
+"""Two writers of the same prompt: what one has brought the other finds in the cache."""
+BOTH = (True, False)
+SMALL: list[tuple[tuple[tuple[int, int, int, int], ...], dict[str, int]]] = [
+    (ONE, {"crash": 1}),
+    (ONE, {"cancel": 1}),
+    (ONE, {"duplicate": 1}),
+    (ONE, {"break": 1}),
+    (ONE, {"tick": 2}),
+    (TWO, {}),
+    (SAME_PREFIX, {}),
+]
+LARGE: list[tuple[tuple[tuple[int, int, int, int], ...], dict[str, int]]] = [
+    (ONE, {"crash": 1, "duplicate": 1, "cancel": 1}),
+    (ONE, {"tick": 2, "renew": 1, "tear": 1}),
+    (ONE, {"break": 1, "tear": 1, "duplicate": 1}),
+    (ONE, {"timeout": 1, "cancel": 1}),
+    (TWO, {"crash": 1, "duplicate": 1}),
+    (TWO, {"break": 1}),
+    (TWO, {"tick": 2, "tear": 1}),
+    (SAME_PREFIX, {"crash": 1, "cancel": 1}),
+]
+NIGHT_STATES = 120_000
+
+
+def explore(case: Case, limit: int = 1_000_000, world: type[World] = World) -> None:
+    found = Explorer(case, world, limit).run()
+    print(f"{case}: {found}")
+    assert found.ends
+
+
+@pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
+def test_small_worlds_in_full(closes_prove: bool) -> None:
+    states = 0
+    for attempts, budget in SMALL:
+        handoffs = 1 if budget.keys() & {"break", "tick"} else 2
+        case = Case(attempts, 3, closes_prove, budget, handoffs=handoffs)
+        found = Explorer(case).run()
+        assert found.complete
+        assert found.ends
+        states += found.states
+    print(f"{states} states")
+    assert states > 1000, "the adversary has lost its hold on the world"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
+@pytest.mark.parametrize(("attempts", "budget"), LARGE)
+def test_larger_worlds(attempts: Any, budget: dict[str, int], closes_prove: bool) -> None:
+    explore(Case(attempts, 3, closes_prove, budget), NIGHT_STATES)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
+def test_three_blocks_while_computing(closes_prove: bool) -> None:
+    explore(Case(((0, 3, 0, 0),), 3, closes_prove, {"crash": 1, "tick": 1}, computed=False), NIGHT_STATES)
+
+
+# Mutants: a checker is worth something if it finds what is wrong. Each breaks one thing that the protocol rests on.
+
+
+class FreesOnExpiry(GrantLedger):
+    """Takes time for a proof."""
+
+    def abort(self, key: HandoffKey, reason: RefusalReason, now: float, message: str = "") -> bool:
+        done = super().abort(key, reason, now, message)
+        if done and reason is RefusalReason.EXPIRED:
+            self.proved(key)
+        return done
+
+
+class ResidentTooEarly(GrantLedger):
+    """Takes the commit for the arrival of the data."""
+
+    def _settle(self, entry: _Entry, now: float) -> Outcome:
+        if entry.committed:
+            entry.missing.clear()
+        return super()._settle(entry, now)
+
+
+class LosesGrowth(GrantLedger):
+    """Forgets the reserved blocks on an abort."""
+
+    def abort(self, key: HandoffKey, reason: RefusalReason, now: float, message: str = "") -> bool:
+        known = self._entries.get(key)
+        if known is not None and known.grant.growth:
+            self.pool.hold(known.grant.growth)
+        return super().abort(key, reason, now, message)
+
+
+class TimeIsProof(World):
+    ledger_type = FreesOnExpiry
+
+
+class CommitIsArrival(World):
+    ledger_type = ResidentTooEarly
+
+
+class GrowthIsLost(World):
+    ledger_type = LosesGrowth
+
+
+class WordIsProof(World):
+    """Believes a tcp writer's Close, though its bytes may still be under way."""
+
+    def on_close(self, key: HandoffKey) -> None:
+        self.ledger.closed(key, self.now, proof=True)
+        self._check_freed(key)
+
+
+class ClosesTooEarly(World):
+    """Promises that nothing more is written while something is."""
+
+    def _advance(self, attempt: Attempt) -> None:
+        held, attempt.delivery._under_way = attempt.delivery._under_way, type(attempt.delivery._under_way)()
+        for key in attempt.delivery.take_closed():
+            self.send_close(attempt.writer, key)
+        attempt.delivery._under_way = held
+        super()._advance(attempt)
+
+
+class LosesCloses(World):
+    """Never says a Close again that went down with its stream."""
+
+    def lose_closes(self, keys: list[HandoffKey]) -> None:
+        pass
+
+
+class LeavesConnections(World):
+    """Reports a revocation without closing connections in the middle of a block."""
+
+    def do_revoke(self, key: HandoffKey) -> None:
+        self.wires.revoking.remove(key)
+        self.wires.events.append(("revoked", key))
+
+
+@pytest.mark.parametrize(
+    ("mutant", "closes_prove", "budget", "what"),
+    [
+        (TimeIsProof, True, {"tick": 2}, "granted to it no more"),
+        (TimeIsProof, False, {"tick": 2}, "granted to it no more"),
+        (CommitIsArrival, True, {}, "holds"),
+        (CommitIsArrival, False, {}, "holds"),
+        (GrowthIsLost, True, {"cancel": 1}, "never ends"),
+        (WordIsProof, False, {"tear": 1}, "granted to it no more"),
+        (ClosesTooEarly, True, {"cancel": 1}, "granted to it no more"),
+        (LosesCloses, True, {"break": 1}, "never ends"),
+        (LeavesConnections, False, {"cancel": 1}, "granted to it no more"),
+    ],
+)
+def test_mutants_are_found(mutant: type[World], closes_prove: bool, budget: dict[str, int], what: str) -> None:
+    handoffs = 1 if "break" in budget else 2  # a second one would bring the writer back
+    case = Case(ONE, 3, closes_prove, budget, handoffs=handoffs)
+    with pytest.raises(Found, match=what) as found:
+        Explorer(case, mutant).run()
+    assert found.value.trace

@@ -1,0 +1,125 @@
+"""Prompts that a decode worker computes itself, over the real stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baton.spec import Objectives, SequenceSpec
+from tests.rpc.waiting import until
+from tests.workers.conftest import Cluster
+from tests.workers.counting import LAYOUT
+
+BLOCK = LAYOUT.block_tokens
+
+
+async def ends(cluster: Cluster, spec: SequenceSpec) -> Any:
+    """Waits for the end on d0; all tokens came, and are those that the engine must draw."""
+    ended = await cluster.router.hears(cluster.d, "ended", spec)
+    assert not ended.HasField("status"), ended.message
+    assert cluster.router.output(spec) == cluster.router.expected(spec, ended.output_tokens)
+    return ended
+
+
+async def test_a_prompt_is_computed_in_chunks_and_decoded_in_place(cluster: Cluster) -> None:
+    await cluster.add_decode(chunk_tokens=32)
+    spec = cluster.router.spec(100, max_tokens=5)
+    cluster.router.direct(cluster.d, spec)
+    ended = await ends(cluster, spec)
+    report = await cluster.router.hears(cluster.d, "prefill_report", spec)
+    assert len(cluster.router.heard(cluster.d, "started", spec)) == 1
+    assert (ended.output_tokens, report.cached_tokens, report.transport) == (5, 0, "")
+    assert [batch[0][1] for batch in cluster.d.engine.batches] == [32, 32, 32, 4, 1, 1, 1, 1]
+
+
+async def test_the_first_token_may_be_all(cluster: Cluster) -> None:
+    await cluster.add_decode()
+    spec = cluster.router.spec(20, max_tokens=1)
+    cluster.router.direct(cluster.d, spec)
+    assert (await ends(cluster, spec)).output_tokens == 1
+
+
+async def test_a_cached_prefix_is_not_computed_again(cluster: Cluster) -> None:
+    await cluster.add_decode()
+    first = cluster.router.spec(3 * BLOCK + 4, max_tokens=3)
+    cluster.router.direct(cluster.d, first)
+    await ends(cluster, first)
+    again = cluster.router.spec([*first.prompt, 5, 6], max_tokens=3)
+    cluster.router.direct(cluster.d, again)
+    await ends(cluster, again)
+    assert (await cluster.router.hears(cluster.d, "prefill_report", again)).cached_tokens == 3 * BLOCK
+
+
+async def test_residents_go_on_beside_a_long_prompt(pair: Cluster) -> None:
+    resident = pair.router.spec(20, max_tokens=400, objectives=Objectives(tpot_ms=1000.0))
+    await pair.bound(resident)
+    await until(lambda: len(pair.router.output(resident)) > 2, "some tokens")
+    prompt = pair.router.spec(200, max_tokens=3)
+    pair.router.direct(pair.d, prompt)
+    await ends(pair, prompt)
+    await pair.finished(resident)
+    mixed = [batch for batch in pair.d.engine.batches if len(batch) == 2 and any(count > 1 for _, count in batch)]
+    assert mixed, "the prompt's chunks and the resident's tokens share steps"
+    assert all(sum(count == 1 for _, count in batch) >= 1 for batch in mixed)
+
+
+async def test_cancelled_at_every_point(cluster: Cluster) -> None:
+    node = await cluster.add_decode(chunk_tokens=32, max_sequences=2)
+    node.engine.gate.clear()
+    computing, other, waiting = (cluster.router.spec(40, max_tokens=20) for _ in range(3))
+    for spec in (computing, other, waiting):
+        cluster.router.direct(node, spec)
+    await cluster.router.hears(node, "started", other)
+    assert node.role.live["prompts_waiting"] == 1
+    for spec in (computing, waiting):
+        cluster.router.cancel(node, spec)
+    await cluster.router.hears(node, "freed", waiting)
+    node.engine.gate.set()
+    await cluster.router.hears(node, "freed", computing)
+    await until(lambda: len(cluster.router.output(other)) > 1, "its tokens")
+    cluster.router.cancel(node, other)
+    await cluster.router.hears(node, "freed", other)
+    assert not cluster.router.heard(node, "started", waiting)
+
+
+async def test_what_waits_starts_when_a_slot_comes_free(cluster: Cluster) -> None:
+    node = await cluster.add_decode(max_sequences=1)
+    specs = [cluster.router.spec(20, max_tokens=3) for _ in range(4)]
+    for spec in specs:
+        cluster.router.direct(node, spec)
+    for spec in specs:
+        await ends(cluster, spec)
+
+
+async def test_an_urgent_prompt_overtakes_what_waits_and_what_computes(cluster: Cluster) -> None:
+    node = await cluster.add_decode(chunk_tokens=32)
+    node.engine.gate.clear()
+    long = [cluster.router.spec(128, max_tokens=1) for _ in range(3)]
+    for spec in long:
+        cluster.router.direct(node, spec)
+    urgent = cluster.router.spec(16, max_tokens=1, ttft_left_s=1.0)
+    cluster.router.direct(node, urgent)
+    await cluster.router.hears(node, "started", urgent)
+    node.engine.gate.set()
+    for spec in (*long, urgent):
+        await ends(cluster, spec)
+    order = [key for batch in node.engine.batches for key, _ in batch]
+    assert order.index(urgent.attempt) <= 2
+
+
+async def test_a_lost_router_leaves_nothing(cluster: Cluster) -> None:
+    node = await cluster.add_decode(max_sequences=1)
+    node.engine.gate.clear()
+    for _ in range(2):
+        cluster.router.direct(node, cluster.router.spec(40, max_tokens=100))
+    await until(lambda: node.role.live["residents"] == 1, "one started")
+    node.worker.close()
+    node.engine.gate.set()
+    await until(lambda: not node.busy(), "nothing held")
+
+
+async def test_what_never_fits_is_refused_by_name(cluster: Cluster) -> None:
+    node = await cluster.add_decode(blocks=4)
+    spec = cluster.router.spec(4 * BLOCK, max_tokens=10)
+    cluster.router.direct(node, spec)
+    ended = await cluster.router.hears(node, "ended", spec)
+    assert (ended.status, ended.message) == (8, "the prompt needs 5 blocks, the pool has 4")
