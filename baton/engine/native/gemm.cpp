@@ -63,7 +63,7 @@ BATON_INLINE void integer_tile(const uint8_t* const* panels, TileRows a, int gro
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = vf{};
   const size_t factors = static_cast<size_t>(groups) * From::NUMBERS, minima = factors + groups * FACTOR_BYTES;
   for (int g = 0; g < groups; g++) {
-    fetch(a.errand), fetch(a.errand + a.errand_step / 2);
+    UNROLL for (int line = 0; line < 3; line++) fetch(a.errand + a.errand_step / 3 * line);
     vi part[R][P];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
       part[r][p] = From::MINIMA ? vi{} : splat_at(a.offsets + r);
@@ -105,7 +105,7 @@ BATON_INLINE void bf16_tile(const uint8_t* const* panels, const TileRows& a, int
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = vf{};
   const int count = groups * GROUP / 2;
   for (int k = 0; k < count; k++) {
-    if (k % 8 == 0) fetch(a.errand + k / 8 * (a.errand_step / 2));
+    if (k % 4 == 0) fetch(a.errand + k / 4 * (a.errand_step / 4));
     vi b[P];
     UNROLL for (int p = 0; p < P; p++) {
       b[p] = load(reinterpret_cast<const int32_t*>(panels[p]) + k * LANES);
@@ -219,7 +219,8 @@ void for_tiles(const Matrix* const (&matrices)[MATRICES], const Operand& rows, E
       const int now = rows.rows - first < height ? rows.rows - first : height;
       for (int m = 0; m < MATRICES; m++) {
         const size_t asked = first == 0 && !widens ? ahead : 0;
-        const TileRows a = tile_rows(rows, first, asked, errand.next(groups * Errand::STEP));
+        const bool is_last = first + now == rows.rows;  // the first has weights to ask for
+        const TileRows a = tile_rows(rows, first, asked, is_last ? errand.next(groups * Errand::STEP) : nullptr);
         if (widens)
           product_of<Widened>(from[m], now, a, groups, tiles[m]);
         else

@@ -93,7 +93,7 @@ class Arena {
 // to memory idle most of the time, and what is read after them is then in the caches already.
 class Errand {
  public:
-  static constexpr size_t STEP = 128;  // bytes with each group
+  static constexpr size_t STEP = 192;  // bytes with each group
 
   void clear() { pieces_.clear(), piece_ = at_ = total_ = 0; }
   void add(const uint8_t* from, size_t bytes) { pieces_.emplace_back(from, bytes), total_ += bytes; }
