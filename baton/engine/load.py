@@ -39,9 +39,7 @@ def load_engine(
         raise ConfigError(f"weights: {', '.join(get_args(WeightChoice))}, not {weights!r}")
     if kernels != "torch" and resolve_device(device).type == "cpu":
         try:
-            return NativeEngine.load(
-                description, buffer=buffer, blocks=blocks, weights=weights, deterministic=deterministic
-            )
+            return NativeEngine.load(description, buffer=buffer, blocks=blocks, weights=weights)
         except NativeUnavailable as error:
             if kernels == "native":
                 raise ConfigError(f"kernels: {error}") from None

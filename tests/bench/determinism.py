@@ -6,8 +6,9 @@ import os
 import statistics
 
 from baton.engine.card import describe
+from baton.engine.load import load_engine
 from baton.engine.models import EMBEDDED_MODEL, resolve
-from baton.engine.native.engine import NativeEngine
+from baton.engine.stepper import Stepper
 from tests.bench.cases import Case, run
 from tests.bench.report import Row, spread
 
@@ -33,10 +34,9 @@ def rows() -> list[Row]:
     return [_row(case, seconds[case, True], seconds[case, False]) for case in CASES]
 
 
-def _engine(deterministic: bool) -> NativeEngine:
-    engine = NativeEngine.load(
-        describe(resolve(EMBEDDED_MODEL), "bfloat16"), blocks=BLOCKS, deterministic=deterministic
-    )
+def _engine(deterministic: bool) -> Stepper:
+    description = describe(resolve(EMBEDDED_MODEL), "bfloat16")
+    engine = load_engine(description, blocks=BLOCKS, deterministic=deterministic)
     engine.warm_up()
     return engine
 

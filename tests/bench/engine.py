@@ -30,6 +30,7 @@ TARGETS = {
     ("prefill 1024", "vllm"): 1.4,
     ("prefill 4096", "vllm"): 1.4,
     ("decode 1", "llama.cpp"): 2.0,
+    ("decode 1", "llama.cpp native"): 2.0,
     ("decode 1", "vllm"): 3.0,
     ("decode 16, short", "vllm"): 3.0,
     ("decode 16, 1000 tokens", "vllm"): 2.0,
@@ -57,26 +58,32 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="where setup.sh put them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--only", action="append", choices=[case.name for case in CASES], help="a case; all if not given"
+    )
+    parser.add_argument("--peer", action="append", choices=peers.NAMES, help="a peer; all if not given")
     options = parser.parse_args()
     os.sched_setaffinity(0, {options.cpu})
-    others = peers.start(options.peers, options.cpu) if options.peers else []
+    others = peers.start(options.peers, options.cpu, options.peer or list(peers.NAMES)) if options.peers else []
     try:
-        rows = compare(others, options.rounds)
+        rows = compare(others, options.rounds, [case for case in CASES if case.name in (options.only or [case.name])])
     finally:
         for peer in others:
             peer.close()
     sys.exit(0 if publish("engine", rows) else 1)
 
 
-def compare(others: list[peers.Peer], rounds: int) -> list[Row]:
+def compare(others: list[peers.Peer], rounds: int, cases: list[Case]) -> list[Row]:
     """Measures all and returns the rows."""
+    for peer in others:
+        print(f"{peer.name}: {peer.about}", flush=True)
     hardware = limits.measure()
     engines = {form: _engine(form) for form in FORMATS}
     ours: dict[tuple[str, Format], list[float]] = {}
     theirs: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         hardware = hardware.or_better(limits.measure())
-        for case in CASES:
+        for case in cases:
             for form, engine in engines.items():
                 seconds = statistics.median(run(engine, case))
                 ours.setdefault((case.name, form), []).append(case.rate(seconds))
@@ -84,8 +91,10 @@ def compare(others: list[peers.Peer], rounds: int) -> list[Row]:
                 if (rate := peer.ask(case.name, case.tokens, case.sequences)) is not None:
                     theirs.setdefault((case.name, peer.name), []).append(rate)
     print(f"one core: {hardware}", flush=True)
+    for (name, peer_name), values in theirs.items():
+        print(f"{peer_name}, {name}: {spread(values)}", flush=True)
     rows = []
-    for case in CASES:
+    for case in cases:
         for form, engine in engines.items():
             rates = ours[case.name, form]
             best = case.rate(hardware.seconds(engine, case, form.weights != "bf16"))

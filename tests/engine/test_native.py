@@ -123,7 +123,7 @@ def test_a_files_own_grid_is_kept_exactly(
     for name, slot in (("ffn_up", library.Slot.UP), ("attn_output", library.Slot.OUTPUT)):
         raw = next(t for t in gguf.GGUFReader(path).tensors if t.name == f"blk.1.{name}.weight")
         expected = dequantize(raw.data, quantisation)
-        found = [engine.model.row(0, 1, slot, row, expected.shape[1]) for row in range(len(expected))]
+        found = [engine.model.row(1, slot, row, expected.shape[1]) for row in range(len(expected))]
         np.testing.assert_array_equal(np.stack(found), expected)
     exact = TorchEngine.load(describe(resolve(str(path)), "float32"), blocks=8)
     tokens = tokens_for(50)
@@ -136,7 +136,7 @@ def test_int4_rounds_nearer_than_from_least_to_most(kernels: library.Library, ti
     model = tiny("llama")
     engine = native(model, "int4")
     weights = model.reference.model.layers[1].mlp.up_proj.weight.detach().numpy()
-    found = np.stack([engine.model.row(0, 1, library.Slot.UP, row, weights.shape[1]) for row in range(len(weights))])
+    found = np.stack([engine.model.row(1, library.Slot.UP, row, weights.shape[1]) for row in range(len(weights))])
     groups = weights.reshape(-1, 32)
     least, most = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
     minimum = least.astype(np.float16).astype(np.float32)

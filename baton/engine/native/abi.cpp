@@ -18,9 +18,9 @@ int guarded(Do body) {
   }
 }
 
-Matrix& matrix_of(Model& model, int set, int layer, int slot) {
-  if (layer >= 0) return model.weights(set).layers[layer].slots[slot];
-  return slot == 0 ? model.weights(set).head : model.embedding();
+Matrix& matrix_of(Model& model, int layer, int slot) {
+  if (layer >= 0) return model.weights().layers[layer].slots[slot];
+  return slot == 0 ? model.weights().head : model.weights().embedding;
 }
 
 Array<float>& vector_of(Model& model, int layer, int slot) {
@@ -41,20 +41,22 @@ Model* baton_open(const Config* config, const float* inverse_frequencies) {
 void baton_close(Model* model) { delete model; }
 
 // Makes room for a matrix. Layer -1 is outside the layers: slot 0 the head, slot 1 the embedding.
-int baton_shape(Model* model, int set, int layer, int slot, int format, int outputs, int inputs) {
-  return guarded([&] { matrix_of(*model, set, layer, slot).shape(static_cast<Format>(format), outputs, inputs); });
+int baton_shape(Model* model, int layer, int slot, int format, int outputs, int inputs) {
+  return guarded([&] {
+    Arena& memory = model->weights().memory;
+    matrix_of(*model, layer, slot).shape(static_cast<Format>(format), outputs, inputs, memory);
+  });
 }
 
 // See `pack`.
-int baton_pack(Model* model, int set, int layer, int slot, int first, int rows, int source, const void* from,
+int baton_pack(Model* model, int layer, int slot, int first, int rows, int source, const void* from,
                const int32_t* order) {
-  return guarded(
-      [&] { pack(matrix_of(*model, set, layer, slot), first, rows, static_cast<Source>(source), from, order); });
+  return guarded([&] { pack(matrix_of(*model, layer, slot), first, rows, static_cast<Source>(source), from, order); });
 }
 
 // Row `row` of a matrix as numbers [inputs].
-void baton_row(Model* model, int set, int layer, int slot, int row, float* out) {
-  unpack_row(matrix_of(*model, set, layer, slot), row, out);
+void baton_row(Model* model, int layer, int slot, int row, float* out) {
+  unpack_row(matrix_of(*model, layer, slot), row, out);
 }
 
 // Sets a vector. Layer -1 is the final norm.
@@ -68,16 +70,12 @@ int baton_step(Model* model, void* pool, const Batch* batch) {
 
 // Bytes of all matrices.
 int64_t baton_bytes(Model* model) {
-  int64_t total = model->embedding().data.bytes();
-  for (int set = 0; set < 2; set++) {
-    total += model->weights(set).head.data.bytes();
-    for (LayerMatrices& layer : model->weights(set).layers)
-      for (Matrix& matrix : layer.slots) total += matrix.data.bytes();
-  }
+  Weights& weights = model->weights();
+  int64_t total = weights.embedding.bytes() + weights.head.bytes();
+  for (LayerMatrices& layer : weights.layers)
+    for (Matrix& matrix : layer.slots) total += matrix.bytes();
   return total;
 }
-
-void baton_set_wide_from(Model* model, int rows) { model->set_wide_from(rows); }
 
 // Starts or stops timing; either way copies the seconds per part so far, [PARTS], and clears them.
 void baton_profile(Model* model, int on, double* seconds) {

@@ -28,7 +28,7 @@ struct Tile {
 
 // Scores of R rows: a chain over pairs along dim for each.
 template <int R>
-BATON_INLINE void scores_of(const Packed& from, const uint16_t* const* queries, int pairs, vf (&score)[R][VECTORS_OF_KEYS]) {
+BATON_INLINE void scores_of(const Packed& from, Ahead*, const uint16_t* const* queries, int pairs, vf (&score)[R][VECTORS_OF_KEYS]) {
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < VECTORS_OF_KEYS; v++) score[r][v] = vf{};
   for (int p = 0; p < pairs; p++) {
     vi keys[VECTORS_OF_KEYS];
@@ -41,14 +41,13 @@ BATON_INLINE void scores_of(const Packed& from, const uint16_t* const* queries, 
 }
 
 template <int R>
-BATON_INLINE void scores_of(const Rows& from, const uint16_t* const* queries, int pairs, vf (&score)[R][VECTORS_OF_KEYS]) {
-  const int per_part = (2 * from.lines + pairs - 1) / pairs;
+BATON_INLINE void scores_of(const Rows& from, Ahead* ahead, const uint16_t* const* queries, int pairs, vf (&score)[R][VECTORS_OF_KEYS]) {
   UNROLL for (int v = 0; v < VECTORS_OF_KEYS; v += 2) {  // two at a time: enough chains to hide the latency
     vf left[R], right[R];
     UNROLL for (int r = 0; r < R; r++) left[r] = right[r] = vf{};
     if (v < from.blocks) {
       for (int p = 0; p < pairs; p += 4) {
-        from.fetch_ahead(0, (v * pairs / 2 + p) / 4, per_part);
+        ahead->some();
         vi a[4], b[4];
         four_pairs(from.keys + v * LANES, p, a);
         four_pairs(from.keys + (v + 1) * LANES, p, b);
@@ -64,7 +63,7 @@ BATON_INLINE void scores_of(const Rows& from, const uint16_t* const* queries, in
 
 // Adds a step's weighted values, [d, d + 16 V), to R rows' sums: a chain over pairs of keys for each.
 template <int R, int V>
-BATON_INLINE void add_values(const Packed& from, const uint16_t (&weights)[R][STEP], int d, int padded, vf (&sum)[R][V]) {
+BATON_INLINE void add_values(const Packed& from, Ahead*, const uint16_t (&weights)[R][STEP], int d, int padded, vf (&sum)[R][V]) {
   for (int t = 0; t < STEP / 2; t++) {
     vi values[V];
     UNROLL for (int v = 0; v < V; v++) values[v] = load(from.values + t * padded + d + v * LANES);
@@ -76,10 +75,9 @@ BATON_INLINE void add_values(const Packed& from, const uint16_t (&weights)[R][ST
 }
 
 template <int R, int V>
-BATON_INLINE void add_values(const Rows& from, const uint16_t (&weights)[R][STEP], int d, int, vf (&sum)[R][V]) {
-  const int per_part = (2 * from.lines + STEP - 1) / STEP;
+BATON_INLINE void add_values(const Rows& from, Ahead* ahead, const uint16_t (&weights)[R][STEP], int d, int, vf (&sum)[R][V]) {
   for (int t = 0; t < from.blocks * BLOCK / 2; t++) {
-    if (d == 0) from.fetch_ahead(1, t, per_part);
+    if (d == 0) ahead->some();
     vi values[V];
     UNROLL for (int v = 0; v < V; v += 2)
       pairs_at(from.values[2 * t] + d + v * LANES, from.values[2 * t + 1] + d + v * LANES, values[v], values[v + 1]);
@@ -91,21 +89,21 @@ BATON_INLINE void add_values(const Rows& from, const uint16_t (&weights)[R][STEP
 }
 
 template <int R, int V, class From>
-BATON_INLINE void update_values(const From& from, const uint16_t (&weights)[R][STEP], const float (&shrink)[R], int first,
+BATON_INLINE void update_values(const From& from, Ahead* ahead, const uint16_t (&weights)[R][STEP], const float (&shrink)[R], int first,
                                 int d, Tile& tile) {
   float* at = tile.values + first * tile.padded + d;
   vf sum[R][V];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++)
     sum[r][v] = load(at + r * tile.padded + v * LANES) * shrink[r];
-  add_values<R, V>(from, weights, d, tile.padded, sum);
+  add_values<R, V>(from, ahead, weights, d, tile.padded, sum);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) store(at + r * tile.padded + v * LANES, sum[r][v]);
 }
 
 // Rows [first, first + R) of a tile over the step that begins at position `start`.
 template <int R, class From>
-void advance(const KvShape& shape, const From& from, int start, int first, Tile& tile) {
+void advance(const KvShape& shape, const From& from, Ahead* ahead, int start, int first, Tile& tile) {
   vf score[R][VECTORS_OF_KEYS];
-  scores_of<R>(from, tile.queries + first, shape.dim / 2, score);
+  scores_of<R>(from, ahead, tile.queries + first, shape.dim / 2, score);
   const bool scaled = shape.format == KvFormat::int8;
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   alignas(64) uint16_t weights[R][STEP];
@@ -131,16 +129,16 @@ void advance(const KvShape& shape, const From& from, int start, int first, Tile&
     tile.total[first + r] = fma(tile.total[first + r], splat(shrink[r]), total);
   }
   int d = 0;
-  for (; d + 4 * LANES <= tile.padded; d += 4 * LANES) update_values<R, 4>(from, weights, shrink, first, d, tile);
+  for (; d + 4 * LANES <= tile.padded; d += 4 * LANES) update_values<R, 4>(from, ahead, weights, shrink, first, d, tile);
   if constexpr (std::is_same_v<From, Rows>) {
-    for (; d < tile.padded; d += 2 * LANES) update_values<R, 2>(from, weights, shrink, first, d, tile);
+    for (; d < tile.padded; d += 2 * LANES) update_values<R, 2>(from, ahead, weights, shrink, first, d, tile);
   } else {
-    for (; d < tile.padded; d += LANES) update_values<R, 1>(from, weights, shrink, first, d, tile);
+    for (; d < tile.padded; d += LANES) update_values<R, 1>(from, ahead, weights, shrink, first, d, tile);
   }
 }
 
 template <class From>
-using Advance = void (*)(const KvShape&, const From&, int, int, Tile&);
+using Advance = void (*)(const KvShape&, const From&, Ahead*, int, int, Tile&);
 template <class From>
 constexpr Advance<From> ADVANCE[MICRO] = {advance<1, From>, advance<2, From>, advance<3, From>,
                                           advance<4, From>, advance<5, From>, advance<6, From>};
@@ -233,8 +231,9 @@ void finish(const Place& place, int start, int count, const Tile& tile) {
   }
 }
 
-// A few rows a head: all heads of a step together, since they lie side by side in a block.
-void attend_few(const KvShape& shape, void* pool, int layer, Place place) {
+// A few rows a head: all heads of a step together, since they lie side by side in a block. `next` is the span after this
+// one, or null.
+void attend_few(const KvShape& shape, void* pool, int layer, Place place, const Span* next) {
   static thread_local Array<float> sums;
   static thread_local std::vector<Tile> tiles;
   const int rows = place.span.count * place.group, padded = round_up(shape.dim, LANES);
@@ -242,11 +241,19 @@ void attend_few(const KvShape& shape, void* pool, int layer, Place place) {
   float* values = sums.reserve(static_cast<size_t>(shape.heads) * rows * padded);
   for (place.head = 0; place.head < shape.heads; place.head++)
     begin(place, 0, rows, values + static_cast<size_t>(place.head) * rows * padded, tiles[place.head]);
-  for (int step = 0; step <= tiles[0].positions[rows - 1] / STEP; step++) {
+  Ahead ahead(shape, pool, layer);
+  const int last = tiles[0].positions[rows - 1] / STEP;
+  for (int step = 0; step <= last; step++) {
+    // Both products of a head ask once per four pairs of dimensions and of keys, as far as there are keys.
+    const int parts = shape.heads * (step < last ? shape.dim / 4 + STEP / 2 : shape.dim / 8 + BLOCK / 2);
+    if (step < last)
+      ahead.of(place.span, (step + 1) * STEP, parts);
+    else if (next)
+      ahead.of(*next, 0, parts);
     for (int head = 0; head < shape.heads; head++) {
       Rows now;
       Head(shape, pool, layer, head, place.span).rows(step, now);
-      ADVANCE<Rows>[rows - 1](shape, now, step * STEP, 0, tiles[head]);
+      ADVANCE<Rows>[rows - 1](shape, now, &ahead, step * STEP, 0, tiles[head]);
     }
   }
   for (place.head = 0; place.head < shape.heads; place.head++) finish(place, 0, rows, tiles[place.head]);
@@ -267,7 +274,7 @@ void attend_many(const KvShape& shape, void* pool, int layer, const Place& place
       for (int r = 0; r < count; r += MICRO) {
         const int height = count - r < MICRO ? count - r : MICRO;
         if (tile.positions[r + height - 1] < step * STEP) continue;
-        ADVANCE<Packed>[height - 1](shape, now, step * STEP, r, tile);
+        ADVANCE<Packed>[height - 1](shape, now, nullptr, step * STEP, r, tile);
       }
     }
     finish(place, start, count, tile);
@@ -276,11 +283,16 @@ void attend_many(const KvShape& shape, void* pool, int layer, const Place& place
 
 }  // namespace
 
-void attend(const KvShape& shape, void* pool, int layer, int group, const Span& span, const uint16_t* queries,
-            int query_stride, float* out, int out_stride) {
-  Place place{span, group, 0, shape.dim, queries, query_stride, out, out_stride};
-  if (reads_rows(shape, span.count * group)) return attend_few(shape, pool, layer, place);
-  for (; place.head < shape.heads; place.head++) attend_many(shape, pool, layer, place);
+void attend(const KvShape& shape, void* pool, int layer, int group, const Span* spans, int count,
+            const uint16_t* queries, int query_stride, float* out, int out_stride) {
+  for (int i = 0; i < count; i++) {
+    Place place{spans[i], group, 0, shape.dim, queries, query_stride, out, out_stride};
+    if (reads_rows(shape, spans[i].count * group)) {
+      attend_few(shape, pool, layer, place, i + 1 < count ? &spans[i + 1] : nullptr);
+    } else {
+      for (; place.head < shape.heads; place.head++) attend_many(shape, pool, layer, place);
+    }
+  }
 }
 
 }  // namespace baton

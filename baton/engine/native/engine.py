@@ -9,7 +9,7 @@ from baton.engine.api import Work
 from baton.engine.card import ModelDescription
 from baton.engine.kv import Buffer, KvPool, make_pool
 from baton.engine.native.build import NativeUnavailable, arithmetic_of
-from baton.engine.native.library import KV_FORMATS, NEVER, SPAN, Library, NativeModel, load
+from baton.engine.native.library import KV_FORMATS, SPAN, Library, NativeModel, load
 from baton.engine.native.weights import load_model
 from baton.engine.sampler import Logits
 from baton.engine.state import state_of
@@ -41,12 +41,9 @@ class NativeEngine(Stepper):
         buffer: Buffer | None = None,
         blocks: int | None = None,
         weights: WeightChoice = "auto",
-        deterministic: bool = False,
         library: Library | None = None,
     ) -> NativeEngine:
         """Loads the weights; the pool as for `TorchEngine.load`, `library` the processor's own where None is given.
-
-        With `deterministic`, one set of weights computes steps of every size.
 
         Raises NativeUnavailable where the kernels can't be had or don't serve the layout, ModelFileError for damaged
         files.
@@ -59,8 +56,6 @@ class NativeEngine(Stepper):
         library = library or load()
         source = open_tensors(description.model, config)
         model = load_model(library, source, config, layout.dtype, weights)
-        if deterministic:
-            model.set_wide_from(NEVER)
         return cls(description, model, make_pool(layout, buffer, blocks))
 
     @property

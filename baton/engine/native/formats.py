@@ -12,8 +12,8 @@ OWN_GRIDS = {
 }
 """By GGUF's name of a tensor's type: those that a format holds exactly."""
 _CHOSEN = {"bf16": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
-_PANEL, _GROUP = 16, 32
-_GROUP_BYTES = {Format.BF16: 1024, Format.INT8: 576, Format.INT4: 320}
+_PANEL, _GROUP, _LINE = 16, 32, 64
+_GROUP_BYTES = {Format.BF16: 1024, Format.INT8: 544, Format.INT4: 320}
 """Of a group of 32 inputs for a panel of 16 outputs."""
 
 
@@ -27,5 +27,6 @@ def format_of(choice: WeightChoice, own: tuple[Source, Format] | None, is_outsid
 
 
 def packed_bytes(form: Format, outputs: int, inputs: int) -> int:
-    """Memory of a packed matrix: whole panels of whole groups."""
-    return -(-outputs // _PANEL) * -(-inputs // _GROUP) * _GROUP_BYTES[form]
+    """Memory of a packed matrix: whole panels of whole groups, each panel in whole cache lines."""
+    panel = -(-inputs // _GROUP) * _GROUP_BYTES[form]
+    return -(-outputs // _PANEL) * -(-panel // _LINE) * _LINE

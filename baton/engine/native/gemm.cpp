@@ -12,73 +12,108 @@ namespace {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// Where a panel's lines come from: int4 unpacked on the way, or bytes.
+// Where a group's lines come from: int4 unpacked on the way, or bytes. Widened are int4 with their bytes spread out.
 struct Nibbles {
-  static constexpr size_t STRIDE = 256 + 64;
+  static constexpr int NUMBERS = number_bytes(Format::int4);
+  static constexpr bool MINIMA = true;
 
   static __attribute__((always_inline)) inline void lines(const uint8_t* group, int j, vi& low, vi& high) {
     const vi both = load(reinterpret_cast<const int32_t*>(group) + j * LANES);
     low = both & 0x0f0f0f0f;
     high = (both >> 4) & 0x0f0f0f0f;
   }
-  static __attribute__((always_inline)) inline const uint16_t* factors(const uint8_t* group) { return reinterpret_cast<const uint16_t*>(group + 256); }
 };
 
-struct Bytes {
-  static constexpr size_t STRIDE = 512 + 64;
+template <bool M>
+struct Spread {
+  static constexpr int NUMBERS = number_bytes(Format::int8);
+  static constexpr bool MINIMA = M;
 
   static __attribute__((always_inline)) inline void lines(const uint8_t* group, int j, vi& low, vi& high) {
     low = load(reinterpret_cast<const int32_t*>(group) + j * LANES);
     high = load(reinterpret_cast<const int32_t*>(group) + (4 + j) * LANES);
   }
-  static __attribute__((always_inline)) inline const uint16_t* factors(const uint8_t* group) { return reinterpret_cast<const uint16_t*>(group + 512); }
 };
+using Bytes = Spread<false>;
+using Widened = Spread<true>;
+
+// What one tile of rows reads, and how many bytes ahead it asks for weights: those of the next panels, so that they are
+// in the second cache when their turn comes. Only the first tile asks, the others read what is there: 0 bytes ahead.
+// `errand`, `errand_step` bytes a group, is asked for on the side; without one it is NOWHERE.
+struct TileRows {
+  const uint16_t* pairs;
+  const int8_t* bytes;
+  const float *scales, *sums;
+  const int32_t* offsets;
+  size_t ahead;
+  const uint8_t* errand;
+  size_t errand_step;
+};
+
+alignas(64) const uint8_t NOWHERE[64] = {};  // to ask for it costs nothing
+
+BATON_INLINE void fetch(const uint8_t* from) { __builtin_prefetch(from, 0, 2); }
 
 // Panels worked on together: enough independent chains to hide an instruction's latency, few enough for the registers.
 constexpr int panels_at_once(int rows) { return rows <= 3 ? 4 : rows <= 6 ? 2 : 1; }
 
 // acc[r][p] = sum over groups of row scale * weight scale * exact integer sum, + weight minimum * row sum.
 template <class From, int R, int P>
-BATON_INLINE void integer_tile(const uint8_t* const* panels, const int8_t* bytes, const float* scales,
-                               const float* sums, int groups, vf (&acc)[R][P]) {
+BATON_INLINE void integer_tile(const uint8_t* const* panels, TileRows a, int groups, vf (&acc)[R][P]) {
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = vf{};
+  const size_t factors = static_cast<size_t>(groups) * From::NUMBERS, minima = factors + groups * FACTOR_BYTES;
   for (int g = 0; g < groups; g++) {
+    UNROLL for (int line = 0; line < 3; line++) fetch(a.errand + a.errand_step / 3 * line);
     vi part[R][P];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) part[r][p] = vi{};
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
+      part[r][p] = From::MINIMA ? vi{} : splat_at(a.offsets + r);
     UNROLL for (int j = 0; j < 4; j++) {
       vi low[P], high[P];
-      UNROLL for (int p = 0; p < P; p++) From::lines(panels[p] + g * From::STRIDE, j, low[p], high[p]);
-      UNROLL for (int r = 0; r < R; r++) {
-        const vi a = splat_at(bytes + (j * R + r) * 4);
-        UNROLL for (int p = 0; p < P; p++) part[r][p] = dot_bytes(part[r][p], low[p], a);
+      UNROLL for (int p = 0; p < P; p++) {
+        const uint8_t* group = panels[p] + g * From::NUMBERS;
+        From::lines(group, j, low[p], high[p]);
+        fetch(group + a.ahead + j * 64);
+        if (From::NUMBERS > 256) fetch(group + a.ahead + (4 + j) * 64);
       }
       UNROLL for (int r = 0; r < R; r++) {
-        const vi a = splat_at(bytes + ((4 + j) * R + r) * 4);
-        UNROLL for (int p = 0; p < P; p++) part[r][p] = dot_bytes(part[r][p], high[p], a);
+        const vi x = splat_at(a.bytes + (j * R + r) * 4);
+        UNROLL for (int p = 0; p < P; p++) part[r][p] = dot_bytes(part[r][p], low[p], x);
+      }
+      UNROLL for (int r = 0; r < R; r++) {
+        const vi x = splat_at(a.bytes + ((4 + j) * R + r) * 4);
+        UNROLL for (int p = 0; p < P; p++) part[r][p] = dot_bytes(part[r][p], high[p], x);
       }
     }
     UNROLL for (int p = 0; p < P; p++) {
-      const uint16_t* factors = From::factors(panels[p] + g * From::STRIDE);
-      const vf scale = load_f16(factors), minimum = load_f16(factors + PANEL);
-      UNROLL for (int r = 0; r < R; r++) {
-        acc[r][p] = fma(to_float(part[r][p]), scale * splat(scales[r]), acc[r][p]);
-        acc[r][p] = fma(minimum, splat(sums[r]), acc[r][p]);
+      const uint8_t* at = panels[p] + g * FACTOR_BYTES;
+      const vf scale = load_f16(reinterpret_cast<const uint16_t*>(at + factors));
+      fetch(at + factors + a.ahead);
+      UNROLL for (int r = 0; r < R; r++)
+        acc[r][p] = fma(to_float(part[r][p]), scale * splat(a.scales[r]), acc[r][p]);
+      if constexpr (From::MINIMA) {
+        const vf minimum = load_f16(reinterpret_cast<const uint16_t*>(at + minima));
+        fetch(at + minima + a.ahead);
+        UNROLL for (int r = 0; r < R; r++) acc[r][p] = fma(minimum, splat(a.sums[r]), acc[r][p]);
       }
     }
-    bytes += GROUP * R, scales += R, sums += R;
+    a.errand += a.errand_step, a.bytes += GROUP * R, a.scales += R, a.sums += R, a.offsets += R;
   }
 }
 
 template <int R, int P>
-BATON_INLINE void bf16_tile(const uint8_t* const* panels, const uint16_t* pairs, int groups, vf (&acc)[R][P]) {
+BATON_INLINE void bf16_tile(const uint8_t* const* panels, const TileRows& a, int groups, vf (&acc)[R][P]) {
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = vf{};
   const int count = groups * GROUP / 2;
   for (int k = 0; k < count; k++) {
+    if (k % 4 == 0) fetch(a.errand + k / 4 * (a.errand_step / 4));
     vi b[P];
-    UNROLL for (int p = 0; p < P; p++) b[p] = load(reinterpret_cast<const int32_t*>(panels[p]) + k * LANES);
+    UNROLL for (int p = 0; p < P; p++) {
+      b[p] = load(reinterpret_cast<const int32_t*>(panels[p]) + k * LANES);
+      fetch(panels[p] + k * 64 + a.ahead);
+    }
     UNROLL for (int r = 0; r < R; r++) {
-      const vi a = splat_at(pairs + (k * R + r) * 2);
-      UNROLL for (int p = 0; p < P; p++) acc[r][p] = dot_bf16(acc[r][p], b[p], a);
+      const vi x = splat_at(a.pairs + (k * R + r) * 2);
+      UNROLL for (int p = 0; p < P; p++) acc[r][p] = dot_bf16(acc[r][p], b[p], x);
     }
   }
 }
@@ -91,33 +126,21 @@ constexpr int panels_for(int rows) {
   return panels_at_once(rows);
 }
 
-// What one tile of rows reads.
-struct TileRows {
-  const uint16_t* pairs;
-  const int8_t* bytes;
-  const float *scales, *sums;
-};
-
-TileRows tile_rows(const Operand& rows, int first) {
-  const size_t inputs = static_cast<size_t>(rows.groups) * GROUP;
-  return {rows.pairs.get() + first * inputs, rows.bytes.get() + first * inputs,
-          rows.scales.get() + static_cast<size_t>(first) * rows.groups,
-          rows.sums.get() + static_cast<size_t>(first) * rows.groups};
-}
-
-template <class From, int R, int P>
-BATON_INLINE void any_tile(const uint8_t* const* panels, const TileRows& a, int groups, vf (&acc)[R][P]) {
-  if constexpr (std::is_same_v<From, Pairs>)
-    bf16_tile<R, P>(panels, a.pairs, groups, acc);
-  else
-    integer_tile<From, R, P>(panels, a.bytes, a.scales, a.sums, groups, acc);
+TileRows tile_rows(const Operand& rows, int first, size_t ahead, const uint8_t* errand) {
+  const size_t inputs = static_cast<size_t>(rows.groups) * GROUP, factors = static_cast<size_t>(first) * rows.groups;
+  return {rows.pairs.get() + first * inputs, rows.bytes.get() + first * inputs, rows.scales.get() + factors,
+          rows.sums.get() + factors, rows.offsets.get() + factors, ahead,
+          errand ? errand : NOWHERE, errand ? Errand::STEP : 0};
 }
 
 // The products of a tile of R rows with P panels, at tile[panel][row][lane].
 template <class From, int R, int P>
 void product(const uint8_t* const* panels, const TileRows& a, int groups, float* tile) {
   vf acc[R][P];
-  any_tile<From, R, P>(panels, a, groups, acc);
+  if constexpr (std::is_same_v<From, Pairs>)
+    bf16_tile<R, P>(panels, a, groups, acc);
+  else
+    integer_tile<From, R, P>(panels, a, groups, acc);
   UNROLL for (int p = 0; p < P; p++) UNROLL for (int r = 0; r < R; r++) store(tile + (p * ROWS + r) * LANES, acc[r][p]);
 }
 
@@ -137,17 +160,18 @@ constexpr std::array<Kernel, ROWS> kernels_of(std::integer_sequence<int, I...>) 
 template <class From>
 constexpr std::array<Kernel, ROWS> KERNELS = kernels_of<From>(std::make_integer_sequence<int, ROWS>{});
 
-// An int4 panel with its bytes spread out, for many tiles to read.
-void widen(const uint8_t* from, int groups, uint8_t* to) {
-  for (int g = 0; g < groups; g++, from += Nibbles::STRIDE, to += Bytes::STRIDE) {
+// An int4 panel with its bytes spread out, for many tiles to read; asks for what lies `ahead`.
+void widen(const uint8_t* from, int groups, size_t ahead, uint8_t* to) {
+  for (int g = 0; g < groups; g++, from += Nibbles::NUMBERS, to += Widened::NUMBERS) {
     for (int j = 0; j < 4; j++) {
       vi low, high;
       Nibbles::lines(from, j, low, high);
+      fetch(from + ahead + j * 64);
       store(reinterpret_cast<int32_t*>(to) + j * LANES, low);
       store(reinterpret_cast<int32_t*>(to) + (4 + j) * LANES, high);
     }
-    std::memcpy(to + 512, from + 256, 64);
   }
+  std::memcpy(to, from, static_cast<size_t>(groups) * 2 * FACTOR_BYTES);
 }
 
 // Panels side by side in memory, each `bytes` long.
@@ -173,29 +197,32 @@ constexpr int WIDEN_FROM = 4;  // tiles from which widening once costs less than
 
 // Calls emit(first row, rows, first panel, panels, tile of each matrix) for every tile of the product.
 template <class From, int MATRICES, class Emit>
-void for_tiles(const Matrix* const (&matrices)[MATRICES], const Operand& rows, Emit emit) {
+void for_tiles(const Matrix* const (&matrices)[MATRICES], const Operand& rows, Errand& errand, Emit emit) {
   alignas(64) static thread_local float tiles[MATRICES][MOST_PANELS * ROWS * LANES];
   static thread_local Array<uint8_t> wide[MATRICES];
   const int height = rows.height, groups = rows.groups, panels = matrices[0]->panels();
   const int together = KERNELS<From>[height - 1].width;
   const bool widens = std::is_same_v<From, Nibbles> && rows.rows >= WIDEN_FROM * ROWS;
-  const size_t wide_bytes = static_cast<size_t>(groups) * Bytes::STRIDE;
+  const size_t bytes = matrices[0]->panel_bytes(), ahead = bytes * together;
+  const size_t wide_bytes = static_cast<size_t>(groups) * (Widened::NUMBERS + 2 * FACTOR_BYTES);
   for (int panel = 0; panel < panels; panel += together) {
     const int count = panels - panel < together ? panels - panel : together;
     Panels from[MATRICES];
     for (int m = 0; m < MATRICES; m++) {
-      from[m] = {matrices[m]->panel(panel), matrices[m]->panel_bytes(), count};
+      from[m] = {matrices[m]->panel(panel), bytes, count};
       if (!widens) continue;
       uint8_t* to = wide[m].reserve(wide_bytes * MOST_PANELS);
-      for (int p = 0; p < count; p++) widen(matrices[m]->panel(panel + p), groups, to + p * wide_bytes);
+      for (int p = 0; p < count; p++) widen(matrices[m]->panel(panel + p), groups, ahead, to + p * wide_bytes);
       from[m] = {to, wide_bytes, count};
     }
     for (int first = 0; first < rows.rows; first += height) {
       const int now = rows.rows - first < height ? rows.rows - first : height;
-      const TileRows a = tile_rows(rows, first);
       for (int m = 0; m < MATRICES; m++) {
+        const size_t asked = first == 0 && !widens ? ahead : 0;
+        const bool is_last = first + now == rows.rows;  // the first has weights to ask for
+        const TileRows a = tile_rows(rows, first, asked, is_last ? errand.next(groups * Errand::STEP) : nullptr);
         if (widens)
-          product_of<Bytes>(from[m], now, a, groups, tiles[m]);
+          product_of<Widened>(from[m], now, a, groups, tiles[m]);
         else
           product_of<From>(from[m], now, a, groups, tiles[m]);
       }
@@ -205,14 +232,14 @@ void for_tiles(const Matrix* const (&matrices)[MATRICES], const Operand& rows, E
 }
 
 template <int MATRICES, class Emit>
-void for_format(const Matrix* const (&matrices)[MATRICES], const Operand& rows, Emit emit) {
+void for_format(const Matrix* const (&matrices)[MATRICES], const Operand& rows, Errand& errand, Emit emit) {
   switch (matrices[0]->format) {
     case Format::bf16:
-      return for_tiles<Pairs>(matrices, rows, emit);
+      return for_tiles<Pairs>(matrices, rows, errand, emit);
     case Format::int8:
-      return for_tiles<Bytes>(matrices, rows, emit);
+      return for_tiles<Bytes>(matrices, rows, errand, emit);
     case Format::int4:
-      return for_tiles<Nibbles>(matrices, rows, emit);
+      return for_tiles<Nibbles>(matrices, rows, errand, emit);
     case Format::none:
       return;
   }
@@ -234,9 +261,10 @@ BATON_INLINE vf load_some(const float* from, int count) {
 
 }  // namespace
 
-void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride, const float* bias, bool accumulate) {
+void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride, const float* bias, bool accumulate,
+              Errand& errand) {
   const Matrix* const matrices[1] = {&matrix};
-  for_format(matrices, rows, [&](int first, int count, int panel, int width, const auto& tiles) {
+  for_format(matrices, rows, errand, [&](int first, int count, int panel, int width, const auto& tiles) {
     for (int p = 0; p < width; p++) {
       const int column = (panel + p) * PANEL, columns = matrix.outputs - column;
       const vf added = bias ? load_some(bias + column, columns) : vf{};
@@ -250,9 +278,9 @@ void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride,
   });
 }
 
-void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride) {
+void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride, Errand& errand) {
   const Matrix* const matrices[2] = {&gate, &up};
-  for_format(matrices, rows, [&](int first, int count, int panel, int width, const auto& tiles) {
+  for_format(matrices, rows, errand, [&](int first, int count, int panel, int width, const auto& tiles) {
     for (int p = 0; p < width; p++) {
       const int column = (panel + p) * PANEL, columns = gate.outputs - column;
       for (int r = 0; r < count; r++) {

@@ -8,23 +8,38 @@ alignas(64) const uint16_t NOTHING[MOST_DIM] = {};
 // A share's integers as bf16, which holds them exactly: [16][dim].
 void widen(const uint8_t* share, int dim, uint16_t* to) {
   const int8_t* from = reinterpret_cast<const int8_t*>(share);
-  for (int i = 0; i < BLOCK * dim; i += LANES) store_bf16(to + i, to_float(load_bytes(from + i)));
+  int i = 0;
+  for (; i + 2 * LANES <= BLOCK * dim; i += 2 * LANES)
+    store_bf16(to + i, to_float(load_bytes(from + i)), to_float(load_bytes(from + i + LANES)));
+  for (; i < BLOCK * dim; i += LANES) store_bf16(to + i, to_float(load_bytes(from + i)));
 }
 
 }  // namespace
+
+void Ahead::of(const Span& span, int start, int parts) {
+  const int held = span.position + span.count - start, blocks = (held + BLOCK - 1) / BLOCK;
+  table_ = span.table + start / BLOCK;
+  piece_ = -1, pieces_ = blocks < STEP / BLOCK ? blocks : STEP / BLOCK;
+  const size_t lines = pieces_ * (2 * shape_.heads * shape_.share_bytes() / 64 + 1);
+  per_part_ = static_cast<int>((lines + parts - 1) / parts);
+  next();
+}
+
+void Ahead::next() {
+  if (++piece_ >= pieces_) return;
+  at_ = shape_.share(pool_, table_[piece_], layer_, 0, 0);
+  end_ = at_ + 2 * shape_.heads * shape_.share_bytes();
+}
 
 void Head::rows(int step, Rows& to) const {
   static thread_local Array<uint16_t> wide;
   const int end = span_.position + span_.count, dim = shape_.dim;
   const bool narrow = shape_.format == KvFormat::int8;
   uint16_t* buffer = narrow ? wide.reserve(2 * STEP * dim) : nullptr;
-  to.blocks = 0, to.lines = static_cast<int>((shape_.share_bytes() + 63) / 64);
+  to.blocks = 0;
   for (int b = 0; b < STEP / BLOCK; b++) {
     const int first = step * STEP + b * BLOCK, at = b * BLOCK;
     const int held = end - first < 0 ? 0 : end - first < BLOCK ? end - first : BLOCK;
-    const int next = first + STEP < end ? first + STEP : end - 1;
-    for (int kind = 0; kind < 2; kind++)
-      to.ahead[kind][b] = shape_.share(pool_, span_.table[next / BLOCK], layer_, kind, head_);
     for (int t = held; t < BLOCK; t++) {
       to.keys[at + t] = to.values[at + t] = NOTHING;
       to.key_scales[at + t] = to.value_scales[at + t] = 0;

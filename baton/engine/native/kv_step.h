@@ -21,22 +21,38 @@ struct Packed {
   float *key_scales, *value_scales;
 };
 
-// Rows of keys and values [dim]; absent ones are zeros. `blocks` are those that hold anything. `ahead` are the shares of
-// the step after this one, `lines` cache lines each: blocks lie anywhere, so that the processor can't guess them.
+// Rows of keys and values [dim]; absent ones are zeros. `blocks` are those that hold anything.
 struct Rows {
   const uint16_t *keys[STEP], *values[STEP];
   float key_scales[STEP], value_scales[STEP];
-  int blocks, lines;
-  const uint8_t* ahead[2][STEP / BLOCK];
+  int blocks;
+};
 
-  // Asks for part `part` of `parts` of the next keys (kind 0) or values. Asked for all at once they would hold up what
-  // is computed meanwhile. Into the second cache only: blocks are whole pages apart and would push each other out of
-  // the first.
-  void fetch_ahead(int kind, int part, int per_part) const {
-    const int first = part * per_part, last = first + per_part < lines ? first + per_part : lines;
-    for (int line = first; line < last; line++)
-      for (const uint8_t* share : ahead[kind]) __builtin_prefetch(share + 64 * line, 0, 2);
+// Asks, little by little, for what the step after this one reads: all heads' keys and values of a block's layer lie in
+// one piece, but blocks lie anywhere, so that the processor can't guess the next. Asked for all at once it would hold up
+// what is computed meanwhile. Into the second cache only: blocks are whole pages apart and would push each other out of
+// the first.
+class Ahead {
+ public:
+  Ahead(const KvShape& shape, void* pool, int layer) : shape_(shape), pool_(pool), layer_(layer) {}
+
+  // From now on the step of `span` that begins at position `start` is asked for in `parts` calls of `some`.
+  void of(const Span& span, int start, int parts);
+  void some() {
+    if (piece_ >= pieces_) return;
+    for (int i = 0; i < per_part_; i++) __builtin_prefetch(at_ + 64 * i, 0, 2);
+    at_ += 64 * per_part_;
+    if (at_ >= end_) next();
   }
+
+ private:
+  void next();
+
+  const KvShape& shape_;
+  void* pool_;
+  int layer_, per_part_ = 0, piece_ = 0, pieces_ = 0;
+  const int64_t* table_ = nullptr;
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
 };
 
 // Sixteen pairs (first low, second high) of two rows.

@@ -60,7 +60,6 @@ HEAD, EMBEDDING = 0, 1
 KV_FORMATS = {"bfloat16": 0, "int8": 1}
 PARTS = ("embed", "round", "qkv", "rotate", "attend", "output", "gate+up", "down", "head")
 """What a profile tells apart, in the order of profile.h."""
-NEVER = 2**31 - 1
 SPAN = np.dtype([("start", "i4"), ("count", "i4"), ("position", "i4"), ("_", "i4"), ("table", "u8")])
 
 Array = npt.NDArray[np.generic]
@@ -72,7 +71,6 @@ class _Config(ctypes.Structure):
         ("kv_format", c_int32),
         ("eps", c_float),
         ("rope_scale", c_float),
-        ("wide_from", c_int32),
     )
 
 
@@ -108,16 +106,14 @@ def _bind(path: Path) -> ctypes.CDLL:
     calls.baton_open.argtypes = (POINTER(_Config), c_void_p)
     calls.baton_close.restype = None
     calls.baton_close.argtypes = (c_void_p,)
-    calls.baton_shape.argtypes = (c_void_p, *(c_int,) * 6)
-    calls.baton_pack.argtypes = (c_void_p, *(c_int,) * 6, c_void_p, c_void_p)
+    calls.baton_shape.argtypes = (c_void_p, *(c_int,) * 5)
+    calls.baton_pack.argtypes = (c_void_p, *(c_int,) * 5, c_void_p, c_void_p)
     calls.baton_row.restype = None
-    calls.baton_row.argtypes = (c_void_p, *(c_int,) * 4, c_void_p)
+    calls.baton_row.argtypes = (c_void_p, *(c_int,) * 3, c_void_p)
     calls.baton_vector.argtypes = (c_void_p, c_int, c_int, c_void_p, c_int)
     calls.baton_step.argtypes = (c_void_p, c_void_p, POINTER(_Batch))
     calls.baton_bytes.restype = c_int64
     calls.baton_bytes.argtypes = (c_void_p,)
-    calls.baton_set_wide_from.restype = None
-    calls.baton_set_wide_from.argtypes = (c_void_p, c_int)
     calls.baton_profile.restype = None
     calls.baton_profile.argtypes = (c_void_p, c_int, c_void_p)
     return calls
@@ -136,7 +132,7 @@ class NativeModel:
         self._calls = library.calls
         shape = _Config(
             config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp,
-            config.vocabulary, KV_FORMATS[kv_dtype], config.rms_eps, rope_scale, NEVER,
+            config.vocabulary, KV_FORMATS[kv_dtype], config.rms_eps, rope_scale,
         )  # fmt: skip
         self._handle = self._calls.baton_open(byref(shape), inverse.ctypes.data)
         if not self._handle:
@@ -146,33 +142,29 @@ class NativeModel:
         if getattr(self, "_handle", None):
             self._calls.baton_close(self._handle)
 
-    def shape(self, which: int, layer: int, slot: int, form: Format, outputs: int, inputs: int) -> None:
-        """Makes room for a matrix of weight set `which`, 0 or 1."""
-        _check(self._calls.baton_shape(self._handle, which, layer, slot, form, outputs, inputs))
+    def shape(self, layer: int, slot: int, form: Format, outputs: int, inputs: int) -> None:
+        """Makes room for a matrix."""
+        _check(self._calls.baton_shape(self._handle, layer, slot, form, outputs, inputs))
 
     def pack(
-        self, which: int, layer: int, slot: int, first: int, rows: int, source: Source, data: Array,
+        self, layer: int, slot: int, first: int, rows: int, source: Source, data: Array,
         order: npt.NDArray[np.int32] | None = None,
     ) -> None:  # fmt: skip
         """Packs `rows` rows of `data` as rows [first, first + rows); the i-th is row `order[i]` of the data, or i."""
         assert data.flags.c_contiguous, "rows follow each other"
         where = None if order is None else order.ctypes.data
-        _check(self._calls.baton_pack(self._handle, which, layer, slot, first, rows, source, data.ctypes.data, where))
+        _check(self._calls.baton_pack(self._handle, layer, slot, first, rows, source, data.ctypes.data, where))
 
-    def row(self, which: int, layer: int, slot: int, row: int, inputs: int) -> npt.NDArray[np.float32]:
+    def row(self, layer: int, slot: int, row: int, inputs: int) -> npt.NDArray[np.float32]:
         """A packed row as numbers."""
         out = np.empty(inputs, np.float32)
-        self._calls.baton_row(self._handle, which, layer, slot, row, out.ctypes.data)
+        self._calls.baton_row(self._handle, layer, slot, row, out.ctypes.data)
         return out
 
     def vector(self, layer: int, slot: int, data: npt.NDArray[np.float32]) -> None:
         """Sets a vector of a layer."""
         assert data.dtype == np.float32, "vectors are float32"
         _check(self._calls.baton_vector(self._handle, layer, slot, data.ctypes.data, len(data)))
-
-    def set_wide_from(self, rows: int) -> None:
-        """From so many rows on, weight set 1 computes."""
-        self._calls.baton_set_wide_from(self._handle, rows)
 
     def step(
         self, pool: int, tokens: npt.NDArray[np.int32], spans: Array, sampled: npt.NDArray[np.int32], logits: Array

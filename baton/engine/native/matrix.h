@@ -5,11 +5,12 @@
 // padded with zeros to whole groups of 32.
 //
 //   bf16   panel: [k/2][16 outputs][2]
-//   int8   panel: [k/32] of { [8][16 outputs][4] bytes; scales f16 [16]; minima f16 [16] }   9 bits a weight
-//   int4   panel: [k/32] of { [4][16 outputs][4] bytes; scales f16 [16]; minima f16 [16] }   5 bits a weight
+//   int8   panel: [k/32][8][16 outputs][4] bytes, [k/32][16] scales f16                          8.5 bits a weight
+//   int4   panel: [k/32][4][16 outputs][4] bytes, [k/32][16] scales f16, [k/32][16] minima f16   5 bits a weight
 //
-// A weight is scale * q + minimum, with q unsigned; GGUF's Q4_0, Q4_1 and Q8_0 fit in without rounding. In int4, the low
-// half of line j's bytes holds inputs 4j..4j+3 of the group and the high half inputs 16+4j...
+// A weight is scale * (q - 128) in int8 and scale * q + minimum in int4, with q unsigned; GGUF's Q4_0, Q4_1 and Q8_0 fit
+// in without rounding. In int4, the low half of line j's bytes holds inputs 4j..4j+3 of the group and the high half
+// inputs 16+4j...
 #pragma once
 
 #include "memory.h"
@@ -18,6 +19,7 @@ namespace baton {
 
 constexpr int PANEL = 16;
 constexpr int GROUP = 32;
+constexpr int INT8_OFFSET = 128;  // what int8 numbers are stored plus
 constexpr int ROWS = 12;  // most rows of one tile
 
 enum class Format : int32_t { none = 0, bf16 = 1, int8 = 2, int4 = 3 };
@@ -29,44 +31,56 @@ constexpr int tile_height(Format format, int rows) {
   return (rows + tiles - 1) / tiles;
 }
 
-constexpr int group_bytes(Format format) {
-  return format == Format::bf16 ? GROUP * PANEL * 2 : (format == Format::int8 ? 512 : 256) + 64;
+// Bytes of a group's numbers in a panel, and of one kind of its factors (scales or minima).
+constexpr int number_bytes(Format format) {
+  return GROUP * PANEL * (format == Format::bf16 ? 4 : format == Format::int8 ? 2 : 1) / 2;
 }
+constexpr int FACTOR_BYTES = PANEL * 2;
+constexpr int factor_kinds(Format format) { return format == Format::bf16 ? 0 : format == Format::int8 ? 1 : 2; }
 
 struct Matrix {
   Format format = Format::none;
   int outputs = 0, inputs = 0;
-  Array<uint8_t> data;
+  uint8_t* data = nullptr;  // the arena's
 
-  void shape(Format kind, int n, int k) {
+  void shape(Format kind, int n, int k, Arena& arena) {
     format = kind, outputs = n, inputs = k;
-    data.reserve(panels() * panel_bytes());
+    data = arena.take(bytes());
   }
   int groups() const { return (inputs + GROUP - 1) / GROUP; }
   int panels() const { return (outputs + PANEL - 1) / PANEL; }
-  size_t panel_bytes() const { return static_cast<size_t>(groups()) * group_bytes(format); }
-  uint8_t* panel(int index) { return data.get() + index * panel_bytes(); }
-  const uint8_t* panel(int index) const { return data.get() + index * panel_bytes(); }
+  size_t factors_at() const { return static_cast<size_t>(groups()) * number_bytes(format); }  // within a panel
+  size_t panel_bytes() const {
+    const size_t bytes = factors_at() + static_cast<size_t>(groups()) * factor_kinds(format) * FACTOR_BYTES;
+    return (bytes + 63) / 64 * 64;
+  }
+  size_t bytes() const { return panels() * panel_bytes(); }
+  uint8_t* panel(int index) { return data + index * panel_bytes(); }
+  const uint8_t* panel(int index) const { return data + index * panel_bytes(); }
 };
 
 // Rows in the form a format's kernel reads: cut into tiles of `height` rows (the last may be shorter), a tile interleaved
-// by row so that what the kernel broadcasts lies in a line: bf16 [k/2][tile rows][2]; bytes [k/4][tile rows][4] with a
-// scale and scale * sum per group of 32, [k/32][tile rows] each.
+// by row so that what the kernel broadcasts lies in a line: bf16 [k/2][tile rows][2]; bytes [k/4][tile rows][4] with,
+// per group of 32, [k/32][tile rows] each: a scale, the sum of the group's numbers (for int4) and what the offset of int8
+// weights takes away, -128 times the sum of the bytes.
 struct Operand {
   int rows = 0, groups = 0, height = 0;
   Array<uint16_t> pairs;
   Array<int8_t> bytes;
   Array<float> scales, sums;
+  Array<int32_t> offsets;
 
   // Takes `count` rows of `inputs` numbers, `stride` apart. With `weights`, each is first normalised: RMSNorm.
   void take(Format format, const float* from, int count, int inputs, int stride, const float* weights, float eps);
 };
 
-// out [rows, outputs], `stride` apart, gets the product (plus `bias`, where there is one) or, accumulating, adds it.
-void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride, const float* bias, bool accumulate);
+// out [rows, outputs], `stride` apart, gets the product (plus `bias`, where there is one) or, accumulating, adds it. The
+// errand is run on the side, as far as the product lasts.
+void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride, const float* bias, bool accumulate,
+              Errand& errand);
 
 // out gets silu(gate product) * up product, of two matrices of one shape and format.
-void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride);
+void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride, Errand& errand);
 
 // A weight row as numbers: out [inputs].
 void unpack_row(const Matrix& matrix, int row, float* out);

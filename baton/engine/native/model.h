@@ -13,7 +13,6 @@ struct Config {
   int32_t layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary;
   KvFormat kv_format;
   float eps, rope_scale;  // rope_scale: what cosine and sine are multiplied by
-  int32_t wide_from;      // rows from which the second set of weights is used, where there is one
 };
 
 // Matrices of a layer, in the order of the ABI.
@@ -28,10 +27,12 @@ struct LayerVectors {
   Array<float> of[VECTORS];
 };
 
-// One copy of all matrices, in a format of its own.
+// All matrices.
 struct Weights {
+  Arena memory;
   std::vector<LayerMatrices> layers;
   Matrix head;
+  Matrix embedding;  // where token embeddings are read; without a format where they are the head's rows
 };
 
 // A batch: `spans` cover rows [0, rows) of `tokens`; `sampled_rows`, rising, are those whose
@@ -49,19 +50,15 @@ class Model {
   Model(const Config& config, const float* inverse_frequencies);
 
   const Config& config() const { return config_; }
-  Weights& weights(int set) { return sets_[set]; }
+  Weights& weights() { return weights_; }
   LayerVectors& vectors(int layer) { return vectors_[layer]; }
   Array<float>& norm() { return norm_; }
-  // Where token embeddings are read; the head of the first set where the two are tied.
-  Matrix& embedding() { return embedding_; }
   Profile& profile() { return profile_; }
-  void set_wide_from(int rows) { config_.wide_from = rows; }
 
   // Writes the KV of the batch's tokens into the pool and its logits.
   void step(void* pool, const Batch& batch);
 
  private:
-  const Weights& set_for(int rows) const;
   void embed(const Batch& batch);
   void tables(const Batch& batch);
   void rotate_and_store(int layer, void* pool, const Batch& batch);
@@ -71,14 +68,14 @@ class Model {
   void attention(int layer, const LayerMatrices& matrices, void* pool, const Batch& batch);
   void mlp(int layer, const LayerMatrices& matrices, int rows);
   void logits(const Batch& batch);
+  void send_for_kv(int layer, void* pool, const Batch& batch);
   void take(const Matrix& matrix, const float* rows, int count, int stride, const float* norm);
 
   Config config_;
   std::vector<float> inverse_frequencies_;
-  Weights sets_[2];
+  Weights weights_;
   std::vector<LayerVectors> vectors_;
   Array<float> norm_;
-  Matrix embedding_;
   Profile profile_;
 
   // Scratch of a step, [rows, ...].
@@ -86,6 +83,7 @@ class Model {
   Array<uint16_t> queries_;
   std::vector<Span> narrowed_;
   Operand operand_;
+  Errand errand_;  // what the products of this part of a step ask for on the side
 };
 
 }  // namespace baton

@@ -26,12 +26,12 @@ void to_pairs(const float* row, int inputs, int height, uint16_t* to) {
   }
 }
 
-// One row as signed bytes, four together and `height` such fours apart, with the scales and sums of its groups. The
-// scale is the group's largest magnitude over 127.
-void to_bytes(const float* row, int groups, int height, int8_t* to, float* scales, float* sums) {
+// One row as signed bytes, four together and `height` such fours apart, with the factors of its groups. The scale is the
+// group's largest magnitude over 127.
+void to_bytes(const float* row, int groups, int height, int8_t* to, float* scales, float* sums, int32_t* offsets) {
   const vi magnitude = splat(INT32_MAX);
   alignas(64) int8_t narrow[GROUP];
-  for (int g = 0; g < groups; g++, row += GROUP, scales += height, sums += height) {
+  for (int g = 0; g < groups; g++, row += GROUP, scales += height, sums += height, offsets += height) {
     const vf x = load(row), y = load(row + LANES);
     const float most = largest(max(as_float(as_int(x) & magnitude), as_float(as_int(y) & magnitude)));
     const float factor = most > 0 ? 127.0f / most : 0.0f;
@@ -48,6 +48,7 @@ void to_bytes(const float* row, int groups, int height, int8_t* to, float* scale
 #endif
     *scales = most / 127.0f;
     *sums = *scales * static_cast<float>(total);
+    *offsets = -INT8_OFFSET * total;
   }
 }
 
@@ -63,7 +64,7 @@ void Operand::take(Format format, const float* from, int count, int inputs, int 
   if (format == Format::bf16) {
     pairs.reserve(total);
   } else {
-    bytes.reserve(total), scales.reserve(total / GROUP), sums.reserve(total / GROUP);
+    bytes.reserve(total), scales.reserve(total / GROUP), sums.reserve(total / GROUP), offsets.reserve(total / GROUP);
   }
   height = tile_height(format, count);
   for (int row = 0; row < count; row++, from += stride) {
@@ -77,7 +78,7 @@ void Operand::take(Format format, const float* from, int count, int inputs, int 
       to_pairs(line, static_cast<int>(padded), tall, pairs.get() + first * padded + 2 * at);
     else
       to_bytes(line, groups, tall, bytes.get() + first * padded + 4 * at, scales.get() + first * groups + at,
-               sums.get() + first * groups + at);
+               sums.get() + first * groups + at, offsets.get() + first * groups + at);
   }
 }
 

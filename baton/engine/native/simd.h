@@ -143,6 +143,13 @@ BATON_INLINE void store_bf16(bf16* p, vf x) {
   store_u16(p, to_bf16(x));
 #endif
 }
+BATON_INLINE void store_bf16(bf16* p, vf x, vf y) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
+#else
+  store_bf16(p, x), store_bf16(p + LANES, y);
+#endif
+}
 BATON_INLINE bf16 to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

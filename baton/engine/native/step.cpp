@@ -8,7 +8,7 @@ Model::Model(const Config& config, const float* inverse_frequencies)
     : config_(config),
       inverse_frequencies_(inverse_frequencies, inverse_frequencies + config.head_dim / 2),
       vectors_(config.layers) {
-  for (Weights& set : sets_) set.layers.resize(config.layers);
+  weights_.layers.resize(config.layers);
 }
 
 void Model::step(void* pool, const Batch& batch) {
@@ -18,16 +18,17 @@ void Model::step(void* pool, const Batch& batch) {
   queries_.reserve(static_cast<size_t>(rows) * config_.heads * config_.head_dim);
   attended_.reserve(static_cast<size_t>(rows) * config_.heads * config_.head_dim);
   gated_.reserve(static_cast<size_t>(rows) * config_.mlp);
+  errand_.clear();
   embed(batch);
   tables(batch);
-  const Weights& weights = set_for(rows);
   for (int layer = 0; layer < config_.layers; layer++) {
-    project(layer, weights.layers[layer], pool, batch);
+    project(layer, weights_.layers[layer], pool, batch);
     // Past its keys and values, the last layer is for the rows that are asked for.
     const Batch narrowed = layer + 1 < config_.layers ? batch : narrow(batch);
     if (narrowed.rows == 0) return;
-    attention(layer, weights.layers[layer], pool, narrowed);
-    mlp(layer, weights.layers[layer], narrowed.rows);
+    attention(layer, weights_.layers[layer], pool, narrowed);
+    send_for_kv(layer + 1, pool, batch);
+    mlp(layer, weights_.layers[layer], narrowed.rows);
   }
   logits(batch);
 }
@@ -47,8 +48,21 @@ Batch Model::narrow(const Batch& batch) {
   return {batch.sampled, batch.sampled, batch.sampled, nullptr, narrowed_.data(), nullptr, batch.logits};
 }
 
-const Weights& Model::set_for(int rows) const {
-  return sets_[rows >= config_.wide_from && sets_[1].head.format != Format::none];
+// The products until the next attention ask for what it reads first, as much as the caches keep meanwhile.
+void Model::send_for_kv(int layer, void* pool, const Batch& batch) {
+  constexpr size_t MOST = size_t{2} << 20;
+  errand_.clear();
+  if (layer == config_.layers) return;
+  const KvShape shape{config_.layers, config_.kv_heads, config_.head_dim, config_.kv_format};
+  const size_t bytes = 2 * shape.heads * shape.share_bytes();
+  for (int s = 0; s < batch.spans; s++) {
+    const Span& span = batch.span[s];
+    if (span.count > 1) continue;  // a chunk has work enough to hide its reads
+    for (int block = 0; block <= span.position / BLOCK; block++) {
+      if (errand_.total() + bytes > MOST) return;
+      errand_.add(shape.share(pool, span.table[block], layer, 0, 0), bytes);
+    }
+  }
 }
 
 void Model::take(const Matrix& matrix, const float* rows, int count, int stride, const float* norm) {
@@ -58,7 +72,7 @@ void Model::take(const Matrix& matrix, const float* rows, int count, int stride,
 
 void Model::embed(const Batch& batch) {
   Timer timer(profile_, EMBED);
-  const Matrix& matrix = embedding_.format == Format::none ? sets_[0].head : embedding_;
+  const Matrix& matrix = weights_.embedding.format == Format::none ? weights_.head : weights_.embedding;
   for (int row = 0; row < batch.rows; row++)
     unpack_row(matrix, batch.tokens[row], hidden_.get() + static_cast<size_t>(row) * config_.hidden);
 }
@@ -137,7 +151,8 @@ void Model::project(int layer, const LayerMatrices& matrices, void* pool, const 
   take(matrices.slots[QKV], hidden_.get(), batch.rows, config_.hidden, vectors.of[INPUT_NORM].get());
   {
     Timer timer(profile_, QKV_PRODUCT);
-    multiply(matrices.slots[QKV], operand_, qkv_.get(), width, vectors.of[QKV_BIAS].get(), false);
+    multiply(matrices.slots[QKV], operand_, qkv_.get(), width, vectors.of[QKV_BIAS].get(), false,
+             errand_);
   }
   rotate_and_store(layer, pool, batch);
 }
@@ -148,31 +163,31 @@ void Model::attention(int layer, const LayerMatrices& matrices, void* pool, cons
   {
     Timer timer(profile_, ATTEND);
     const KvShape shape{config_.layers, kv_heads, dim, config_.kv_format};
-    for (int s = 0; s < batch.spans; s++)
-      attend(shape, pool, layer, heads / kv_heads, batch.span[s], queries_.get(), width, attended_.get(), width);
+    attend(shape, pool, layer, heads / kv_heads, batch.span, batch.spans, queries_.get(), width, attended_.get(), width);
   }
   take(matrices.slots[OUTPUT], attended_.get(), batch.rows, width, nullptr);
   Timer timer(profile_, OUTPUT_PRODUCT);
-  multiply(matrices.slots[OUTPUT], operand_, hidden_.get(), config_.hidden, vectors.of[OUTPUT_BIAS].get(), true);
+  multiply(matrices.slots[OUTPUT], operand_, hidden_.get(), config_.hidden, vectors.of[OUTPUT_BIAS].get(), true,
+           errand_);
 }
 
 void Model::mlp(int layer, const LayerMatrices& matrices, int rows) {
   take(matrices.slots[GATE], hidden_.get(), rows, config_.hidden, vectors_[layer].of[MLP_NORM].get());
   {
     Timer timer(profile_, GATE_UP_PRODUCT);
-    multiply_gated(matrices.slots[GATE], matrices.slots[UP], operand_, gated_.get(), config_.mlp);
+    multiply_gated(matrices.slots[GATE], matrices.slots[UP], operand_, gated_.get(), config_.mlp, errand_);
   }
   take(matrices.slots[DOWN], gated_.get(), rows, config_.mlp, nullptr);
   Timer timer(profile_, DOWN_PRODUCT);
-  multiply(matrices.slots[DOWN], operand_, hidden_.get(), config_.hidden, nullptr, true);
+  multiply(matrices.slots[DOWN], operand_, hidden_.get(), config_.hidden, nullptr, true, errand_);
 }
 
 // The sampled rows are the front ones by now.
 void Model::logits(const Batch& batch) {
-  const Matrix& head = set_for(batch.sampled).head;
+  const Matrix& head = weights_.head;
   take(head, hidden_.get(), batch.sampled, config_.hidden, norm_.get());
   Timer timer(profile_, HEAD_PRODUCT);
-  multiply(head, operand_, batch.logits, config_.vocabulary, nullptr, false);
+  multiply(head, operand_, batch.logits, config_.vocabulary, nullptr, false, errand_);
 }
 
 }  // namespace baton

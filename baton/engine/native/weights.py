@@ -17,12 +17,11 @@ from baton.engine.tensors import TensorSource
 
 @dataclass(frozen=True, slots=True)
 class _Packer:
-    """Reads tensors out of a source and packs them, as one set of weights."""
+    """Reads tensors out of a source and packs them."""
 
     model: NativeModel
     source: TensorSource
     choice: WeightChoice
-    which: int
 
     def matrix(self, layer: int, slot: int, parts: list[tuple[str, int]], columns: int) -> None:
         """The named tensors, of so many rows each, one above the other."""
@@ -30,15 +29,15 @@ class _Packer:
         own = OWN_GRIDS.get(next(iter(kinds))) if len(kinds) == 1 else None
         form = format_of(self.choice, own, is_outside=layer == OUTSIDE)
         keeps_grid = own is not None and own[1] is form and columns % 32 == 0
-        self.model.shape(self.which, layer, slot, form, sum(rows for _, rows in parts), columns)
+        self.model.shape(layer, slot, form, sum(rows for _, rows in parts), columns)
         first = 0
         for name, rows in parts:
             if keeps_grid and own is not None:
                 blocks = self.source.blocks(name, (rows, columns))
-                self.model.pack(self.which, layer, slot, first, rows, own[0], blocks.data, blocks.order)
+                self.model.pack(layer, slot, first, rows, own[0], blocks.data, blocks.order)
             else:
                 numbers = self.source.read(name, (rows, columns)).float().contiguous().numpy()
-                self.model.pack(self.which, layer, slot, first, rows, Source.F32, numbers)
+                self.model.pack(layer, slot, first, rows, Source.F32, numbers)
             first += rows
 
     def vector(self, layer: int, slot: int, parts: list[tuple[str, int]]) -> None:
@@ -56,7 +55,7 @@ def load_model(
     """
     inverse, scale = rope.frequencies(config)
     model = NativeModel(library, config, kv_dtype, np.ascontiguousarray(inverse.numpy()), scale)
-    packer = _Packer(model, source, choice, 0)
+    packer = _Packer(model, source, choice)
     head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
     packer.matrix(OUTSIDE, HEAD, [(head, config.vocabulary)], config.hidden)
     if not config.tied_embeddings:
