@@ -16,6 +16,8 @@ import numpy as np
 from baton.bench.config import DEFAULT_RATE, LoadConfig
 
 ARRIVALS_STREAM = 1
+EVEN = 1e-6
+"""Less burstiness than this is none: the distribution's shape, its inverse, would not be a number any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def arrival_times(profile: Profile, burstiness: float, seed: int) -> Iterator[fl
 
 def _unit_gaps(burstiness: float, rng: np.random.Generator) -> Iterator[float]:
     while True:
-        if burstiness == 0:
+        if burstiness < EVEN:
             yield 1.0
         else:
             yield from rng.gamma(1 / burstiness, burstiness, 256).tolist()
