@@ -49,12 +49,15 @@ class RouterConfig:
     """How long a computed prompt waits for a decode worker with room."""
     client_buffer_tokens: int = 4096
     """Tokens kept for a client that does not read; past it the request is cancelled."""
+    prefix_index_blocks: int = 1_000_000
+    """Cached blocks that it knows of, over all workers, to place prompts by; 0 for none."""
 
     def __post_init__(self) -> None:
         for field in ("lease_s", "request_limit_s", "handoff_wait_s"):
             require(getattr(self, field) > 0, field, "must be positive")
         for field in ("max_requests", "client_buffer_tokens"):
             require(getattr(self, field) >= 1, field, "must be at least 1")
+        require(self.prefix_index_blocks >= 0, "prefix_index_blocks", "must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,6 +122,10 @@ class BlockPool:
             count += 1
         return count
 
+    def digests(self) -> list[bytes]:
+        """All that `match` would find at the moment. O(pool)."""
+        return list(self._index)
+
     def insert(self, block: int, digest: bytes) -> bool:
         """Make a complete, held block findable. False, and no change, when the digest or the block is known already:
         the first one stays, and this block goes back to FREE with its last hold."""

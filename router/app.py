@@ -38,12 +38,13 @@ class Router:
         self.config, self.counts = config, Counts()
         self.process = mint_process("router", config.listen, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
-        self.requests = Requests(config.max_requests, self.counts)
+        self.requests = Requests(config.max_requests, self.counts, config.prefix_index_blocks)
         self.registry = Registry(
             self._identity,
             config.lease_s,
             self.executor,
             self.counts,
+            on_joined=self.requests.prefixes.on_joined,
             on_frame=self.requests.on_frame,
             on_lost=self.requests.on_lost,
             on_change=self._on_change,

@@ -23,6 +23,7 @@ from baton.v1 import worker_pb2 as wire
 from router.frames import read_end, read_refusal, read_times
 from router.order import Choice, Order
 from router.placement import pick_decode, pick_prefill
+from router.prefixes import Prefixes
 from router.registry import NOBODY_RETRY_S, ServedModel
 from router.request import Request
 from router.streams import ClientStream
@@ -36,8 +37,9 @@ log = structlog.get_logger(__name__)
 class Requests:
     """The table of live requests. Implements their `Port`."""
 
-    def __init__(self, max_requests: int, counts: Counts) -> None:
+    def __init__(self, max_requests: int, counts: Counts, prefix_blocks: int) -> None:
         self._max, self._counts = max_requests, counts
+        self.prefixes = Prefixes(prefix_blocks, counts)
         self._labels: set[tuple[str, str]] = set()
         self._live: dict[AttemptKey, tuple[Request, ServedModel]] = {}
         self._cancelling: OrderedDict[AttemptKey, set[Worker]] = OrderedDict()
@@ -52,6 +54,7 @@ class Requests:
             "ended": self._on_ended,
             "freed": self._on_freed,
             "load": self._on_load,
+            "cache_events": self.prefixes.on_frame,
         }
 
     def live(self) -> dict[str, int]:
@@ -132,6 +135,7 @@ class Requests:
 
     def on_lost(self, worker: Worker, reason: str) -> None:
         """Ends or rebinds what was on it."""
+        self.prefixes.on_lost(worker)
         for request, _ in list(self._live.values()):
             with self._guarded(request):
                 request.on_lost(worker, reason)
