@@ -14,7 +14,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu lint types format proto pins bench-overhead bench-engine profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu lint types format proto pins bench-overhead bench-engine bench-prefix profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,9 @@ bench-overhead: model ## what the cluster adds to the engine's own time to first
 
 bench-engine: model ## our engine beside the peers of PEERS=DIR, or beside the hardware's limit alone
 	$(BIN)/python -m tests.bench.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-prefix: $(STAMP) ## prefilled tokens that cached prefixes save, beside a perfect cache; TRACE=FILE replays a Mooncake trace
+	$(BIN)/python -m tests.bench.prefix $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)
