@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from functools import partial
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -161,7 +162,7 @@ class FeedMachine(RuleBasedStateMachine):
         self.feeds: list[CacheFeed | None] = [None] * 3
         self.way: list[deque[wire.WorkerFrame]] = [deque() for _ in range(3)]
         for n, pool in enumerate(self.pools):
-            pool.listeners.append(lambda change, digest, n=n: self.changed(n, change, digest))
+            pool.listeners.append(partial(self.changed, n))
             self.prefixes.on_joined(self.workers[n])
 
     def changed(self, n: int, change: CacheChange, digest: bytes) -> None:
@@ -203,7 +204,7 @@ class FeedMachine(RuleBasedStateMachine):
         self.way[n].clear()
         self.pools[n].allocate(6)
         self.pools[n] = BlockPool(6)
-        self.pools[n].listeners.append(lambda change, digest: self.changed(n, change, digest))
+        self.pools[n].listeners.append(partial(self.changed, n))
         self.prefixes.on_joined(self.workers[n])
 
     @rule()

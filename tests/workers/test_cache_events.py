@@ -150,7 +150,12 @@ async def test_a_missing_event_is_found_and_made_good(cluster: Cluster, observer
     observer.watch(node)
     await until(lambda: observer.frames, "the snapshot")
     missed: list[wire.WorkerFrame] = []
-    observer.loses = lambda frame: not missed and (missed.append(frame) or True)
+
+    def loses_one(frame: wire.WorkerFrame) -> bool:
+        missed.append(frame)
+        return len(missed) == 1
+
+    observer.loses = loses_one
     specs = [cluster.router.spec(3 * BLOCK, max_tokens=1) for _ in range(2)]
     cluster.router.prefill(node, specs[0])
     await until(lambda: missed, "an event that gets lost")
