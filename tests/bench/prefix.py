@@ -5,7 +5,7 @@ a prompt costs its uncached tokens. A prompt goes where it would be computed fir
 references, each one cache of the size of all pools together, to which every prompt comes at once and in order:
 
 - clairvoyant: it evicts what is used again the furthest in the future (Belady). No cache of that size saves more.
-- one LRU: what a single worker with all the blocks would save; it does not know the future, as no real one does.
+- one LRU: it evicts what was used longest ago. It does not know the future, as no real cache does.
 """
 
 from __future__ import annotations
