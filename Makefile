@@ -15,7 +15,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-quality bench-burst bench-goodput cost-model profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-prefix bench-quality bench-burst bench-goodput cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -121,6 +121,9 @@ bench-kv: model ## block transfers beside plain copies, a raw socket and, where 
 
 bench-handoff: model ## what the handoff costs an idle 1+1, and what it costs those that decode
 	$(BIN)/python -m tests.bench.handoff $(ARGS)
+
+bench-prefix: $(STAMP) ## prefilled tokens that cached prefixes save, beside a perfect cache; TRACE=FILE replays a Mooncake trace
+	$(BIN)/python -m tests.bench.prefix $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 profile: model ## where a step's time goes
 	$(BIN)/python -m tests.bench.profile $(ARGS)

@@ -55,6 +55,8 @@ class RouterConfig:
     """Objectives of requests that come without: `[MODEL@]PRIORITY:ttft=MS,tpot=MS`, `*` for any priority, with `;`."""
     client_buffer_tokens: int = 4096
     """Tokens kept for a client that does not read; past it the request is cancelled."""
+    prefix_index_blocks: int = 1_000_000
+    """Cached blocks that it knows of, over all workers, to place prompts by; 0 for none."""
 
     def __post_init__(self) -> None:
         for field in ("lease_s", "request_limit_s", "handoff_wait_s"):
@@ -63,6 +65,7 @@ class RouterConfig:
         require(self.path in paths, "path", f"{', '.join(paths)}, not {self.path!r}")
         for field in ("max_requests", "client_buffer_tokens"):
             require(getattr(self, field) >= 1, field, "must be at least 1")
+        require(self.prefix_index_blocks >= 0, "prefix_index_blocks", "must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,10 @@
 
 Every block is in exactly one of the four states. A holder gives back exactly the holds that it took; whoever wrote a
 complete block may `insert` its digest, which makes it findable while held and keeps it CACHED after the last release.
+
+Cached blocks are evicted least recently used first, those that were never found before those that were (segmented LRU,
+Karedla et al. 1994): a burst of prompts that nobody shares does not wash out a prefix that many do. At most half of the
+pool has that protection.
 """
 
 from __future__ import annotations
@@ -61,18 +65,20 @@ class BlockPool:
         self._digest: list[bytes | None] = [None] * blocks
         self._index: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._protected: OrderedDict[int, None] = OrderedDict()  # cached too, and found before; the same order
+        self._found = [False] * blocks
         self._quarantined: set[int] = set()
         self._evictions = 0
 
     @property
     def available(self) -> int:
         """How many blocks `allocate` could hand out now: free and cached ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) + len(self._protected)
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks of unknown content, each with one hold of the caller's; None, and no change, without room.
 
-        Takes free blocks first, then evicts the least recently used cached ones.
+        Takes free blocks first, then evicts cached ones.
         """
         assert count >= 0, "a negative number of blocks"
         if count > self.available:
@@ -83,8 +89,9 @@ class BlockPool:
         """One more hold on each block, all of which must be HELD or CACHED."""
         for block in blocks:
             if self._holds[block] == 0:
-                assert block in self._cached, f"block {block} is neither held nor cached"
-                del self._cached[block]
+                cached = self._protected if block in self._protected else self._cached
+                assert block in cached, f"block {block} is neither held nor cached"
+                del cached[block]
                 self._held += 1
             self._holds[block] += 1
 
@@ -99,6 +106,8 @@ class BlockPool:
                 continue
             if self._digest[block] is None:
                 self._free.append(block)
+            elif self._found[block]:
+                self._protect(block)
             else:
                 self._cached[block] = None
 
@@ -110,6 +119,7 @@ class BlockPool:
             if block is None:
                 break
             self.hold((block,))
+            self._found[block] = True
             found.append(block)
         return found
 
@@ -121,6 +131,10 @@ class BlockPool:
                 break
             count += 1
         return count
+
+    def digests(self) -> list[bytes]:
+        """All that `match` would find at the moment. O(pool)."""
+        return list(self._index)
 
     def insert(self, block: int, digest: bytes) -> bool:
         """Make a complete, held block findable. False, and no change, when the digest or the block is known already:
@@ -165,7 +179,7 @@ class BlockPool:
             total=self.blocks,
             free=len(self._free),
             held=self._held,
-            cached=len(self._cached),
+            cached=len(self._cached) + len(self._protected),
             quarantined=len(self._quarantined),
             evictions=self._evictions,
         )
@@ -174,7 +188,8 @@ class BlockPool:
         """Recount everything, in O(pool). Raises `PoolCorrupt`, naming the first thing that is wrong."""
         free = set(self._free)
         held = {block for block, holds in enumerate(self._holds) if holds > 0}
-        groups = (free, held, set(self._cached), self._quarantined)
+        cached = {*self._cached, *self._protected}
+        groups = (free, held, cached, self._quarantined)
         self._require(len(free) == len(self._free), "a block is free twice")
         self._require(len(held) == self._held, f"{len(held)} blocks are held, {self._held} are counted")
         self._require(
@@ -184,7 +199,9 @@ class BlockPool:
         self._require(min(self._holds) >= 0, "a block has fewer than no holds")
         carried = {digest: block for block, digest in enumerate(self._digest) if digest is not None}
         self._require(carried == self._index, "the prefix index differs from the blocks' digests")
-        self._require(all(self._digest[b] is not None for b in self._cached), "a cached block has no digest")
+        self._require(all(self._digest[b] is not None for b in cached), "a cached block has no digest")
+        self._require(all(self._found[b] for b in self._protected), "a block is protected that nobody found")
+        self._require(not any(self._found[b] for b in self._cached), "a block that was found has no protection")
         self._require(
             not any(self._digest[b] is not None for b in free | self._quarantined), "a free block has a digest"
         )
@@ -193,7 +210,7 @@ class BlockPool:
         if self._free:
             block = self._free.pop()
         else:
-            block, _ = self._cached.popitem(last=False)
+            block, _ = (self._cached or self._protected).popitem(last=False)
             self._forget(block)
             self._evictions += 1
         self._holds[block] = 1
@@ -209,7 +226,15 @@ class BlockPool:
         self._held -= 1
         return True
 
+    def _protect(self, block: int) -> None:
+        self._protected[block] = None
+        while len(self._protected) > self.blocks // 2:
+            longest_ago, _ = self._protected.popitem(last=False)
+            self._found[longest_ago] = False
+            self._cached[longest_ago] = None
+
     def _forget(self, block: int) -> None:
+        self._found[block] = False
         digest = self._digest[block]
         if digest is not None:
             self._digest[block] = None

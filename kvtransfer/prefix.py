@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvtransfer.layout import BLOCK_TOKENS
 
@@ -25,21 +25,24 @@ def prefix_root(salt: str, fingerprint: str) -> bytes:
     return _digest(struct.pack("<I", len(raw)) + raw + fingerprint.encode())
 
 
-def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The digest of a complete block after `parent`. Token ids are in [0, 2**32), else `struct.error`."""
-    return _digest(parent + struct.pack(f"<{len(tokens)}I", *tokens))
+def each_digest(
+    tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS, salt: str = "", fingerprint: str = ""
+) -> Iterator[bytes]:
+    """`block_digests` one by one: whoever stops early has paid only for those that were taken.
+
+    Token ids are in [0, 2**32), else `struct.error`.
+    """
+    pack, parent = struct.Struct(f"<{block_tokens}I").pack, prefix_root(salt, fingerprint)
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        parent = _digest(parent + pack(*tokens[start : start + block_tokens]))
+        yield parent
 
 
 def block_digests(
     tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS, salt: str = "", fingerprint: str = ""
 ) -> list[bytes]:
     """One digest for each complete block of `tokens`; the tokens after the last complete block have none."""
-    digests: list[bytes] = []
-    parent = prefix_root(salt, fingerprint)
-    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        parent = chain(parent, tokens[start : start + block_tokens])
-        digests.append(parent)
-    return digests
+    return list(each_digest(tokens, block_tokens, salt, fingerprint))
 
 
 def usable_prefix(tokens: int, cached_blocks: int, block_tokens: int = BLOCK_TOKENS) -> int:

@@ -42,6 +42,7 @@ class AdminService(AdminServicer):
             "workers": len(workers),
             "sessions": sum(worker.link.attached for worker in workers),
             "models": len(self._registry.models),
+            "prefix_blocks": len(self._requests.prefixes),
             "tasks": len(asyncio.all_tasks()),
             "threads": threading.active_count(),
         }

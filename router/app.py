@@ -44,12 +44,13 @@ class Router:
         self.process = mint_process("router", config.listen, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
         self.placer = Placer(config.path)
-        self.requests = Requests(config.max_requests, self.counts, self.placer)
+        self.requests = Requests(config.max_requests, self.counts, self.placer, config.prefix_index_blocks)
         self.registry = Registry(
             self._identity,
             config.lease_s,
             self.executor,
             self.counts,
+            on_joined=self.requests.prefixes.on_joined,
             on_frame=self.requests.on_frame,
             on_lost=self.requests.on_lost,
             on_change=self._on_change,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted, Unavailable
@@ -33,9 +33,11 @@ class Placer:
         """Without workers of these nothing can be served."""
         return ("decode",) if self._path == "direct" else ("prefill", "decode")
 
-    def place(self, order: Order, model: ServedModel) -> tuple[Worker, Plan]:
-        """The worker that computes the prompt. Raises Unavailable without workers; ResourceExhausted without a pool
-        that is large enough, or where the objectives can't be met and the request wants to be refused then.
+    def place(self, order: Order, model: ServedModel, cached: Mapping[Worker, int]) -> tuple[Worker, Plan]:
+        """The worker that computes the prompt; `cached` are tokens of it that workers hold already.
+
+        Raises Unavailable without workers; ResourceExhausted without a pool that is large enough, or where the
+        objectives can't be met and the request wants to be refused then.
         """
         for role in self.roles:
             if not model.usable(role):
@@ -46,8 +48,8 @@ class Placer:
         blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
         found = plan(
             self._ask(order, now, len(decodes)),
-            [worker.prefill_load(now) for worker in prefills],
-            [worker.decode_load(now) for worker in decodes],
+            [worker.prefill_load(now, cached.get(worker, 0)) for worker in prefills],
+            [worker.decode_load(now, cached.get(worker, 0)) for worker in decodes],
             blocks,
             direct=self._path != "disaggregated",
         )

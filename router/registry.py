@@ -62,8 +62,8 @@ class ServedModel:
 class Registry:
     """Owns the workers, their links and their leases. Lives on one event loop.
 
-    `on_frame(worker, frame)` gets what workers send, `on_lost(worker, reason)` each worker that is gone (once),
-    `on_change()` is called whenever what is usable may have changed.
+    `on_joined(worker)` is called when a worker's stream starts, `on_frame(worker, frame)` with what it sends,
+    `on_lost(worker, reason)` when it is gone (once), `on_change()` whenever what is usable may have changed.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Registry:
         executor: Executor,
         counts: Counts,
         *,
+        on_joined: Callable[[Worker], None],
         on_frame: Callable[[Worker, wire.WorkerFrame], None],
         on_lost: Callable[[Worker, str], None],
         on_change: Callable[[], None],
@@ -80,7 +81,8 @@ class Registry:
         self.lease_s = lease_s
         self.models: dict[str, ServedModel] = {}
         self._router, self._executor, self._counts = router, executor, counts
-        self._on_frame, self._on_lost, self._on_change = on_frame, on_lost, on_change
+        self._on_joined, self._on_frame = on_joined, on_frame
+        self._on_lost, self._on_change = on_lost, on_change
         self._workers: dict[str, Worker] = {}
         self._artifacts = ArtifactStore()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -202,6 +204,7 @@ class Registry:
         if worker.lost:
             return
         worker.language_ready = True
+        self._on_joined(worker)
         worker.link.start()  # only now: a worker that finds itself attached can be used
         self._on_change()
 

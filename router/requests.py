@@ -24,6 +24,7 @@ from router.frames import read_end, read_refusal, read_times
 from router.order import Choice, Order
 from router.placement import Way
 from router.placing import Placer
+from router.prefixes import Prefixes
 from router.registry import ServedModel
 from router.request import Request
 from router.streams import ClientStream
@@ -37,8 +38,9 @@ log = structlog.get_logger(__name__)
 class Requests:
     """The table of live requests. Implements their `Port`."""
 
-    def __init__(self, max_requests: int, counts: Counts, placer: Placer) -> None:
+    def __init__(self, max_requests: int, counts: Counts, placer: Placer, prefix_blocks: int) -> None:
         self._max, self._counts, self._placer = max_requests, counts, placer
+        self.prefixes = Prefixes(prefix_blocks, counts)
         self._labels: set[tuple[str, str]] = set()
         self._live: dict[AttemptKey, tuple[Request, ServedModel]] = {}
         self._cancelling: OrderedDict[AttemptKey, set[Worker]] = OrderedDict()
@@ -53,6 +55,7 @@ class Requests:
             "ended": self._on_ended,
             "freed": self._on_freed,
             "load": self._on_load,
+            "cache_events": self.prefixes.on_frame,
         }
 
     def live(self) -> dict[str, int]:
@@ -89,7 +92,7 @@ class Requests:
         if self._refusing is not None:
             raise self._refusing
         try:
-            worker, plan = self._placer.place(order, model)
+            worker, plan = self._placer.place(order, model, self.prefixes.cached_tokens(model.card, order.spec))
         except BatonError:
             self._counts.add("requests_refused")
             raise
@@ -131,6 +134,7 @@ class Requests:
 
     def on_lost(self, worker: Worker, reason: str) -> None:
         """Ends or rebinds what was on it."""
+        self.prefixes.on_lost(worker)
         for request, _ in list(self._live.values()):
             with self._guarded(request):
                 request.on_lost(worker, reason)

@@ -15,6 +15,7 @@ import structlog
 
 from baton.config import WorkerConfig
 from baton.cost import CostModel
+from baton.engine.cache_events import CacheEvents
 from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
@@ -220,6 +221,7 @@ def _compose(parts: Parts) -> list[Service]:
         parts.roles.append(prefill)
     for role in parts.roles:
         parts.worker.add_handler(role)
+    parts.worker.add_handler(CacheEvents(parts.pool, counts))
     kinds = [ROLES[name] for name in sorted(config.roles)]
     sizes = Sizes(loaded.memory.bytes, loaded.weight_bytes)
     admin = WorkerAdmin(parts.current_process, kinds, parts.pool, sizes, parts.live, parts.check_books, counts)

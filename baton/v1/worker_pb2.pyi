@@ -437,6 +437,7 @@ class RouterFrame(_message.Message):
     BIND_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     DIRECT_FIELD_NUMBER: _builtins.int
+    CACHE_SYNC_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     acknowledged: _builtins.int
     """The highest frame number received so far."""
@@ -456,6 +457,8 @@ class RouterFrame(_message.Message):
     def cancel(self) -> Global___CancelCommand: ...
     @_builtins.property
     def direct(self) -> Global___DirectCommand: ...
+    @_builtins.property
+    def cache_sync(self) -> Global___CacheSyncCommand: ...
     def __init__(
         self,
         *,
@@ -468,12 +471,13 @@ class RouterFrame(_message.Message):
         bind: Global___BindCommand | None = ...,
         cancel: Global___CancelCommand | None = ...,
         direct: Global___DirectCommand | None = ...,
+        cache_sync: Global___CacheSyncCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "body", b"body", "cancel", b"cancel", "direct", b"direct", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bind", b"bind", "body", b"body", "cache_sync", b"cache_sync", "cancel", b"cancel", "direct", b"direct", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "bind", b"bind", "body", b"body", "cancel", b"cancel", "direct", b"direct", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "number", b"number", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "bind", b"bind", "body", b"body", "cache_sync", b"cache_sync", "cancel", b"cancel", "direct", b"direct", "fragment", b"fragment", "heartbeat", b"heartbeat", "hello", b"hello", "number", b"number", "prefill", b"prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "prefill", "bind", "cancel", "direct"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "prefill", "bind", "cancel", "direct", "cache_sync"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -496,6 +500,7 @@ class WorkerFrame(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     FREED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     acknowledged: _builtins.int
     @_builtins.property
@@ -520,6 +525,8 @@ class WorkerFrame(_message.Message):
     def freed(self) -> Global___Freed: ...
     @_builtins.property
     def load(self) -> Global___LoadReport: ...
+    @_builtins.property
+    def cache_events(self) -> Global___CacheEvents: ...
     def __init__(
         self,
         *,
@@ -536,12 +543,13 @@ class WorkerFrame(_message.Message):
         ended: Global___Ended | None = ...,
         freed: Global___Freed | None = ...,
         load: Global___LoadReport | None = ...,
+        cache_events: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_events", b"cache_events", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "body", b"body", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "number", b"number", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "body", b"body", "cache_events", b"cache_events", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "number", b"number", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "started", "tokens", "handoff_failed", "resident", "prefill_report", "ended", "freed", "load"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "started", "tokens", "handoff_failed", "resident", "prefill_report", "ended", "freed", "load", "cache_events"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -851,6 +859,28 @@ class CancelCommand(_message.Message):
 Global___CancelCommand: _TypeAlias = CancelCommand  # noqa: Y015
 
 @_typing.final
+class CacheSyncCommand(_message.Message):
+    """Tell all prefixes that the worker's pool holds, and from then on those that enter and leave it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SYNC_FIELD_NUMBER: _builtins.int
+    sync: _builtins.int
+    """Counted up by the router; what was told for an earlier one is void."""
+    def __init__(
+        self,
+        *,
+        sync: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sync", b"sync"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheSyncCommand: _TypeAlias = CacheSyncCommand  # noqa: Y015
+
+@_typing.final
 class Started(_message.Message):
     """The first chunk is about to be computed: time to bind a decode worker."""
 
@@ -1115,6 +1145,44 @@ class Freed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Freed: _TypeAlias = Freed  # noqa: Y015
+
+@_typing.final
+class CacheEvents(_message.Message):
+    """Block digests that the worker's pool has come to know or forgotten, net of what came and went in between; at first
+    all that it knew when it was asked, in as many messages as that takes. Small enough to delay no other frame.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    INSERTED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    SYNC_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """From 1 within a sync, without a gap."""
+    sync: _builtins.int
+    """That of the CacheSyncCommand that this follows."""
+    @_builtins.property
+    def inserted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """16 bytes each."""
+
+    @_builtins.property
+    def evicted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        inserted: _abc.Iterable[_builtins.bytes] | None = ...,
+        evicted: _abc.Iterable[_builtins.bytes] | None = ...,
+        sync: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "inserted", b"inserted", "sequence", b"sequence", "sync", b"sync"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
 
 @_typing.final
 class LoadReport(_message.Message):

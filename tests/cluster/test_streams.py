@@ -62,6 +62,19 @@ async def test_64_streams_of_mixed_lengths(cluster: Running) -> None:
     await no_growth(cluster, before)
 
 
+async def test_the_router_knows_what_the_workers_have_cached(cluster: Running) -> None:
+    await cluster.client.complete(token_ids=prompt_of(100, seed=77), max_tokens=20, ignore_eos=True, timeout=60)
+    await settled(cluster)
+    async with asyncio.timeout(10):
+        while True:
+            statuses = await cluster.statuses(router=True)
+            cached = sum(status.pool.cached for status in statuses if status.pool is not None)
+            known = next(status.live["prefix_blocks"] for status in statuses if not status.roles)
+            if known == cached > 0:
+                break
+            await asyncio.sleep(0.05)
+
+
 async def test_positions_are_consecutive_and_ids_match_text(cluster: Running) -> None:
     runs = [
         event

@@ -40,6 +40,38 @@ def test_a_digest_keeps_a_block_until_room_is_needed() -> None:
     assert pool.statistics().evictions == 1
 
 
+def cache(pool: BlockPool, *digests: bytes) -> None:
+    """A sequence of these blocks comes and goes."""
+    matched = pool.match(digests)
+    blocks = matched + (pool.allocate(len(digests) - len(matched)) or [])
+    for block, digest in zip(blocks, digests, strict=True):
+        pool.insert(block, digest)
+    pool.release(blocks)
+
+
+def test_what_was_found_outlives_what_was_not() -> None:
+    pool = BlockPool(6)
+    for _ in range(2):
+        cache(pool, *DIGESTS[:2])
+    for n in range(2, 12, 2):
+        cache(pool, *DIGESTS[n : n + 2])
+        pool.check_integrity()
+    assert pool.peek(DIGESTS[:2]) == 2
+    assert [n for n in range(2, 12) if pool.peek(DIGESTS[n : n + 1])] == [8, 9, 10, 11]
+
+
+def test_protection_ends_with_half_of_the_pool() -> None:
+    pool = BlockPool(6)
+    for n in (0, 2, 4):
+        for _ in range(2):
+            cache(pool, *DIGESTS[n : n + 2])
+    pool.check_integrity()
+    cache(pool, *DIGESTS[6:8])
+    assert [n for n in range(8) if pool.peek(DIGESTS[n : n + 1])] == [2, 3, 4, 5, 6, 7], (
+        "0 and 1 were found longest ago"
+    )
+
+
 def test_on_a_duplicate_the_first_stays() -> None:
     pool = BlockPool(3)
     first, second = pool.allocate(2) or []

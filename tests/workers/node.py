@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
+from baton.engine.cache_events import CacheEvents
 from baton.engine.wire import layout_to_wire
 from baton.identity import host_id, mint_process
 from baton.rpc.convert import process_to_wire
@@ -70,6 +71,7 @@ class Node:
         self._server = await start_server(f"{self.settings.host}:0", [*services, *self.compose()])
         self.process = replace(self.process, address=self._server.address)
         self.worker.add_handler(self.role)
+        self.worker.add_handler(CacheEvents(self.pool, self.counts))
         self._expiry = asyncio.create_task(self._expire(), name=f"expiry of {self.name}")
 
     def compose(self) -> list[Any]:

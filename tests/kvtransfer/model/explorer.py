@@ -215,6 +215,8 @@ def canonical(world: World) -> object:
         tuple(pool._holds),
         tuple(pool._digest),
         tuple(pool._cached),
+        tuple(pool._protected),
+        tuple(pool._found),
         frozenset(pool._quarantined),
         tuple(None if block in pool._free else world.content[block] for block in range(pool.blocks)),
         tuple(deliveries),
