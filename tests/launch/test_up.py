@@ -123,7 +123,6 @@ async def test_bad_requests_are_status_2_and_name_the_field(cluster: str) -> Non
         (["--top-p", "2"], "sampling.top_p"),
         (["--temperature", "nan"], "sampling.temperature"),
         (["--model", "nobody"], "nobody"),
-        (["--when-unmet", "refuse"], "when_unmet"),
     ):
         result = await baton("generate", "hi", "--server", cluster, *flags)
         assert field in result.error_line

@@ -119,7 +119,6 @@ async def test_all_of_them_leave_the_router_as_it_was(cluster: Cluster, fail: An
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"when_unmet": gen.UNMET_POLICY_REFUSE}, "when_unmet"),
         ({"on_disconnect": gen.ON_DISCONNECT_LINGER}, "on_disconnect"),
     ],
 )
