@@ -23,6 +23,9 @@ DIRECT_GAIN = 0.5
 """In place, a prompt that meets its objectives either way must be faster by this factor."""
 LIGHT_TOKENS = 64
 """A prompt of at most so many tokens that are not cached is light work."""
+NEAR, NEAR_S = 1.05, 0.001
+"""Times within this factor and these seconds of the soonest are as good: then it is whoever was chosen longest ago, or
+one worker's cache would be overwritten by all prompts while the others' lie idle."""
 LEAST_RETRY_S = 0.05
 
 
@@ -48,6 +51,7 @@ class Candidate(NamedTuple):
     miss: float = 0.0
     light: bool = False
     forecast: Forecast | None = None
+    chosen_at: float = 0.0
 
 
 class Decision(NamedTuple):
@@ -188,7 +192,8 @@ def _misses_tpot(ask: Ask, worker: DecodeLoad, seconds: float) -> bool:
 def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -> Candidate:
     forecast = prediction.prefill(worker, ask)
     seconds, kept = (None, True) if tpot is None or ask.single_token else tpot
-    return _offer(ask, worker.name, Way.PREFILL, forecast, seconds, kept, worker.queued_tokens)
+    made = _offer(ask, worker.name, Way.PREFILL, forecast, seconds, kept, worker.queued_tokens)
+    return made._replace(chosen_at=worker.chosen_at)
 
 
 def _in_place(ask: Ask, worker: DecodeLoad) -> Candidate:
@@ -196,7 +201,8 @@ def _in_place(ask: Ask, worker: DecodeLoad) -> Candidate:
     kept = has_room(worker, ask.demand) and not _misses_tpot(ask, worker, seconds)
     forecast = prediction.direct(worker, ask)
     made = _offer(ask, worker.name, Way.DIRECT, forecast, seconds, kept, worker.tokens / worker.capacity_blocks)
-    return made._replace(light=not worker.sequences or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS)
+    light = not worker.sequences or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS
+    return made._replace(light=light, chosen_at=worker.chosen_at)
 
 
 def _offer(
@@ -216,10 +222,10 @@ def _offer(
 def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoad]) -> Plan:
     both = [offer for offer in offers if offer.way is Way.PREFILL]
     here = [offer for offer in offers if offer.way is Way.DIRECT]
-    good_both = min((offer for offer in both if offer.feasible), key=_soonest, default=None)
-    good_here = min((offer for offer in here if offer.feasible), key=_soonest, default=None)
+    good_both = _best([offer for offer in both if offer.feasible])
+    good_here = _best([offer for offer in here if offer.feasible])
     if good_both is not None:
-        light = min((offer for offer in here if offer.feasible and offer.light), key=_soonest, default=None)
+        light = _best([offer for offer in here if offer.feasible and offer.light])
         if light is not None and _seconds(light) < DIRECT_GAIN * _seconds(good_both):
             return _planned(light, offers, "in place: light work in less than half the time")
         return _planned(good_both, offers, "over both pools: soonest that keeps all objectives")
@@ -241,6 +247,15 @@ def _planned(offer: Candidate, offers: tuple[Candidate, ...], reason: str) -> Pl
 def _breaks(offer: Candidate) -> bool:
     """Who is served in spite of a missed objective should at least not cost others theirs."""
     return offer.forecast is not None and offer.forecast.breaks
+
+
+def _best(offers: Sequence[Candidate]) -> Candidate | None:
+    """The soonest; of those that are as good, the one chosen longest ago."""
+    if not offers:
+        return None
+    limit = min(map(_seconds, offers)) * NEAR + NEAR_S
+    near = (offer for offer in offers if _seconds(offer) <= limit)
+    return min(near, key=lambda offer: (offer.chosen_at, _soonest(offer)))
 
 
 def _soonest(offer: Candidate) -> tuple[float, float, str]:

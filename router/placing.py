@@ -59,7 +59,9 @@ class Placer:
         if order.refuses and not found.meets:
             raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
         pool = decodes if found.way is Way.DIRECT else prefills
-        return next(worker for worker in pool if worker.name == found.chosen), found
+        chosen = next(worker for worker in pool if worker.name == found.chosen)
+        chosen.chosen_at = now
+        return chosen, found
 
     def placed(self, attempt: AttemptKey, tokens: int) -> None:
         """It needs a decode worker, later."""

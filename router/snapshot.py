@@ -30,7 +30,8 @@ class PrefillLoad(NamedTuple):
     """A prefill worker in a snapshot. `queued_tokens` are prompt tokens that it has still to compute.
 
     `queue` is in order of rank; `cached_tokens` are those of the request in question; `promise` is what a predicted
-    time is multiplied with to be kept. Without a `cost` no time can be predicted.
+    time is multiplied with to be kept; `chosen_at` is when a prompt last went there. Without a `cost` no time can be
+    predicted.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PrefillLoad(NamedTuple):
     queue: Sequence[Queued] = ()
     cached_tokens: int = 0
     promise: float = 1.0
+    chosen_at: float = 0.0
 
 
 class DecodeLoad(NamedTuple):
@@ -63,6 +65,7 @@ class DecodeLoad(NamedTuple):
     cached_tokens: int = 0
     promise: float = 1.0
     drain_s: float = 1.0
+    chosen_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

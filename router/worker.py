@@ -79,6 +79,7 @@ class Worker:
     cost: StepCost | None = None
     chunk_tokens: int = 512
     accuracy: Accuracy = field(default_factory=Accuracy)
+    chosen_at: float = 0.0
     prefill: PrefillLedger = field(default_factory=PrefillLedger)
     decode: DecodeLedger = field(init=False)
 
@@ -124,6 +125,7 @@ class Worker:
             self.prefill.queue(now),
             cached_tokens,
             self.accuracy.factor,
+            self.chosen_at,
         )
 
     def decode_load(self, now: float, cached_tokens: int = 0) -> DecodeLoad:
@@ -143,6 +145,7 @@ class Worker:
             cached_tokens,
             self.accuracy.factor,
             self._drain_s(),
+            self.chosen_at,
         )
 
     def _drain_s(self) -> float:

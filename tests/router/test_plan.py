@@ -51,6 +51,13 @@ def test_the_shortest_backlog_is_taken_and_a_cached_prefix_counts() -> None:
     assert planned(ask(), loaded, P._replace(name="p1"), cached, D).chosen == "p2"
 
 
+def test_of_equals_the_one_chosen_longest_ago() -> None:
+    early, late = P._replace(chosen_at=NOW - 2), P._replace(name="p1", chosen_at=NOW - 1)
+    assert planned(ask(), early, late, D).chosen == "p0"
+    assert planned(ask(), early._replace(chosen_at=NOW), late, D).chosen == "p1"
+    assert planned(ask(), early, late._replace(cached_tokens=48), D).chosen == "p1"
+
+
 def test_only_what_is_more_urgent_is_ahead() -> None:
     behind = P._replace(queue=(Queued(NOW + 9.0, 3.0, True),))
     assert planned(ask(ttft=1.0), behind, D).ttft_s == pytest.approx(0.102 + TRIP)
