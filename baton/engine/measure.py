@@ -22,7 +22,7 @@ def measure(engine: Engine, blocks: int, context_tokens: int) -> list[tuple[Step
     """Steps with their seconds, over a pool of `blocks` whose blocks nobody holds yet. What it writes is never read."""
     found: list[tuple[StepShape, float]] = []
     started = time.monotonic()
-    for batch in _batches(engine, min(blocks * engine.layout.block_tokens, context_tokens)):
+    for batch in _batches(engine, blocks, min(blocks * engine.layout.block_tokens, context_tokens)):
         shape, begun = shape_of(batch), time.monotonic()
         engine.step(batch)
         found.append((shape, time.monotonic() - begun))
@@ -31,16 +31,16 @@ def measure(engine: Engine, blocks: int, context_tokens: int) -> list[tuple[Step
     return found
 
 
-def _batches(engine: Engine, room: int) -> Iterator[list[Work]]:
-    """Alternating, so that a limit on the time leaves some of both."""
+def _batches(engine: Engine, blocks: int, room: int) -> Iterator[list[Work]]:
+    """Alternating, so that a limit on the time leaves some of both. `room` tokens fit into blocks and context."""
     for chunk, step in zip((*CHUNKS, None), STEPS, strict=True):
         if chunk is not None:
             new = min(chunk[0], room)
             cached = min(chunk[1], room - new)
             yield [Work(_sequence(engine, cached + new, cached, 0), new)]
-        count, tokens = step
-        tokens = min(tokens, room // count)
-        held = engine.layout.blocks_for(tokens)
+        count, tokens = min(step[0], blocks), min(step[1], room)
+        held = min(engine.layout.blocks_for(tokens), blocks // count)  # of each sequence: no two write one block
+        tokens = min(tokens, held * engine.layout.block_tokens)
         if tokens >= 2:
             yield [Work(_sequence(engine, tokens, tokens - 1, index * held), 1) for index in range(count)]
 

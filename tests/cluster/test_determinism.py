@@ -45,7 +45,7 @@ async def test_company_changes_nothing(cluster: Running) -> None:
 
 async def test_torch_is_refused_at_start_in_one_line() -> None:
     with pytest.raises(ConfigError, match="deterministic: needs the native kernels; torch") as caught:
-        async with running("--kernels", "torch", deterministic=True):
+        async with running(kernels="torch", deterministic=True):
             pass
     assert "\n" not in str(caught.value)
 

@@ -64,8 +64,7 @@ async def test_native_output_is_near_the_reference_and_that_of_one_process() -> 
     description = describe(resolve(EMBEDDED_MODEL), "bfloat16")
     engine = NativeEngine.load(description, blocks=256, weights="bf16")
     alone = generate(engine, [Prompt(tuple(prompt_of(length)), max_tokens=OUTPUT) for length in FEWER], blocks=256)
-    flags = ("--weights", "bf16", "--kernels", "native")
-    async with running(*flags, dtype="bfloat16", chunk_tokens=CHUNK) as cluster:
+    async with running(weights="bf16", kernels="native", dtype="bfloat16", chunk_tokens=CHUNK) as cluster:
         found = await asyncio.gather(*(complete(cluster, length) for length in FEWER))
         await settled(cluster)
     for length, served, wanted in zip(FEWER, found, alone, strict=True):

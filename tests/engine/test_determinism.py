@@ -121,12 +121,12 @@ def test_torch_cannot_promise_it(tiny: Callable[[str], Tiny], monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"^deterministic: needs the native kernels; torch sums in another order"):
         load_engine(describe(folder, "bfloat16"), blocks=4, kernels="torch", deterministic=True)
     with pytest.raises(ConfigError, match=r"^deterministic: needs the native kernels, but the kernels keep KV in bf"):
-        load_engine(describe(folder, "float32"), blocks=4)
+        load_engine(describe(folder, "float32"), blocks=4, deterministic=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(library, "library_for", build.library_for.__wrapped__)
     with pytest.raises(ConfigError, match=r"^deterministic: needs the native kernels, but there is no C"):
-        load_engine(describe(folder, "bfloat16"), blocks=4)
+        load_engine(describe(folder, "bfloat16"), blocks=4, deterministic=True)
 
 
 def test_a_fingerprint_covers_what_decides_on_the_bits(kernels: library.Library, tiny: Callable[[str], Tiny]) -> None:
