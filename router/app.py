@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +12,7 @@ import structlog
 from baton.config import RouterConfig
 from baton.errors import Unavailable
 from baton.identity import mint_process
-from baton.rpc import net
+from baton.rpc import collector, net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
@@ -30,9 +29,6 @@ STOP_GRACE_S = 2.0
 FREED_S = 1.0
 """How long the workers may take to free what the ended requests held there."""
 TOKENISER_THREADS = 2
-GC_THRESHOLDS = (50_000, 20, 50)
-"""Of Python's cycle collector. A thousand streams have a thousand writes under way, which its default of 700 takes for
-garbage piling up: collecting them again and again was a third of a token's cost."""
 log = structlog.get_logger(__name__)
 
 
@@ -125,8 +121,7 @@ async def run(config: RouterConfig, *, on_ready: Callable[[str], None], stop: as
     """Serves until `stop` is set. `on_ready` gets the address as soon as it answers, before any worker has joined."""
     router = Router(config)
     await router.start()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
+    collector.settle()
     try:
         on_ready(router.process.address)
         await stop.wait()

@@ -23,6 +23,7 @@ from baton.launch.tcp_settings import tcp_transport
 from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_cuda import check_device, nccl_transport
 from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
+from baton.rpc import collector
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
 from baton.rpc.registration import Registration
@@ -106,6 +107,7 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
         services = _compose(parts)
         server = await start_server(config.listen, services)
         parts.process = replace(parts.process, address=config.advertise or server.address)
+        collector.settle()
         await _serve(parts, server, on_ready, stop)
     finally:
         for transport in parts.transports.values():
