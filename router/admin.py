@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from baton.errors import NotFound
 from baton.rpc.convert import process_to_wire
+from baton.rpc.status import abort
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import admin_pb2 as admin
 from baton.v1 import worker_pb2 as wire
 from baton.v1.admin_pb2_grpc import AdminServicer
+from router.explanations import Explanation, Explanations
 from router.registry import Registry
 from router.requests import Requests
 from router.worker import Worker
@@ -26,14 +29,28 @@ class AdminService(AdminServicer):
     """The workers there are, and what this router holds."""
 
     def __init__(
-        self, router: Callable[[], ProcessRef], registry: Registry, requests: Requests, counts: Counts
+        self,
+        router: Callable[[], ProcessRef],
+        registry: Registry,
+        requests: Requests,
+        counts: Counts,
+        explanations: Explanations,
     ) -> None:
         self._router, self._registry, self._requests, self._counts = router, registry, requests, counts
+        self._explanations = explanations
 
     async def ListWorkers(self, request: admin.ListWorkersRequest, context: Any) -> admin.ListWorkersResponse:
         """All that hold a lease, by name."""
         now = asyncio.get_running_loop().time()
         return admin.ListWorkersResponse(workers=[_info(worker, now) for worker in self._registry.workers()])
+
+    async def Explain(self, request: admin.ExplainRequest, context: Any) -> admin.ExplainResponse:
+        """See the proto."""
+        now = asyncio.get_running_loop().time()
+        found = self._explanations.find(request.tenant_salt, request.request_id)
+        if not found:
+            await abort(context, NotFound(f"no request {request.request_id!r} is remembered here"))
+        return admin.ExplainResponse(placements=[_placement(entry, now) for entry in found])
 
     async def GetStatus(self, request: admin.GetStatusRequest, context: Any) -> admin.GetStatusResponse:
         """Live objects, counts since start, memory."""
@@ -58,6 +75,36 @@ def resident_bytes() -> int:
     """Memory of this process that is in RAM."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _placement(found: Explanation, now: float) -> admin.Placement:
+    return admin.Placement(
+        step=found.step,
+        age_ms=(now - found.at) * 1e3,
+        chosen=found.chosen,
+        reason=found.reason,
+        meets=found.meets,
+        constraint=found.constraint,
+        ttft_ms=_ms(found.ttft_s),
+        tpot_ms=_ms(found.tpot_s),
+        others=found.others,
+        candidates=[
+            admin.Candidate(
+                worker=candidate.name,
+                way="" if candidate.way is None else candidate.way.value,
+                feasible=candidate.feasible,
+                note=candidate.note,
+                ttft_ms=_ms(candidate.ttft_s),
+                tpot_ms=_ms(candidate.tpot_s),
+                load=candidate.load,
+            )
+            for candidate in found.candidates
+        ],
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
 
 
 def _info(worker: Worker, now: float) -> admin.WorkerInfo:

@@ -65,7 +65,7 @@ class Router:
         """Serves from here on; ready once workers have joined. Raises ConfigError when the address can't be used."""
         generation = GenerationService(self.config, self._identity, self.registry, self.requests, self.executor)
         registry = RegistryService(self.registry, self._identity)
-        admin = AdminService(self._identity, self.registry, self.requests, self.counts)
+        admin = AdminService(self._identity, self.registry, self.requests, self.counts, self.placer.explanations)
         try:
             self._server = await net.start_server(
                 self.config.listen,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Set
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted, Unavailable
 from baton.spec import AttemptKey
+from router.explanations import Explanations
 from router.order import Choice, Order
 from router.placement import Plan, Way, pick_decode, plan
 from router.registry import NOBODY_RETRY_S, ServedModel
@@ -22,6 +23,7 @@ class Placer:
         self._path = path
         self._unbound: dict[AttemptKey, int] = {}
         self._unbound_tokens = 0
+        self.explanations = Explanations()
 
     @property
     def unbound(self) -> int:
@@ -56,6 +58,7 @@ class Placer:
         if found is None:
             kind = "decode" if self._path == "direct" else "prefill"
             raise ResourceExhausted(f"no {kind} worker's pool has {blocks} blocks", constraint=f"{kind}_blocks")
+        self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now)
         if order.refuses and not found.meets:
             raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
         pool = decodes if found.way is Way.DIRECT else prefills
@@ -81,6 +84,7 @@ class Placer:
         decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
         if decision is None:
             return None
+        self.explanations.decode(order.spec.tenant_salt, order.spec.request_id, decision, now)
         room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
         return Choice(next(worker for worker in workers if worker.name == decision.chosen), room)
 

@@ -39,7 +39,7 @@ app = App(
 for group, commands in (
     (CLUSTER, (up.up, roles.router, roles.prefill, roles.decode, demo.demo)),
     (CLIENT, (generate.generate, generate.chat, generate.tokenize, bench.bench)),
-    (OPERATIONS, (inspection.workers, inspection.models, inspection.status, inspection.health)),
+    (OPERATIONS, (inspection.workers, inspection.models, inspection.status, inspection.explain, inspection.health)),
 ):
     for command in commands:
         app.command(command, group=group)

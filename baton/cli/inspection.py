@@ -1,4 +1,4 @@
-"""`baton workers`, `status`, `health` and `models`: what operators look at."""
+"""`baton workers`, `status`, `explain`, `health` and `models`: what operators look at."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import print_json, print_table, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
+from baton.client.types import Candidate
 
 T = TypeVar("T")
 
@@ -93,6 +94,44 @@ def _status_rows(found: ProcessStatus) -> list[list[str]]:
     rows += [[f"live {name}", str(value)] for name, value in sorted(found.live.items())]
     rows += [[f"count {name}", str(value)] for name, value in sorted(found.counters.items())]
     return rows
+
+
+def explain(request_id: str, /, *, tenant_salt: str = "", server: Server = DEFAULT_SERVER, json: Json = False) -> None:
+    """Show why a request went where it did: the workers that were looked at, and what was predicted for each.
+
+    Parameters
+    ----------
+    request_id
+        The request's label, from the client or from `Accepted`.
+    tenant_salt
+        The request's own, if it had one.
+    """
+    found = _ask(server, lambda client: client.explain(request_id, tenant_salt=tenant_salt))
+    if json:
+        print_json([to_dict(placement) for placement in found])
+        return
+    for placement in found:
+        promise = ", ".join(
+            f"{name} {value:.0f} ms"
+            for name, value in (("ttft", placement.ttft_ms), ("tpot", placement.tpot_ms))
+            if value is not None
+        )
+        print(
+            f"{placement.step}: {placement.chosen}: {placement.reason}" + (f"; promised {promise}" if promise else "")
+        )
+        print_table(
+            ("worker", "way", "fits", "ttft", "tpot", "note"), [_candidate_row(c) for c in placement.candidates]
+        )
+        if placement.others:
+            print(f"and {placement.others} others")
+
+
+def _candidate_row(found: Candidate) -> list[str]:
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f} ms"
+
+    fits = "yes" if found.feasible else "no"
+    return [found.worker, found.way or "-", fits, shown(found.ttft_ms), shown(found.tpot_ms), found.note]
 
 
 def health(

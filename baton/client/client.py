@@ -21,6 +21,7 @@ from baton.client.types import (
     Finished,
     Message,
     ModelInfo,
+    Placement,
     ProcessStatus,
     RequestOptions,
     Tokenization,
@@ -127,6 +128,14 @@ class Client:
         """What the process at the other end holds; routers and workers alike."""
         answer = await self._call(self._admin.GetStatus, admin_pb2.GetStatusRequest(), timeout)
         return wire.status_from_wire(answer)
+
+    async def explain(
+        self, request_id: str, *, tenant_salt: str = "", timeout: float = CALL_TIMEOUT_S
+    ) -> tuple[Placement, ...]:
+        """Why a request went where it did. Raises NotFound for one that the router has not placed, or has forgotten."""
+        request = admin_pb2.ExplainRequest(request_id=request_id, tenant_salt=tenant_salt)
+        answer = await self._call(self._admin.Explain, request, timeout)
+        return tuple(map(wire.placement_from_wire, answer.placements))
 
     async def health(self, service: str = "", *, timeout: float = CALL_TIMEOUT_S) -> str:
         """ "serving", "not_serving", or "service_unknown" for a name that the process does not know."""

@@ -272,3 +272,32 @@ class ProcessStatus:
     counters: dict[str, int]
     resident_bytes: int
     weight_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that was looked at; `note` says what spoke against it. Times are None where none was predicted."""
+
+    worker: str
+    way: str
+    feasible: bool
+    note: str
+    load: float
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One decision about a request: its `step` is "prompt" or "decode"; `others` candidates are not listed."""
+
+    step: str
+    age_ms: float
+    chosen: str
+    reason: str
+    meets: bool
+    constraint: str
+    candidates: tuple[Candidate, ...]
+    others: int
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None

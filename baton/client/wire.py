@@ -241,3 +241,30 @@ def _enum_value(enum: Any, number: int) -> str:
         return "unknown"
     prefix: str = enum.DESCRIPTOR.values[0].name.removesuffix("UNSPECIFIED")
     return str(entry.name).removeprefix(prefix).lower()
+
+
+def placement_from_wire(message: admin.Placement) -> types.Placement:
+    """See `Placement`."""
+    return types.Placement(
+        step=message.step,
+        age_ms=message.age_ms,
+        chosen=message.chosen,
+        reason=message.reason,
+        meets=message.meets,
+        constraint=message.constraint,
+        others=message.others,
+        ttft_ms=_optional(message, "ttft_ms"),
+        tpot_ms=_optional(message, "tpot_ms"),
+        candidates=tuple(
+            types.Candidate(
+                worker=entry.worker,
+                way=entry.way,
+                feasible=entry.feasible,
+                note=entry.note,
+                load=entry.load,
+                ttft_ms=_optional(entry, "ttft_ms"),
+                tpot_ms=_optional(entry, "tpot_ms"),
+            )
+            for entry in message.candidates
+        ),
+    )

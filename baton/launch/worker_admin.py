@@ -50,6 +50,10 @@ class WorkerAdmin(AdminServicer):
         """Only a router knows the workers."""
         await abort(context, errors.Unimplemented("", "ask the router for its workers"))
 
+    async def Explain(self, request: wire.ExplainRequest, context: Any) -> wire.ExplainResponse:
+        """Only a router places requests."""
+        await abort(context, errors.Unimplemented("", "ask the router why a request went where it did"))
+
     async def GetStatus(self, request: wire.GetStatusRequest, context: Any) -> wire.GetStatusResponse:
         """See the proto."""
         statistics = self._pool.statistics()

@@ -35,6 +35,10 @@ class AdminStub:
     """The workers that a router knows. UNIMPLEMENTED on workers."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
     """What this process holds at the moment, and whether its books balance."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]
+    """Why a request went where it did. NOT_FOUND for one that a router has not placed, or has forgotten; UNIMPLEMENTED on
+    workers.
+    """
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -43,6 +47,10 @@ class AdminAsyncStub(AdminStub):
     """The workers that a router knows. UNIMPLEMENTED on workers."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What this process holds at the moment, and whether its books balance."""
+    Explain: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Why a request went where it did. NOT_FOUND for one that a router has not placed, or has forgotten; UNIMPLEMENTED on
+    workers.
+    """
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -60,5 +68,15 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]:
         """What this process holds at the moment, and whether its books balance."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _admin_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ExplainResponse, _abc.Awaitable[_admin_pb2.ExplainResponse]]:
+        """Why a request went where it did. NOT_FOUND for one that a router has not placed, or has forgotten; UNIMPLEMENTED on
+        workers.
+        """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

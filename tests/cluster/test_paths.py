@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from baton.errors import ResourceExhausted
+from tests.cli.runner import baton
 from tests.cluster.conftest import Running, prompt_of, running, settled
 from tests.cluster.reference import assert_greedy
 
@@ -60,6 +61,12 @@ async def test_the_promise_is_there_from_the_first_request_and_what_cannot_be_ke
     assert completion.finished.slo is not None
     assert completion.finished.slo.ttft_kept
     unmet: list[tuple[Any, str]] = [({"ttft_ms": 0.5}, "ttft"), ({"tpot_ms": 0.01}, "tpot")]
+    told = await baton("explain", accepted.request_id, "--server", colocated.cluster.address)
+    assert told.status == 0
+    assert told.out.startswith("prompt: colocated-0 (direct): in place")
+    assert "promised ttft" in told.out
+    unknown = await baton("explain", "nobody", "--server", colocated.cluster.address)
+    assert (unknown.status, unknown.error_line) == (1, "no request 'nobody' is remembered here")
     for objective, constraint in unmet:
         with pytest.raises(ResourceExhausted) as refused:
             await colocated.client.complete(

@@ -1,0 +1,93 @@
+"""Why requests went where they did: the last decisions, kept to be asked for (`baton explain`)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from router.placement import Candidate, Decision, Plan
+
+REQUESTS = 4096
+"""The oldest is forgotten for the next."""
+DECISIONS = 16
+"""Of one request: its prompt's, and those of its first handoffs."""
+CANDIDATES = 8
+"""The best ones; a decision among a thousand workers is not kept whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One decision. `step` is prompt or decode; `at` on the router's clock, in seconds; `others` were not kept."""
+
+    at: float
+    step: str
+    chosen: str
+    reason: str
+    candidates: tuple[Candidate, ...]
+    others: int
+    meets: bool = True
+    constraint: str = ""
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+class Explanations:
+    """By tenant salt and request id, which is what a client knows."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[str, str], list[Explanation]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def prompt(self, salt: str, request_id: str, plan: Plan, at: float) -> None:
+        """Where a prompt goes, or would have gone had it not been refused."""
+        kept, others = _best(plan.candidates, plan.chosen)
+        reason, way = plan.reason, plan.way.value
+        self._add(
+            (salt, request_id),
+            Explanation(
+                at,
+                "prompt",
+                f"{plan.chosen} ({way})",
+                reason,
+                kept,
+                others,
+                plan.meets,
+                plan.constraint,
+                plan.ttft_s,
+                plan.tpot_s,
+            ),
+        )
+
+    def decode(self, salt: str, request_id: str, decision: Decision, at: float) -> None:
+        """Which decode worker it was bound to."""
+        kept, others = _best(decision.candidates, decision.chosen)
+        self._add((salt, request_id), Explanation(at, "decode", decision.chosen, decision.reason, kept, others))
+
+    def find(self, salt: str, request_id: str) -> list[Explanation]:
+        """In order; empty for a request that is unknown or forgotten."""
+        return list(self._found.get((salt, request_id), ()))
+
+    def _add(self, key: tuple[str, str], explanation: Explanation) -> None:
+        if explanation.step == "prompt":
+            self._found.pop(key, None)  # the label is used anew
+        found = self._found.setdefault(key, [])
+        if len(found) < DECISIONS:
+            found.append(explanation)
+        while len(self._found) > REQUESTS:
+            self._found.popitem(last=False)
+
+
+def _best(candidates: Iterable[Candidate], chosen: str) -> tuple[tuple[Candidate, ...], int]:
+    """The chosen one first, then those that would do, soonest first."""
+    ordered = sorted(
+        candidates,
+        key=lambda found: (
+            found.name != chosen,
+            not found.feasible,
+            found.load if found.ttft_s is None else found.ttft_s,
+        ),
+    )
+    return tuple(ordered[:CANDIDATES]), max(len(ordered) - CANDIDATES, 0)

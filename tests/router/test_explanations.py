@@ -1,0 +1,40 @@
+"""What is kept of decisions, and for how long."""
+
+from __future__ import annotations
+
+from router.explanations import CANDIDATES, DECISIONS, REQUESTS, Explanations
+from router.placement import Candidate, Decision, Plan, Way
+
+
+def plan(chosen: str, *names: str) -> Plan:
+    candidates = tuple(Candidate(name, 0, True, ttft_s=index * 0.1) for index, name in enumerate(names))
+    return Plan(chosen, Way.PREFILL, True, "because", candidates, 0.2, 0.01)
+
+
+def test_the_chosen_one_comes_first_and_the_rest_is_cut() -> None:
+    explanations = Explanations()
+    names = [f"p{index}" for index in range(20)]
+    explanations.prompt("", "r", plan("p7", *names), 1.0)
+    (found,) = explanations.find("", "r")
+    assert [candidate.name for candidate in found.candidates] == ["p7", *names[: CANDIDATES - 1]]
+    assert (found.others, found.chosen, found.ttft_s) == (20 - CANDIDATES, "p7 (prefill)", 0.2)
+
+
+def test_handoffs_follow_their_prompt_and_tenants_are_apart() -> None:
+    explanations = Explanations()
+    explanations.prompt("a", "r", plan("p0", "p0"), 1.0)
+    for _ in range(DECISIONS + 3):
+        explanations.decode("a", "r", Decision("d0", "least loaded", (Candidate("d0", 0.5, True),)), 2.0)
+    assert [entry.step for entry in explanations.find("a", "r")] == ["prompt", *["decode"] * (DECISIONS - 1)]
+    assert explanations.find("b", "r") == []
+    explanations.prompt("a", "r", plan("p1", "p1"), 3.0)
+    assert [entry.chosen for entry in explanations.find("a", "r")] == ["p1 (prefill)"]
+
+
+def test_the_oldest_is_forgotten() -> None:
+    explanations = Explanations()
+    for index in range(REQUESTS + 5):
+        explanations.prompt("", str(index), plan("p0", "p0"), 1.0)
+    assert len(explanations) == REQUESTS
+    assert explanations.find("", "4") == []
+    assert explanations.find("", "5") != []
