@@ -35,12 +35,12 @@ APART_HEADER = """\
 """
 
 
-def declared(apart: bool = False) -> list[str]:
-    """Every requirement that pyproject.toml writes down for `make setup`; or those of the extras that it leaves out."""
+def declared(apart: Iterable[str] = ()) -> list[str]:
+    """Every requirement that pyproject.toml writes down for `make setup`; or those of the named extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"].get("optional-dependencies", {})
     if apart:
-        return [requirement for name in APART for requirement in extras[name]]
+        return [requirement for name in apart for requirement in extras[name]]
     groups = [
         project["project"]["dependencies"],
         *(requirements for name, requirements in extras.items() if name not in APART),

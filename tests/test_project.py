@@ -69,7 +69,7 @@ def test_a_stale_missing_or_left_over_stub_is_named() -> None:
 def test_every_dependency_has_an_exact_pin_within_its_range() -> None:
     pins_py = script("pins")
     pins: dict[str, str] = pins_py.pinned() | pins_py.pinned(apart=True)
-    for requirement in map(pins_py.Requirement, [*pins_py.declared(), *pins_py.declared(apart=True)]):
+    for requirement in map(pins_py.Requirement, [*pins_py.declared(), *pins_py.declared(pins_py.APART)]):
         name = pins_py.canonicalize_name(requirement.name)
         assert name in pins, f"{name} of pyproject.toml is not in constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{requirement} does not allow the pin {pins[name]}"
