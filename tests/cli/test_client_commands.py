@@ -183,3 +183,20 @@ async def test_health_is_told_by_the_status(double: Double) -> None:
     assert (well.status, well.out) == (0, "serving\n")
     unknown = await baton("health", double.address, "--service", "nobody")
     assert (unknown.status, unknown.out) == (1, "service_unknown\n")
+
+
+async def test_explain_shows_the_decision_and_its_candidates(double: Double) -> None:
+    result = await baton("explain", "known", "--server", double.address)
+    assert (result.status, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0] == "prompt: prefill-0 (prefill): soonest; promised ttft 120 ms"
+    assert [line.split()[:4] for line in lines[1:4]] == [
+        ["worker", "way", "fits", "ttft"],
+        ["prefill-0", "prefill", "yes", "120.0"],
+        ["decode-0", "direct", "no", "-"],
+    ]
+    assert lines[4] == "and 2 others"
+    (shown,) = json.loads((await baton("explain", "known", "--json", "--server", double.address)).out)
+    assert (shown["step"], len(shown["candidates"])) == ("prompt", 2)
+    unknown = await baton("explain", "nobody", "--server", double.address)
+    assert (unknown.status, unknown.error_line) == (1, "no request 'nobody' is remembered here")

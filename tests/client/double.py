@@ -131,6 +131,19 @@ class AdminDouble:
         )
         return admin_pb2.ListWorkersResponse(workers=[worker])
 
+    async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.ExplainResponse:
+        if request.request_id != "known":
+            await abort(context, errors.NotFound(f"no request {request.request_id!r} is remembered here"))
+        candidates = [
+            admin_pb2.Candidate(worker="prefill-0", way="prefill", feasible=True, ttft_ms=120.0, load=3),
+            admin_pb2.Candidate(worker="decode-0", way="direct", note="ttft", load=0.5),
+        ]
+        placement = admin_pb2.Placement(
+            step="prompt", chosen="prefill-0 (prefill)", reason="soonest", meets=True, ttft_ms=120.0, others=2
+        )
+        placement.candidates.extend(candidates)
+        return admin_pb2.ExplainResponse(placements=[placement])
+
     async def GetStatus(self, request: Any, context: Any) -> admin_pb2.GetStatusResponse:
         pool = admin_pb2.PoolStatus(blocks=10, free=7, held=1, cached=1, quarantined=1)
         return admin_pb2.GetStatusResponse(
