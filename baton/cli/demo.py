@@ -34,6 +34,7 @@ def demo(
     """Show it all: start one prefill and one decode worker, answer three prompts at once, draw where the time went."""
     name = fetch(model)
     config = ClusterConfig(
+        path="disaggregated",  # what is to be seen; adaptively, a prompt may take the shorter way
         model=model, transport=transport, kernels=kernels, weights=weights, kv_dtype=kv_dtype, listen="127.0.0.1:0"
     )
     run(lambda: _show(config, name))
