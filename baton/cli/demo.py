@@ -35,7 +35,12 @@ def demo(
     name = fetch(model)
     config = ClusterConfig(
         path="disaggregated",  # what is to be seen; adaptively, a prompt may take the shorter way
-        model=model, transport=transport, kernels=kernels, weights=weights, kv_dtype=kv_dtype, listen="127.0.0.1:0"
+        model=model,
+        transport=transport,
+        kernels=kernels,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        listen="127.0.0.1:0",
     )
     run(lambda: _show(config, name))
 
