@@ -14,6 +14,8 @@ from baton.engine.native.engine import NativeEngine
 from baton.engine.torch_engine import TorchEngine, resolve_device
 from baton.errors import ConfigError
 
+QUANTISED = ("int8", "int4")
+"""Weights that only the native kernels have."""
 log = structlog.get_logger(__name__)
 
 
@@ -30,8 +32,8 @@ def load_engine(
     """An engine ready for `warm_up`; the pool as for `TorchEngine.load`.
 
     With `kernels` "auto", whatever keeps the kernels from serving (no compiler, an old processor, float32) is logged
-    once and torch computes; with "native" it is a ConfigError. So it is with `deterministic`, which torch can't keep:
-    it sums in another order for another batch.
+    once and torch computes; with "native" it is a ConfigError. So it is with `weights` in 8 or 4 bits, which torch
+    does not have, and with `deterministic`, which torch can't keep: it sums in another order for another batch.
     """
     if kernels not in get_args(KernelChoice):
         raise ConfigError(f"kernels: {', '.join(get_args(KernelChoice))}, not {kernels!r}")
@@ -45,7 +47,11 @@ def load_engine(
                 raise ConfigError(f"kernels: {error}") from None
             if deterministic:
                 raise ConfigError(f"deterministic: needs the native kernels, but {error}") from None
+            if weights in QUANTISED:
+                raise ConfigError(f"weights: {weights} needs the native kernels, but {error}") from None
             log.warning("computing with torch, which is slower", reason=str(error))
     if deterministic:
         raise ConfigError("deterministic: needs the native kernels; torch sums in another order for another batch")
+    if weights in QUANTISED:
+        raise ConfigError(f"weights: {weights} needs the native kernels; torch has no such weights")
     return TorchEngine.load(description, device=device, buffer=buffer, blocks=blocks)

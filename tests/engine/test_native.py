@@ -201,6 +201,10 @@ def test_which_engine_serves(kernels: library.Library, tiny: Callable[[str], Tin
         describe(folder, "float32", kv_dtype="int8")
     with pytest.raises(ConfigError, match="needs the native kernels"):
         load_engine(describe(folder, "bfloat16", kv_dtype="int8"), blocks=4, kernels="torch")
+    with pytest.raises(ConfigError, match=r"^weights: int4 needs the native kernels; torch has no such weights"):
+        load_engine(describe(folder, "bfloat16"), blocks=4, kernels="torch", weights="int4")
+    with pytest.raises(ConfigError, match=r"^weights: int8 needs the native kernels, but the kernels keep KV in"):
+        load_engine(describe(folder, "float32"), blocks=4, weights="int8")
 
 
 def test_targets_follow_the_processor() -> None:
