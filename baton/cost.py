@@ -19,6 +19,12 @@ TRUST = 1e-5
 """How much the prior weighs beside what is remembered. It decides only what observations leave open."""
 OUTLIER = 3.0
 """A residual counts for no more than so many times the usual one."""
+LEAST_CHUNK = 16
+"""Tokens of a chunk beside residents where their objectives leave less: a prompt that has started must end."""
+MARGIN = 0.9
+"""Of what an objective leaves, what is used."""
+STRETCH = 3.0
+"""A step without objectives may take so many times as long with a chunk as without."""
 SOLVE_ALWAYS, SOLVE_EVERY = 32, 8
 """The first observations are solved for one by one, later ones by eights: a step has better things to do."""
 
@@ -81,6 +87,13 @@ class StepCost:
             return min(most, int(seconds / linear))
         root = math.sqrt(linear * linear + 2 * self.per_pair * seconds)
         return min(most, int((root - linear) / self.per_pair))
+
+    def fits_beside(self, step_s: float, limit_s: float | None, cached_tokens: int, most: int) -> int:
+        """The largest chunk that a step of `step_s` has room for within the strictest objective among its sequences, or
+        within `STRETCH` of itself where there is none; 0 to `most` tokens. Whoever sizes chunks takes `LEAST_CHUNK` at
+        the least; whoever places prompts takes less than that for a missed objective."""
+        spare = (STRETCH - 1) * step_s if limit_s is None else limit_s * MARGIN - step_s
+        return self.fits(spare, cached_tokens, most)
 
     def _adds(self, shape: StepShape) -> float:
         return self.per_token * shape.new_tokens + self.per_pair * shape.pairs

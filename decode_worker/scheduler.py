@@ -10,16 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from baton.cost import StepCost
+from baton.cost import LEAST_CHUNK, StepCost
 from baton.engine.api import Sequence, Work
 from baton.spec import AttemptKey
-
-LEAST_CHUNK = 16
-"""Tokens of a chunk where the objectives leave less: a prompt that has started must end."""
-MARGIN = 0.9
-"""Of what an objective leaves, what is used."""
-STRETCH = 3.0
-"""A step without objectives may take so many times as long with a chunk as without."""
 
 
 class DecodeScheduler:
@@ -72,9 +65,9 @@ class DecodeScheduler:
         limits = [other.tpot_s for other in self._residents.values() if other.tpot_s is not None]
         if self._budget_s is not None:
             limits.append(self._budget_s)
-        spare = min(limits) * MARGIN - step if limits else (STRETCH - 1) * step
         first = next(iter(self._prompts.values()))
-        return max(LEAST_CHUNK, cost.fits(spare, first.computed, self._chunk_tokens))
+        fits = cost.fits_beside(step, min(limits, default=None), first.computed, self._chunk_tokens)
+        return max(LEAST_CHUNK, fits)
 
     @staticmethod
     def _is_computed(prompt: Sequence) -> bool:

@@ -39,7 +39,6 @@ from prefill_worker.tombstones import Tombstones
 HOLD_S = 120.0
 """How long a computed prompt is held for a decode worker to take it; the router gives up earlier, and says so."""
 INTERNAL, EXHAUSTED = 13, 8  # google.rpc.Code
-NOT_HELD = "the prompt is not held here any more"
 log = structlog.get_logger(__name__)
 
 
@@ -123,7 +122,9 @@ class PrefillRole:
         attempt = self._attempts.get(message.attempt)
         if attempt is None:
             self._counts.add("late_messages")
-            failed = wire.HandoffFailed(attempt=message.attempt, handoff=message.handoff, message=NOT_HELD)
+            failed = wire.HandoffFailed(
+                attempt=message.attempt, handoff=message.handoff, message="the prompt is not held here any more"
+            )
             failed.reason = wire.REFUSAL_REASON_EXPIRED
             router.send(handoff_failed=failed)
             return

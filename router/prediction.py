@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from baton.cost import StepCost, pairs
+from baton.cost import LEAST_CHUNK, MARGIN, STRETCH, StepCost, pairs
+from baton.engine.prompt_queue import AGEING_S, PRIORITY_S
 from router.snapshot import Ask, DecodeLoad, PrefillLoad, Queued
 
-PRIORITY_S = 1.0
-"""What a step of priority is worth in a worker's queue; see `baton.engine.prompt_queue`."""
-AGEING_S = 10.0
-LEAST_CHUNK, MARGIN, STRETCH = 16, 0.9, 3.0
-"""How a decode worker sizes the chunks of prompts beside residents; see `decode_worker.scheduler`."""
 TRIP_S = 0.004
 """What lies outside a worker's own time: messages and their handling."""
 
@@ -94,8 +90,7 @@ def _stretch(worker: DecodeLoad, cost: StepCost, new: int, cached: int, work_s: 
         return 1.0, False
     base = cost.decode(worker.sequences, worker.tokens)
     limit = worker.strictest_s
-    spare = (STRETCH - 1) * base if limit is None else limit * MARGIN - base
-    fits = cost.fits(spare, cached + new // 2, worker.chunk_tokens)
+    fits = cost.fits_beside(base, limit, cached + new // 2, worker.chunk_tokens)
     chunk = min(max(fits, LEAST_CHUNK), new)
     chunks = -(-new // chunk)
     seconds = chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached)

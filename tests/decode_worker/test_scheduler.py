@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from baton.cost import StepCost
+from baton.cost import LEAST_CHUNK, StepCost
 from baton.engine.api import Sequence
-from decode_worker.scheduler import LEAST_CHUNK, DecodeScheduler
+from decode_worker.scheduler import DecodeScheduler
 from tests.prefill_worker.builders import sequence
 
 

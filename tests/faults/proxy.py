@@ -103,7 +103,7 @@ class Proxy:
                 group.create_task(self._pump(reader, far_writer, True))
                 group.create_task(self._pump(far_reader, writer, False))
         except* OSError:
-            pass
+            pass  # one side broke its connection: what a test wanted, or its end
         finally:
             self._wires -= wires
             for wire in wires:

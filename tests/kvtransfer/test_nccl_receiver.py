@@ -72,7 +72,7 @@ class RawWriter:
             while self.socket.recv(4096):
                 pass
         except ConnectionResetError:
-            pass
+            pass  # closed too, with something of ours unread
         return True
 
     def close(self) -> None:
