@@ -119,19 +119,15 @@ class PrefillRole:
         self._start_waiting()
 
     def _bind(self, router: RouterSession, message: wire.BindCommand) -> None:
-        attempt = self._attempts.get(message.attempt)
+        attempt, key = self._attempts.get(message.attempt), HandoffKey(message.attempt, message.handoff)
         if attempt is None:
             self._counts.add("late_messages")
-            failed = wire.HandoffFailed(
-                attempt=message.attempt, handoff=message.handoff, message="the prompt is not held here any more"
-            )
-            failed.reason = wire.REFUSAL_REASON_EXPIRED
-            router.send(handoff_failed=failed)
+            gone = "the prompt is not held here any more"
+            router.send(handoff_failed=handoff_failed(key, RefusalReason.EXPIRED, gone, None))
             return
         if attempt.over or attempt.state is State.WAITING:
             self._counts.add("late_messages")  # or early: a router binds after `Started` only
             return
-        key = HandoffKey(message.attempt, message.handoff)
         outbound = attempt.outbound
         if outbound is None:
             deadline = attempt.spec.deadline_s
