@@ -61,6 +61,11 @@ class Sender:
         return self._stream.closed
 
     @property
+    def transport(self) -> str:
+        """What blocks travel by to this peer, while it is connected; else empty."""
+        return self._stream.transport if self._stream.up else ""
+
+    @property
     def handoffs(self) -> int:
         """Handoffs that are under way."""
         return len(self._outbound)

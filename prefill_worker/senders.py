@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from baton.rpc.convert import process_to_wire
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
+from baton.v1 import admin_pb2 as admin
 from baton.v1 import transfer_pb2 as wire
 from kvtransfer.transports.base import Transport
 from prefill_worker.outbound import OutboundEvents
@@ -43,6 +46,18 @@ class Senders:
     def handoffs(self) -> int:
         """Handoffs under way, to all peers."""
         return sum(sender.handoffs for sender in self._senders.values())
+
+    def by_transport(self) -> Counter[str]:
+        """Connected peers."""
+        return Counter(sender.transport for sender in self if sender.transport)
+
+    def pairs(self) -> list[admin.Pair]:
+        """Connected peers, one by one."""
+        return [
+            admin.Pair(peer=process_to_wire(sender.peer), transport=sender.transport, handoffs=sender.handoffs)
+            for sender in self
+            if sender.transport
+        ]
 
     def to(self, peer: ProcessRef) -> Sender:
         """The sender to exactly this incarnation; a fresh one where the former has closed."""

@@ -67,7 +67,7 @@ class PrefillRole:
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._started: dict[AttemptKey, Attempt] = {}
         self._waiting: PromptQueue[Attempt] = PromptQueue()
-        self._senders = Senders(handshake, transports, self, handoff_deadline_s, counts)
+        self.senders = Senders(handshake, transports, self, handoff_deadline_s, counts)
         self._tombstones = Tombstones()
         self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self, model)
         self._load = LoadReporter(worker, self._load_report)
@@ -77,8 +77,8 @@ class PrefillRole:
         """Counts of what this role holds, for `Admin.GetStatus`."""
         return {
             "attempts": len(self._attempts),
-            "deliveries": self._senders.handoffs,
-            "senders": len(self._senders),
+            "deliveries": self.senders.handoffs,
+            "senders": len(self.senders),
             "prefill_tombstones": len(self._tombstones),
         }
 
@@ -140,7 +140,7 @@ class PrefillRole:
         elif not self._rebind(attempt, outbound, key):
             return
         attempt.hold_until = None
-        attempt.sender = self._senders.to(process_from_wire(message.decode_worker))
+        attempt.sender = self.senders.to(process_from_wire(message.decode_worker))
         attempt.sender.start(outbound)
 
     def _rebind(self, attempt: Attempt, outbound: Outbound, key: HandoffKey) -> bool:
@@ -301,7 +301,7 @@ class PrefillRole:
     async def stop(self) -> None:
         """Ends senders, threads and the engine."""
         self._load.close()
-        await self._senders.stop()
+        await self.senders.stop()
         await self.runner.stop()
 
     def _fail(self, attempt: Attempt, status: int, message: str) -> None:
@@ -344,4 +344,5 @@ class PrefillRole:
             resident_tokens=self.pool.statistics().held * self.layout.block_tokens,
             model=self.runner.model,
             chunk_tokens=self._chunk_tokens,
+            pairs=self.senders.by_transport(),
         )

@@ -22,8 +22,8 @@ def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     if json:
         print_json([to_dict(worker) for worker in found])
         return
-    columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "transports"
-    print_table(columns, [_worker_row(worker) for worker in found])
+    columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks"
+    print_table((*columns, "transports", "pairs"), [_worker_row(worker) for worker in found])
 
 
 def _worker_row(worker: WorkerInfo) -> list[str]:
@@ -39,6 +39,7 @@ def _worker_row(worker: WorkerInfo) -> list[str]:
         str(load.running),
         f"{load.held_blocks + load.quarantined_blocks}/{worker.blocks}",
         ", ".join(worker.transports),
+        ", ".join(f"{count} {transport}" for transport, count in sorted(load.pairs.items())) or "-",
     ]
 
 
@@ -91,6 +92,7 @@ def _status_rows(found: ProcessStatus) -> list[list[str]]:
         states = f"{pool.free} free, {pool.held} held, {pool.cached} cached, {pool.quarantined} quarantined"
         rows.append(["pool", f"{pool.bytes / 1e6:.0f} MB, {pool.blocks} blocks: {states}"])
         rows.append(["pool integrity", pool.integrity_error or "ok"])
+    rows += [[f"pair {pair.peer}", f"{pair.transport}, {pair.handoffs} under way"] for pair in found.pairs]
     rows += [[f"live {name}", str(value)] for name, value in sorted(found.live.items())]
     rows += [[f"count {name}", str(value)] for name, value in sorted(found.counters.items())]
     return rows

@@ -226,6 +226,8 @@ class Load:
     cached_blocks: int
     held_blocks: int
     quarantined_blocks: int
+    pairs: dict[str, int]
+    """Decode workers that a prefill worker is connected to, by the transport between them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +261,16 @@ class PoolStatus:
     bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A decode worker that a prefill worker is connected to; so many `handoffs` are under way."""
+
+    peer: str
+    address: str
+    transport: str
+    handoffs: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessStatus:
     """What one process holds. `pool` is None, `roles` empty and `weight_bytes` 0 on a router."""
@@ -272,6 +284,7 @@ class ProcessStatus:
     counters: dict[str, int]
     resident_bytes: int
     weight_bytes: int = 0
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

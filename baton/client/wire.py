@@ -201,6 +201,7 @@ def worker_from_wire(message: admin.WorkerInfo) -> types.WorkerInfo:
             load.cached_blocks,
             load.held_blocks,
             load.quarantined_blocks,
+            dict(load.pairs),
         ),
         attempts=message.attempts,
     )
@@ -223,6 +224,7 @@ def status_from_wire(message: admin.GetStatusResponse) -> types.ProcessStatus:
         counters=dict(message.counters),
         resident_bytes=message.resident_bytes,
         weight_bytes=message.weight_bytes,
+        pairs=tuple(types.Pair(p.peer.name, p.peer.address, p.transport, p.handoffs) for p in message.pairs),
     )
 
 

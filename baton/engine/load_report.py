@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from baton.cost import CostModel
 from baton.v1 import worker_pb2 as wire
 from kvtransfer.pool import BlockPool
@@ -16,6 +18,7 @@ def load_report(
     resident_tokens: int,
     model: CostModel,
     chunk_tokens: int,
+    pairs: Mapping[str, int] | None = None,
 ) -> wire.LoadReport:
     """The pool's books, with what a role knows of its queue and its sequences."""
     statistics = pool.statistics()
@@ -29,6 +32,7 @@ def load_report(
         quarantined_blocks=statistics.quarantined,
         resident_tokens=resident_tokens,
         cost=cost_to_wire(model, chunk_tokens),
+        pairs=pairs,
     )
 
 

@@ -30,7 +30,7 @@ from baton.rpc.registration import Registration
 from baton.rpc.worker_service import RoleHandler, WorkerService, artifact_table
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
-from baton.v1 import admin_pb2_grpc, transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.v1 import admin_pb2, admin_pb2_grpc, transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from decode_worker.events import LoopEvents
 from decode_worker.service import DecodeRole
 from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
@@ -90,6 +90,10 @@ class Parts:
     def live(self) -> dict[str, int]:
         """What the roles hold, together."""
         return {"sessions": len(self.worker.sessions)} | {k: v for role in self.roles for k, v in role.live.items()}
+
+    def pairs(self) -> list[admin_pb2.Pair]:
+        """Decode workers that its prefill role is connected to."""
+        return [pair for role in self.roles if isinstance(role, PrefillRole) for pair in role.senders.pairs()]
 
 
 async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -226,7 +230,9 @@ def _compose(parts: Parts) -> list[Service]:
     parts.worker.add_handler(CacheEvents(parts.pool, counts))
     kinds = [ROLES[name] for name in sorted(config.roles)]
     sizes = Sizes(loaded.memory.bytes, loaded.weight_bytes)
-    admin = WorkerAdmin(parts.current_process, kinds, parts.pool, sizes, parts.live, parts.check_books, counts)
+    admin = WorkerAdmin(
+        parts.current_process, kinds, parts.pool, sizes, parts.live, parts.check_books, counts, parts.pairs
+    )
     services.append(service(admin_pb2_grpc.add_AdminServicer_to_server, admin, "Admin"))
     return services
 

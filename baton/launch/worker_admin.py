@@ -41,10 +41,11 @@ class WorkerAdmin(AdminServicer):
         live: Callable[[], dict[str, int]],
         check_books: Callable[[], None],
         counts: Counts,
+        pairs: Callable[[], list[wire.Pair]],
     ) -> None:
         """`check_books` raises PoolCorrupt where the pool and the ledgers over it do not add up."""
         self._process, self._roles, self._pool, self._live, self._counts = process, roles, pool, live, counts
-        self._sizes, self._check_books = sizes, check_books
+        self._sizes, self._check_books, self._pairs = sizes, check_books, pairs
 
     async def ListWorkers(self, request: wire.ListWorkersRequest, context: Any) -> wire.ListWorkersResponse:
         """Only a router knows the workers."""
@@ -74,6 +75,7 @@ class WorkerAdmin(AdminServicer):
             live=live,
             counters=self._counts.snapshot(),
             resident_bytes=resident_bytes(),
+            pairs=self._pairs(),
         )
 
 

@@ -323,6 +323,7 @@ class GetStatusResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
     resident_bytes: _builtins.int
     """All of the process that is in memory, pool and weights included."""
     weight_bytes: _builtins.int
@@ -343,6 +344,10 @@ class GetStatusResponse(_message.Message):
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Event counts since start by name ("late_messages", "handoffs_refused", ...)."""
 
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pair]:
+        """Prefill workers: the decode workers that it is connected to."""
+
     def __init__(
         self,
         *,
@@ -353,14 +358,43 @@ class GetStatusResponse(_message.Message):
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         resident_bytes: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
+        pairs: _abc.Iterable[Global___Pair] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool", "process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "live", b"live", "pool", b"pool", "process", b"process", "resident_bytes", b"resident_bytes", "roles", b"roles", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "live", b"live", "pairs", b"pairs", "pool", b"pool", "process", b"process", "resident_bytes", b"resident_bytes", "roles", b"roles", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Pair(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    HANDOFFS_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """What blocks travel by, as in "shm"."""
+    handoffs: _builtins.int
+    """Under way."""
+    @_builtins.property
+    def peer(self) -> _worker_pb2.ProcessId: ...
+    def __init__(
+        self,
+        *,
+        peer: _worker_pb2.ProcessId | None = ...,
+        transport: _builtins.str = ...,
+        handoffs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoffs", b"handoffs", "peer", b"peer", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pair: _TypeAlias = Pair  # noqa: Y015
 
 @_typing.final
 class PoolStatus(_message.Message):

@@ -1188,6 +1188,26 @@ Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
 class LoadReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PairsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WAITING_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
@@ -1197,6 +1217,7 @@ class LoadReport(_message.Message):
     QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
     RESIDENT_TOKENS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     running: _builtins.int
     waiting_tokens: _builtins.int
@@ -1210,6 +1231,10 @@ class LoadReport(_message.Message):
     def cost(self) -> Global___StepCost:
         """What its steps cost, learned from their times; absent before the first."""
 
+    @_builtins.property
+    def pairs(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Prefill workers: how many decode workers it is connected to over each transport."""
+
     def __init__(
         self,
         *,
@@ -1222,10 +1247,11 @@ class LoadReport(_message.Message):
         quarantined_blocks: _builtins.int = ...,
         resident_tokens: _builtins.int = ...,
         cost: Global___StepCost | None = ...,
+        pairs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "pairs", b"pairs", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,10 @@ async def check(transport: str, *flags: str) -> None:
             assert timeline.transfer_exposed_ms is not None
             assert timeline.transfer_ms > 0
             assert timeline.transfer_exposed_ms <= timeline.total_ms
+        pairs = {worker.name: worker.load.pairs for worker in await cluster.client.workers()}
+        assert pairs == {"prefill-0": {transport: 1}, "decode-0": {}}
+        (pair,) = (pair for status in await cluster.statuses() for pair in status.pairs)
+        assert (pair.peer, pair.transport, pair.handoffs) == ("decode-0", transport, 0)
         await settled(cluster)
 
 

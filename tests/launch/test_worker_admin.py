@@ -16,7 +16,7 @@ async def test_status_tells_when_the_books_of_the_grants_do_not_add_up() -> None
     pool = BlockPool(8)
     ledger = GrantLedger(pool)
     admin = WorkerAdmin(
-        lambda: ProcessRef("d", "d-1", "here:1"), [], pool, Sizes(0, 0), dict, ledger.check_integrity, Counts()
+        lambda: ProcessRef("d", "d-1", "here:1"), [], pool, Sizes(0, 0), dict, ledger.check_integrity, Counts(), list
     )
 
     async def integrity() -> str:

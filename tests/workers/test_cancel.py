@@ -177,7 +177,7 @@ async def test_no_close_while_a_write_is_under_way(cluster: Cluster) -> None:
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm")
     await cluster.serve(cluster.router.spec(3))
-    (sender,) = cluster.p.role._senders
+    (sender,) = cluster.p.role.senders
     mover = sender._mover
     spec = cluster.router.spec(40)
     with StalledWrite(cluster) as stalled:
@@ -261,7 +261,7 @@ class StalledWrite:
     """Stops the next write of p0 on its thread, after the lease was checked and before a byte moves."""
 
     def __init__(self, cluster: Cluster) -> None:
-        (sender,) = cluster.p.role._senders
+        (sender,) = cluster.p.role.senders
         self._mover = sender._mover
         self.entered, self.go_on = threading.Event(), threading.Event()
 

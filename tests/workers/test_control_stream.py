@@ -112,7 +112,7 @@ async def test_closes_that_were_heard_are_forgotten(cluster: Cluster) -> None:
         cluster.router.cancel(cluster.p, spec)
         cluster.p.engine.gate.set()
         await cluster.router.hears(cluster.p, "freed", spec)
-        (sender,) = cluster.p.role._senders
+        (sender,) = cluster.p.role.senders
         number = max(number for number, _ in sender._said.values())
         assert len(sender._said) == 1
         stream = sender._stream
@@ -129,7 +129,7 @@ async def test_a_token_drawn_while_the_stream_is_coming_down(pair: Cluster) -> N
     await pair.bound(first)
     await pair.bound(second)
     await until(lambda: pair.d.role.live["grants"] == 2, "the grants")
-    (sender,) = pair.p.role._senders
+    (sender,) = pair.p.role.senders
     sender._stream.up = False
     pair.p.engine.gate.set()
     for spec in (first, second):
@@ -167,7 +167,7 @@ async def test_pieces_that_make_no_frame_end_the_stream(pair: Cluster) -> None:
     spec = pair.router.spec(80, max_tokens=4)
     await pair.bound(spec)
     await until(lambda: pair.d.role.live["grants"], "the grant")
-    (sender,) = pair.p.role._senders
+    (sender,) = pair.p.role.senders
     sender._stream.send(fragment=wire.Fragment(message_id=5, data=b"\xff", last=True))
     failed = await pair.router.hears(pair.p, "handoff_failed", spec)
     assert failed.reason == UNREACHABLE

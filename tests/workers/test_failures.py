@@ -296,7 +296,7 @@ async def test_a_command_that_raises_ends_its_attempt(
             ended = await pair.router.hears(pair.p, "ended", spec)
         else:
             await pair.started(spec)
-            patch.setattr(role._senders, "to", broken)
+            patch.setattr(role.senders, "to", broken)
             pair.router.bind(pair.p, spec, pair.d)
             ended = await pair.router.hears(pair.p, "ended", spec)
     assert (ended.status, ended.message) == (13, "the worker failed: ValueError: broken on purpose")
@@ -330,7 +330,7 @@ async def test_a_write_that_ends_after_a_rebind_elsewhere(cluster: Cluster) -> N
         faults = cluster.network.faults(cluster.p.process.incarnation, other.transport.endpoint())
         faults.flowing.clear()
         await until(lambda: other.role.live["grants"], "the second grant")
-        await until(lambda: sum(bool(s._mover._under_way) for s in cluster.p.role._senders) == 2, "both")
+        await until(lambda: sum(bool(s._mover._under_way) for s in cluster.p.role.senders) == 2, "both")
         stalled.go_on.set()
         await until(lambda: not cluster.d.busy(), "the first is closed")
         faults.flowing.set()

@@ -146,7 +146,7 @@ async def test_a_bind_before_the_start_is_dropped(cluster: Cluster) -> None:
 async def test_messages_about_nobody(pair: Cluster, tap: Tap) -> None:
     await pair.serve(pair.router.spec(5))
     stranger = pair.router.spec(5)
-    (sender,) = pair.p.role._senders
+    (sender,) = pair.p.role.senders
     (stream,) = pair.d.transfer._streams.values()
     about: dict[str, Any] = {"attempt": stranger.attempt, "handoff": 3}
     for from_decode in (
