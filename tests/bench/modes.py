@@ -40,18 +40,24 @@ async def adaptive() -> AsyncIterator[str]:
         yield address
 
 
-@contextlib.asynccontextmanager
-async def colocated() -> AsyncIterator[str]:
-    """A worker that does both phases on each core; its chunks fit what the strictest objective leaves of a step."""
-    async with _pinned(_config(colocated=2)) as address:
-        yield address
+def colocated(tpot_budget_ms: float = 0.0) -> Mode:
+    """A worker that does both phases on each core. Its chunks fit what the strictest objective leaves of a step, or the
+    budget where that is less."""
+
+    @contextlib.asynccontextmanager
+    async def start() -> AsyncIterator[str]:
+        async with _pinned(_config(colocated=2, tpot_budget_ms=tpot_budget_ms)) as address:
+            yield address
+
+    return Mode("colocated", start)
 
 
 def _config(**settings: Any) -> ClusterConfig:
     return ClusterConfig(listen="127.0.0.1:0", pin=True, start_s=120.0, **settings)
 
 
-MODES = (Mode("disaggregated", disaggregated), Mode("adaptive", adaptive), Mode("colocated", colocated))
+DISAGGREGATED, ADAPTIVE = Mode("disaggregated", disaggregated), Mode("adaptive", adaptive)
+MODES = (DISAGGREGATED, ADAPTIVE, colocated())
 
 
 @contextlib.asynccontextmanager
