@@ -2,12 +2,20 @@
 
 Long prompts are chunked; what a chunk leaves of the budget goes to the next prompts, so short ones are batched. A more
 urgent prompt that starts later goes first from the next step on: that is preemption between chunks.
+
+A prompt that is alone ends in a short step, by itself: what the last step computed is what its decode worker still has
+to be sent after the first token, and all before goes while that step computes.
 """
 
 from __future__ import annotations
 
 from baton.engine.api import Sequence, Work
 from baton.spec import AttemptKey
+
+LAST_TOKENS = 64
+"""Of the last step of a prompt that is alone: four blocks, which any transport moves in a millisecond or two."""
+WORTH = 4
+"""A last chunk of fewer times as many tokens is not cut: it would cost more than it saves."""
 
 
 class PrefillScheduler:
@@ -17,6 +25,7 @@ class PrefillScheduler:
         """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits."""
         self._chunk_tokens = chunk_tokens
         self._sequences: dict[AttemptKey, tuple[Sequence, int]] = {}
+        self._ending: AttemptKey | None = None  # what is left of it is its last step
 
     def add(self, sequence: Sequence) -> None:
         """Its known tokens are the prompt; one token is drawn after them, no more."""
@@ -31,6 +40,12 @@ class PrefillScheduler:
     def pick(self) -> list[Work]:
         """At most `chunk_tokens` tokens, in order of rank."""
         self._drop_computed()
+        first = next((sequence for sequence, _ in self._sequences.values()), None)
+        if first is not None and first.key == self._ending:
+            return [Work(first, first.remaining)]
+        if first is not None and len(self._sequences) == 1 and self._is_worth_cutting(first):
+            self._ending = first.key
+            return [Work(first, first.remaining - LAST_TOKENS)]
         batch: list[Work] = []
         budget = self._chunk_tokens
         for sequence, _ in self._sequences.values():
@@ -40,6 +55,9 @@ class PrefillScheduler:
             batch.append(Work(sequence, count))
             budget -= count
         return batch
+
+    def _is_worth_cutting(self, sequence: Sequence) -> bool:
+        return WORTH * LAST_TOKENS <= sequence.remaining <= self._chunk_tokens
 
     def _drop_computed(self) -> None:
         """Steps complete prompts from the front, apart from short ones behind a long one that were batched with it."""

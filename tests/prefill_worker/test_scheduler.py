@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.engine.api import Sequence
-from prefill_worker.scheduler import PrefillScheduler
+from prefill_worker.scheduler import LAST_TOKENS, WORTH, PrefillScheduler
 from tests.prefill_worker.builders import sequence
 
 
@@ -85,3 +85,37 @@ def test_a_more_urgent_prompt_goes_first_from_the_next_chunk_on() -> None:
     scheduler.add(urgent)
     assert run(scheduler) == [(urgent, 5), (long, 3)]
     assert run(scheduler) == [(long, 8)]
+
+
+def test_what_is_left_to_send_after_the_last_step_is_short() -> None:
+    scheduler = PrefillScheduler(512)
+    alone = sequence(1000)
+    scheduler.add(alone)
+    assert [count for _, count in (run(scheduler) + run(scheduler))] == [512, 1000 - 512 - LAST_TOKENS]
+    late = sequence(600)
+    scheduler.add(late)
+    assert run(scheduler) == [(alone, LAST_TOKENS)], "the first token does not wait for others"
+    assert [count for _, count in (run(scheduler) + run(scheduler))] == [512, 88]
+
+
+def test_in_company_or_short_a_prompt_is_not_cut_for_its_end() -> None:
+    scheduler = PrefillScheduler(512)
+    first, second = sequence(400), sequence(400)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert run(scheduler) == [(first, 400), (second, 112)]
+    scheduler = PrefillScheduler(512)
+    short = sequence(WORTH * LAST_TOKENS - 1)
+    scheduler.add(short)
+    assert run(scheduler) == [(short, WORTH * LAST_TOKENS - 1)]
+
+
+def test_a_more_urgent_prompt_goes_before_a_last_step() -> None:
+    scheduler = PrefillScheduler(512)
+    long, urgent = sequence(512), sequence(5)
+    long.rank = 2.0
+    scheduler.add(long)
+    assert run(scheduler) == [(long, 512 - LAST_TOKENS)]
+    urgent.rank = 1.0
+    scheduler.add(urgent)
+    assert run(scheduler) == [(urgent, 5), (long, LAST_TOKENS)]
