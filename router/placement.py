@@ -134,7 +134,9 @@ def pick_decode(
     avoid: str = "",
     tpot_s: float | None = None,
 ) -> Decision | None:
-    """The least loaded worker, those first that have room for the whole sequence and keep all objectives.
+    """The least loaded worker, those first that have room for the whole sequence and keep all objectives. Cached tokens
+    of the prompt are not sent again and take no new blocks, so they do not count as load: conversations stay where they
+    are until another worker has less to carry by more than that.
 
     A worker without room may still be chosen: it refuses, and the prompt waits for it. `exclude` are out of the
     question; `avoid` is the one that just refused, taken only when there is no other. None when nobody is left.
@@ -144,7 +146,7 @@ def pick_decode(
     for worker in workers:
         note = _obstacle(worker, demand, exclude)
         room = not note and has_room(worker, demand)
-        load = (worker.tokens + demand.tokens) / worker.capacity_blocks
+        load = (worker.tokens + demand.tokens - worker.cached_tokens) / worker.capacity_blocks
         seconds = prediction.step(worker, ask) if worker.cost is not None and worker.cost.knows_decode else None
         misses = seconds is not None and _misses_tpot(ask, worker, seconds)
         note = note or ("" if room else "no room now") or ("an objective would be missed" if misses else "")

@@ -75,12 +75,15 @@ class Placer:
         """It has one, or needs none any more. Idempotent."""
         self._unbound_tokens -= self._unbound.pop(attempt, 0)
 
-    def choose_decode(self, model: ServedModel, order: Order, refused_by: Set[str], avoid: str) -> Choice | None:
-        """The decode worker to bind; `refused_by` are incarnations that won't take it. None when nobody is left."""
+    def choose_decode(
+        self, model: ServedModel, order: Order, cached: Mapping[Worker, int], refused_by: Set[str], avoid: str
+    ) -> Choice | None:
+        """The decode worker to bind; `cached` are tokens of the prompt that workers hold already, `refused_by`
+        incarnations that won't take it. None when nobody is left."""
         workers = model.reachable("decode")
         now = asyncio.get_running_loop().time()
         excluded = {worker.name for worker in workers if worker.process.incarnation in refused_by}
-        loads = [worker.decode_load(now) for worker in workers]
+        loads = [worker.decode_load(now, cached.get(worker, 0)) for worker in workers]
         decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
         if decision is None:
             return None

@@ -205,7 +205,8 @@ class Requests:
     def choose_decode(self, request: Request, avoid: str) -> Choice | None:
         """See `Port`."""
         _, model = self._live[request.key]
-        return self._placer.choose_decode(model, request.order, request.attempt.handoffs.excluded, avoid)
+        cached = self.prefixes.cached_tokens(model.card, request.order.spec) if len(model.usable("decode")) > 1 else {}
+        return self._placer.choose_decode(model, request.order, cached, request.attempt.handoffs.excluded, avoid)
 
     def send_prompt(
         self, worker: Worker, spec: SequenceSpec, deadline_s: float, ttft_left_s: float | None, direct: bool

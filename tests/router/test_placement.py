@@ -47,6 +47,14 @@ def test_decode_goes_to_the_least_loaded(second: dict[str, object], chosen: str)
     assert decision.chosen == chosen
 
 
+def test_a_cached_prefix_is_followed_until_its_worker_carries_more_by_as_much() -> None:
+    holder = EMPTY._replace(name="holder", cached_tokens=64)
+    for tokens, chosen in ((0, "holder"), (63, "holder"), (65, "a")):
+        decision = pick_decode([EMPTY, holder._replace(tokens=tokens)], DEMAND)
+        assert decision is not None
+        assert decision.chosen == chosen
+
+
 def test_room_counts_more_than_load() -> None:
     full = EMPTY._replace(name="full", free_blocks=9)
     slots = EMPTY._replace(name="slots", sequences=8)
