@@ -41,8 +41,8 @@ class Explanations:
     def __len__(self) -> int:
         return len(self._found)
 
-    def prompt(self, salt: str, request_id: str, plan: Plan, at: float) -> None:
-        """Where a prompt goes, or would have gone had it not been refused."""
+    def prompt(self, salt: str, request_id: str, plan: Plan, at: float, unseen: int = 0) -> None:
+        """Where a prompt goes, or would have gone had it not been refused; `unseen` workers were not looked at."""
         kept, others = _best(plan.candidates, plan.chosen)
         reason, way = plan.reason, plan.way.value
         self._add(
@@ -53,7 +53,7 @@ class Explanations:
                 f"{plan.chosen} ({way})",
                 reason,
                 kept,
-                others,
+                others + unseen,
                 plan.meets,
                 plan.constraint,
                 plan.ttft_s,
@@ -61,10 +61,12 @@ class Explanations:
             ),
         )
 
-    def decode(self, salt: str, request_id: str, decision: Decision, at: float) -> None:
+    def decode(self, salt: str, request_id: str, decision: Decision, at: float, unseen: int = 0) -> None:
         """Which decode worker it was bound to."""
         kept, others = _best(decision.candidates, decision.chosen)
-        self._add((salt, request_id), Explanation(at, "decode", decision.chosen, decision.reason, kept, others))
+        self._add(
+            (salt, request_id), Explanation(at, "decode", decision.chosen, decision.reason, kept, others + unseen)
+        )
 
     def find(self, salt: str, request_id: str) -> list[Explanation]:
         """In order; empty for a request that is unknown or forgotten."""

@@ -31,6 +31,8 @@ class PrefillLedger:
         self._order: list[tuple[float, AttemptKey]] = []
         self._total = 0
         self._foreign = 0
+        self.work_s = 0.0
+        """Predicted work of all that was placed and is not computed: what is left of it, or a little more."""
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -46,6 +48,7 @@ class PrefillLedger:
         prompt = self._prompts[attempt] = _Prompt(tokens, queued or Queued(0.0, 0.0, False))
         bisect.insort(self._order, (prompt.queued.rank, attempt))
         self._total += tokens
+        self.work_s += prompt.queued.seconds
 
     def started(self, attempt: AttemptKey, now: float) -> None:
         """The worker computes it from now on."""
@@ -58,6 +61,7 @@ class PrefillLedger:
         prompt = self._prompts.pop(attempt, None)
         if prompt is not None:
             self._total -= prompt.tokens
+            self.work_s = self.work_s - prompt.queued.seconds if self._prompts else 0.0
             del self._order[bisect.bisect_left(self._order, (prompt.queued.rank, attempt))]
 
     def queue(self, now: float) -> list[Queued]:

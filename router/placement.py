@@ -55,11 +55,12 @@ class Candidate(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The worker that was chosen, why, and whom else there was."""
+    """The worker that was chosen, why, and whom else there was; whether it `keeps` all objectives and has room."""
 
     chosen: str
     reason: str
     candidates: tuple[Candidate, ...]
+    keeps: bool = True
 
 
 class Plan(NamedTuple):
@@ -142,7 +143,7 @@ def pick_decode(
     question; `avoid` is the one that just refused, taken only when there is no other. None when nobody is left.
     """
     ask = Ask(0.0, demand.tokens, demand, tpot_s=tpot_s)
-    candidates, best, best_key, best_room = [], None, None, False
+    candidates, best, best_key, best_room, best_misses = [], None, None, False, False
     for worker in workers:
         note = _obstacle(worker, demand, exclude)
         room = not note and has_room(worker, demand)
@@ -153,11 +154,11 @@ def pick_decode(
         candidates.append(Candidate(worker.name, load, room, note, tpot_s=seconds))
         key = (worker.name == avoid, not room, misses, load, worker.sequences, worker.name)
         if not _obstacle(worker, demand, exclude) and (best_key is None or key < best_key):
-            best, best_key, best_room = worker, key, room
+            best, best_key, best_room, best_misses = worker, key, room, misses
     if best is None:
         return None
     reason = "least loaded with room" if best_room else "least loaded; none has room"
-    return Decision(best.name, reason, tuple(candidates))
+    return Decision(best.name, reason, tuple(candidates), best_room and not best_misses)
 
 
 def has_room(worker: DecodeLoad, demand: Demand) -> bool:

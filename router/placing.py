@@ -1,19 +1,26 @@
-"""From live workers to a snapshot, and from a plan to a worker: what placement needs of the router around it."""
+"""From live workers to a snapshot, and from a plan to a worker: what placement needs of the router around it.
+
+Predicting takes some microseconds for each worker, so the few with the least to do are looked at first. Only where none
+of these will do, many are: nobody is refused because the right worker was not looked at, among up to `SECOND_LOOK`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted, Unavailable
 from baton.spec import AttemptKey
 from router.explanations import Explanations
 from router.order import Choice, Order
-from router.placement import Plan, Way, pick_decode, plan
+from router.placement import Plan, pick_decode, plan
 from router.registry import NOBODY_RETRY_S, ServedModel
 from router.snapshot import Ask
 from router.worker import Worker
+
+FIRST_LOOK, SECOND_LOOK = 6, 64
+"""Workers of each role that a decision looks at."""
 
 
 class Placer:
@@ -41,28 +48,22 @@ class Placer:
         Raises Unavailable without workers; ResourceExhausted without a pool that is large enough, or where the
         objectives can't be met and the request wants to be refused then.
         """
-        for role in self.roles:
-            if not model.usable(role):
+        workers = {role: model.usable(role) for role in self.roles}
+        for role, there in workers.items():
+            if not there:
                 raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
-        prefills = model.usable("prefill") if self._path != "direct" else []
-        decodes = model.usable("decode")
+        prefills, decodes = workers.get("prefill", []), workers["decode"]
         now = asyncio.get_running_loop().time()
         blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
-        found = plan(
-            self._ask(order, now, len(decodes)),
-            [worker.prefill_load(now, cached.get(worker, 0)) for worker in prefills],
-            [worker.decode_load(now, cached.get(worker, 0)) for worker in decodes],
-            blocks,
-            direct=self._path != "disaggregated",
-        )
+        found, seen = self._plan(order, now, prefills, decodes, blocks, cached)
         if found is None:
             kind = "decode" if self._path == "direct" else "prefill"
             raise ResourceExhausted(f"no {kind} worker's pool has {blocks} blocks", constraint=f"{kind}_blocks")
-        self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now)
+        unseen = len(prefills) + len(decodes) - len(found.candidates)
+        self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now, unseen)
         if order.refuses and not found.meets:
             raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
-        pool = decodes if found.way is Way.DIRECT else prefills
-        chosen = next(worker for worker in pool if worker.name == found.chosen)
+        chosen = seen[found.chosen]
         chosen.chosen_at = now
         return chosen, found
 
@@ -82,14 +83,48 @@ class Placer:
         incarnations that won't take it. None when nobody is left."""
         workers = model.reachable("decode")
         now = asyncio.get_running_loop().time()
-        excluded = {worker.name for worker in workers if worker.process.incarnation in refused_by}
-        loads = [worker.decode_load(now, cached.get(worker, 0)) for worker in workers]
-        decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
+        able: Sequence[Worker] = workers
+        excluded: set[str] = set()
+        if refused_by or avoid:
+            excluded = {worker.name for worker in workers if worker.process.incarnation in refused_by}
+            able = [worker for worker in workers if worker.name != avoid and worker.name not in excluded] or workers
+        for width in (FIRST_LOOK, SECOND_LOOK):
+            some = _freest(able, cached, width)
+            loads = [worker.decode_load(now, cached.get(worker, 0)) for worker in some]
+            decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
+            if len(able) <= width or (decision is not None and decision.keeps):
+                break
         if decision is None:
             return None
-        self.explanations.decode(order.spec.tenant_salt, order.spec.request_id, decision, now)
+        unseen = len(workers) - len(decision.candidates)
+        self.explanations.decode(order.spec.tenant_salt, order.spec.request_id, decision, now, unseen)
         room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
-        return Choice(next(worker for worker in workers if worker.name == decision.chosen), room)
+        return Choice(next(worker for worker in some if worker.name == decision.chosen), room)
+
+    def _plan(
+        self,
+        order: Order,
+        now: float,
+        prefills: Sequence[Worker],
+        decodes: Sequence[Worker],
+        blocks: int,
+        cached: Mapping[Worker, int],
+    ) -> tuple[Plan | None, dict[str, Worker]]:
+        """Of few workers where that will do, else of many; and those that were looked at, by name."""
+        ask = self._ask(order, now, len(decodes))
+        able = [worker for worker in prefills if worker.registration.blocks >= blocks]
+        for width in (FIRST_LOOK, SECOND_LOOK):
+            some, others = _soonest(able, cached, width), _freest(decodes, cached, width)
+            found = plan(
+                ask,
+                [worker.prefill_load(now, cached.get(worker, 0)) for worker in some],
+                [worker.decode_load(now, cached.get(worker, 0)) for worker in others],
+                blocks,
+                direct=self._path != "disaggregated",
+            )
+            if (found is not None and found.meets) or max(len(able), len(decodes)) <= width:
+                break
+        return found, {worker.name: worker for worker in (*some, *others)}
 
     def _ask(self, order: Order, now: float, decodes: int) -> Ask:
         spec = order.spec
@@ -105,6 +140,36 @@ class Placer:
             self._unbound_tokens // share,
             spec.max_tokens - len(spec.output) == 1,
         )
+
+
+def _soonest(workers: Sequence[Worker], cached: Mapping[Worker, int], count: int) -> Sequence[Worker]:
+    """Prefill workers with the least work before them, what the caches save taken off."""
+    if len(workers) <= count:
+        return workers
+
+    keys = []
+    for place, worker in enumerate(workers):
+        ledger, saved = worker.prefill, cached.get(worker, 0)
+        seconds = ledger.work_s - (saved * worker.cost.per_token if saved and worker.cost is not None else 0.0)
+        keys.append((seconds, ledger.queued_tokens - saved, worker.chosen_at, place))
+    return _least(workers, keys, count)
+
+
+def _freest(workers: Sequence[Worker], cached: Mapping[Worker, int], count: int) -> Sequence[Worker]:
+    """Decode workers that carry the least."""
+    if len(workers) <= count:
+        return workers
+
+    keys = []
+    for place, worker in enumerate(workers):
+        load = (worker.decode.tokens - cached.get(worker, 0)) / worker.registration.blocks
+        keys.append((load, len(worker.decode), worker.chosen_at, place))
+    return _least(workers, keys, count)
+
+
+def _least(workers: Sequence[Worker], keys: Sequence[tuple[float, float, float, int]], count: int) -> list[Worker]:
+    """Those with the least keys, of which the last part is a worker's place."""
+    return [workers[key[3]] for key in sorted(keys)[:count]]
 
 
 def _refusal(order: Order, found: Plan) -> str:

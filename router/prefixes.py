@@ -41,6 +41,10 @@ class Prefixes:
         """Entries: blocks, each counted once for every worker that holds it."""
         return 0 if self._index is None else len(self._index)
 
+    def expects(self, worker: Worker) -> Expected:
+        """Which event of a worker is the next."""
+        return self._expected[worker]
+
     def held_by(self, worker: Worker) -> frozenset[bytes]:
         """The digests that a worker is known to hold. O(their number)."""
         return frozenset() if self._index is None else self._index.held_by(worker)

@@ -45,10 +45,19 @@ class ServedModel:
     workers: list[Worker] = field(default_factory=list)
     """By name."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _usable: dict[RoleName, list[Worker]] = field(default_factory=dict)
 
     def usable(self, role: RoleName) -> list[Worker]:
-        """Workers of that role that take new work, by name."""
-        return [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
+        """Workers of that role that take new work, by name. Not to be changed: the next caller gets it too."""
+        found = self._usable.get(role)
+        if found is None:
+            found = [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
+            self._usable[role] = found
+        return found
+
+    def changed(self) -> None:
+        """What is usable may be different now."""
+        self._usable.clear()
 
     def reachable(self, role: RoleName) -> list[Worker]:
         """The usable ones; where there is none, those whose stream is broken but may come back."""
@@ -160,6 +169,7 @@ class Registry:
         self._counts.add("workers_lost")
         worker.link.abandon()
         self._spawn(worker.link.wait_closed(), f"farewell to {worker.name}")
+        model.changed()  # before anybody looks for another
         self._on_lost(worker, reason)
         self._on_change()
 
@@ -180,7 +190,7 @@ class Registry:
             given.process,
             self._router(),
             on_frame=lambda frame: self._on_frame(worker, frame),
-            on_state=self._on_change,
+            on_state=lambda: self._changed(model),
             on_lost=lambda reason: self.lose(worker, reason),
         )
         worker = Worker(given, link, self._now() + self.lease_s)
@@ -206,7 +216,7 @@ class Registry:
         worker.language_ready = True
         self._on_joined(worker)
         worker.link.start()  # only now: a worker that finds itself attached can be used
-        self._on_change()
+        self._changed(model)
 
     async def _load(self, card: ModelCard, address: str) -> Language:
         tokenizer = await self._artifacts.get(card.tokenizer_sha256, address)
@@ -223,6 +233,10 @@ class Registry:
             )
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, build)
+
+    def _changed(self, model: ServedModel) -> None:
+        model.changed()
+        self._on_change()
 
     def _holder(self, process: ProcessRef) -> Worker:
         worker = self._workers.get(process.name)

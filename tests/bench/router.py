@@ -1,7 +1,8 @@
 """What the router itself costs: `make bench-router`.
 
-Placements: a router with 64 workers around it, each behind a real gRPC server, and the time inside the two calls that
-place. Tokens: a cluster of simulated workers, one token event for each sequence and step, none of them merged; the
+Placements: a router with 64 workers around it, each behind a real gRPC server, that have told their costs and 10,000
+cached blocks, and the time inside the two calls that place requests with objectives, half of them with a cached prefix.
+Tokens: a cluster of simulated workers, one token event for each sequence and step, none of them merged; the
 router's user and system time over the tokens that reached the client. Requests: so many, from few connections, and
 every one of them must end.
 """
@@ -15,13 +16,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import uvloop
 
 from baton.client import Client
 from baton.client.types import Finished
+from baton.cost import StepCost
 from baton.telemetry import configure_logs
+from baton.v1 import worker_pb2 as wire
+from kvtransfer.prefix import block_digests
+from router.app import Router
+from router.worker import Worker
 from tests.bench.report import Row, publish, spread
 from tests.bench.streaming import Flow, cpu_s, pid_of, simulated, steady
 from tests.router.crowd import crowd
@@ -32,6 +39,9 @@ WORKERS, PLACED = 32, 400  # workers of each role
 FLOWS = ((64, 20.0), (1000, 250.0))  # streams, milliseconds of a step: about as many tokens a second
 WINDOW_S, ROUNDS = 8.0, 3
 CONCURRENT = 128
+PROMPT, CACHED_BLOCKS = 64, 10_000
+COST = StepCost(chunk=0.002, per_token=7e-4, per_pair=1e-8, step=0.005, per_sequence=8e-4, per_resident=1e-7)
+SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}
 
 
 class Timed:
@@ -57,18 +67,42 @@ async def placements() -> list[Row]:
         requests.start = start  # type: ignore[method-assign, assignment]
         requests.choose_decode = bind  # type: ignore[method-assign, assignment]
         chance = random.Random(1)
+        known = _fill(cluster.router, chance)
         for _ in range(PLACED // 8):
-            asked = [[chance.randrange(3, 300) for _ in range(64)] for _ in range(8)]
-            await asyncio.gather(*(cluster.generate(token_ids={"ids": ids}) for ids in asked))
+            starts = [_prompt(chance) for _ in range(4)] + chance.sample(known, 4)
+            asked = [start + _prompt(chance) + _prompt(chance) for start in starts]
+            await asyncio.gather(*(cluster.generate(token_ids={"ids": ids}, slo=SLO) for ids in asked))
     both = statistics.median(start.took) + statistics.median(bind.took)
     return [
         Row("admit and place a prompt, 64 workers", "us", statistics.median(start.took), "", None, False,
             spread=spread(start.took)),
         Row("pick the decode worker, 64 workers", "us", statistics.median(bind.took), "", None, False,
             spread=spread(bind.took)),
-        Row("both: a placement, 64 workers, no prefix index", "us", both, "target", PLACE_US, False,
+        Row(f"both: a placement, 64 workers, {CACHED_BLOCKS} blocks indexed", "us", both, "target", PLACE_US, False,
             "at most 200 us", both <= PLACE_US),
     ]  # fmt: skip
+
+
+def _prompt(chance: random.Random) -> list[int]:
+    return [chance.randrange(3, 300) for _ in range(PROMPT)]
+
+
+def _fill(router: Router, chance: random.Random) -> list[list[int]]:
+    """All workers have told what a step costs them, and one each of these prompts is in their caches."""
+    workers = router.registry.workers()
+    layout = workers[0].card.kv_layout
+    prompts = [_prompt(chance) for _ in range(CACHED_BLOCKS * layout.block_tokens // PROMPT)]
+    held: dict[Worker, list[bytes]] = {worker: [] for worker in workers}
+    for index, prompt in enumerate(prompts):
+        worker = workers[index % len(workers)]
+        held[worker] += block_digests(prompt, layout.block_tokens, "", worker.card.fingerprint)
+    for worker, digests in held.items():
+        worker.reported(wire.LoadReport(free_blocks=worker.registration.blocks, cost=wire.StepCost(**asdict(COST))))
+        sync = router.requests.prefixes.expects(worker)
+        events = wire.CacheEvents(sync=sync.sync, sequence=sync.sequence, inserted=digests)
+        router.requests.prefixes.on_frame(worker, wire.WorkerFrame(cache_events=events))
+    assert len(router.requests.prefixes) == CACHED_BLOCKS, "all blocks are indexed"
+    return prompts
 
 
 async def flows() -> list[Row]:
