@@ -3,6 +3,9 @@
 Every mode of `modes.py` gets the same requests at the same fixed rates, round by round. Objectives are multiples of the
 idle system's own times, measured in the same run, before any load. The colocated mode gets the TPOT budget that served
 it best at the middle rate, of those that are tried before the rounds.
+
+A prompt that is longer than the median by more than the TTFT objective allows misses it on an idle system too, whoever
+serves it: 14 % of the conversation trace with twice the idle TTFT of the median. So 90 % are asked of the others.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ CORNERS = {"tpot": (12.0, 1.5), "ttft": (2.0, 6.0), "middle": (4.9, 3.0)}
 WANTED = 0.9
 BURSTINESS = 4.0
 SCALE = 1 / 8
-STEP_SEQUENCES = 8
+STEP_SEQUENCES, CONTEXT = 8, 8192
 BUDGETS = (0.0, 0.8, 0.65)
 """Of the TPOT objective, as the colocated mode's bound on a step; 0: the objective alone, as in the other modes."""
 LEAST = {"tpot": 1.6, "ttft": 0.95, "middle": 0.95}
@@ -126,8 +129,14 @@ async def best_colocated(load: LoadConfig, rate: float, tpot_ms: float) -> tuple
     return colocated(best * tpot_ms), best
 
 
+def attainable(load: LoadConfig, corner: str, median_prompt: int, rate: float) -> float:
+    """Share of the requests whose prompt alone is within the TTFT objective, in proportion to the median's."""
+    requests = make_plan(replace(load, rate=rate), CONTEXT).requests
+    return sum(request.prompt_tokens <= CORNERS[corner][0] * median_prompt for request in requests) / len(requests)
+
+
 async def measure(
-    corner: str, load: LoadConfig, rates: Sequence[float], rounds: int, modes: Sequence[Mode]
+    corner: str, load: LoadConfig, rates: Sequence[float], rounds: int, modes: Sequence[Mode], wanted: float
 ) -> list[Row]:
     """A row per mode, and one per mode and rate."""
     found: dict[tuple[str, float], list[float]] = {}
@@ -136,7 +145,8 @@ async def measure(
             for rate, share in (await attainment(mode, load, rates, round_)).items():
                 found.setdefault((mode.name, rate), []).append(share)
     goodput = {
-        mode.name: rate_at({rate: statistics.median(found[mode.name, rate]) for rate in rates}) for mode in modes
+        mode.name: rate_at({rate: statistics.median(found[mode.name, rate]) for rate in rates}, wanted)
+        for mode in modes
     }
     detail = [
         Row(f"{name}: attainment at {rate:g}/s", "%", statistics.median(shares) * 100, "", None, True,
@@ -155,7 +165,16 @@ def _row(corner: str, mode: Mode, goodput: Mapping[str, float]) -> Row:
     target, met = "", None
     if mode.name == "adaptive" and theirs:
         target, met = f"at least {LEAST[corner]} x", ours >= LEAST[corner] * theirs
-    return Row(f"{corner}: goodput at 90 %, {mode.name}", "requests/s", ours, best or "", theirs, True, target, met)
+    return Row(
+        f"{corner}: goodput at 90 % of what is attainable, {mode.name}",
+        "requests/s",
+        ours,
+        best or "",
+        theirs,
+        True,
+        target,
+        met,
+    )
 
 
 async def run(options: argparse.Namespace) -> list[Row]:
@@ -163,17 +182,18 @@ async def run(options: argparse.Namespace) -> list[Row]:
     workload = WORKLOADS[options.workload]
     idle = await idle_times(DISAGGREGATED, workload.median_prompt)
     load = load_of(workload, options.trace, options.corner, idle, options.seconds)
-    requests = len(make_plan(replace(load, rate=max(options.rates)), 8192).requests)
-    print(f"idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}; at most {requests} requests")
+    possible = attainable(load, options.corner, workload.median_prompt, max(options.rates))
+    print(f"idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}; {possible:.1%} are attainable")
     reference = [
         Row("idle TTFT of the median prompt", "ms", idle.ttft, "", None, False),
         Row("idle step of 8 sequences", "ms", idle.step, "", None, False),
+        Row("attainable by an idle system", "%", possible * 100, "", None, True),
     ]
     middle = sorted(options.rates)[len(options.rates) // 2]
     other, budget = await best_colocated(load, middle, idle.step * CORNERS[options.corner][1])
     reference.append(Row("colocated: TPOT budget, of the objective (0: none)", "ratio", budget, "", None, True))
     modes = (DISAGGREGATED, ADAPTIVE, other)
-    return await measure(options.corner, load, options.rates, options.rounds, modes) + reference
+    return await measure(options.corner, load, options.rates, options.rounds, modes, WANTED * possible) + reference
 
 
 def main() -> None:
