@@ -198,6 +198,7 @@ class WorkerLink:
 
     async def _write(self, call: Any) -> None:
         try:
+            await call.write(self._session.heartbeat())  # at once: the worker may call itself ready
             async for frame in self._session.outgoing():
                 await call.write(frame)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

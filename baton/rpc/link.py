@@ -126,7 +126,7 @@ class Session(Generic[Out, In]):
                 continue
             woken = await self._lanes.wait(HEARTBEAT_S)
             if not woken or self.received - self._acknowledged_to_peer >= ACK_EVERY:
-                yield self._heartbeat()
+                yield self.heartbeat()
 
     def _take(self) -> Out | None:
         if self._resend:
@@ -141,17 +141,26 @@ class Session(Generic[Out, In]):
         frame.acknowledged = self._acknowledged_to_peer = self.received
         return frame
 
-    def _heartbeat(self) -> Out:
+    def heartbeat(self) -> Out:
+        """Says no more than that this side lives, and what it has received."""
         self._acknowledged_to_peer = self.received
         return self._out_type(acknowledged=self.received, heartbeat=wire.Heartbeat())
 
 
-async def read_frames(session: Session[Out, In], source: AsyncIterator[In]) -> None:
-    """Feeds a stream into its session until it ends; raises TimeoutError when the peer falls silent."""
+def _nothing() -> None: ...
+
+
+async def read_frames(
+    session: Session[Out, In], source: AsyncIterator[In], on_first: Callable[[], None] = _nothing
+) -> None:
+    """Feeds a stream into its session until it ends; raises TimeoutError when the peer falls silent. `on_first` is
+    called when something has come."""
     while True:
         async with asyncio.timeout(SILENCE_S):
             try:
                 frame = await anext(source)
             except StopAsyncIteration:
                 return
+        on_first()
+        on_first = _nothing
         session.receive(frame)

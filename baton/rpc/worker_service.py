@@ -146,13 +146,17 @@ class WorkerService(WorkerServicer):
             record.grace = None
         record.streams += 1
         stream = record.link.attach(hello.received)
-        self.attached.set()
-        self.detached.clear()
         log.info("router attached", router=router.name, resumed=resumed)
         if not resumed:
             for tell in self.on_attach:
                 tell(record)
         return record, resumed, stream
+
+    def _confirmed(self, record: RouterSession) -> None:
+        """The router has taken our hello: it places requests here from now on, and not a moment before."""
+        if self._sessions.get(record.router.incarnation) is record:
+            self.attached.set()
+            self.detached.clear()
 
     def _begin(self, router: ProcessRef, session_id: str) -> RouterSession:
         record: RouterSession = RouterSession(router, session_id, lambda frame: self._dispatch(record, frame))
@@ -160,7 +164,7 @@ class WorkerService(WorkerServicer):
 
     async def _read(self, record: RouterSession, stream: int, source: AsyncIterator[wire.RouterFrame]) -> None:
         try:
-            await read_frames(record.link, source)
+            await read_frames(record.link, source, lambda: self._confirmed(record))
         except TimeoutError:
             log.warning("router is silent; stream broken off", router=record.router.name)
         except errors.TransferError as error:

@@ -77,9 +77,9 @@ class World:
 
     def heartbeat(self, side: str) -> None:
         if side == "router":
-            self.down.append(self.router._heartbeat().SerializeToString())
+            self.down.append(self.router.heartbeat().SerializeToString())
         else:
-            self.up.append(self.worker._heartbeat().SerializeToString())
+            self.up.append(self.worker.heartbeat().SerializeToString())
 
     def resume(self) -> None:
         """What is on the way is lost; both sides learn what the other has."""

@@ -98,7 +98,9 @@ async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
 async def test_hello_comes_first(bench: Bench) -> None:
     call, hello = await bench.attach()
     assert (hello.process.incarnation, hello.session, hello.received, hello.resumed) == ("w-1", "s-1", 0, False)
-    assert bench.worker.attached.is_set()
+    assert not bench.worker.attached.is_set(), "the router may not have read the hello yet"
+    await call.write(wire.RouterFrame(heartbeat=wire.Heartbeat()))
+    await until(bench.worker.attached.is_set, "the router's first frame")
     assert bench.worker.session(ProcessRef("r", "r-1", "")) is bench.session
     assert bench.worker.session(ProcessRef("r", "r-2", "")) is None
     call.cancel()
