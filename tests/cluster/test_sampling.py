@@ -19,8 +19,8 @@ from tests.cluster.conftest import Running, prompt_of, running, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-OUTPUT = 48
-LENGTHS = (5, 40, 300, 700)
+OUTPUT = 32
+LENGTHS = (5, 40, 150, 300)
 SAMPLINGS = (
     Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=11, repetition_penalty=1.2),
     Sampling(temperature=1.3, min_p=0.02, seed=12, presence_penalty=0.5, frequency_penalty=0.3),
