@@ -1,11 +1,16 @@
-"""Which prompts a prefill step works on: as many tokens as the budget allows, the most urgent prompt first.
+"""Which prompts a prefill step works on: the most urgent one, in chunks, and where that is little work others with it.
 
-Long prompts are chunked; what a chunk leaves of the budget goes to the next prompts, so short ones are batched. A more
-urgent prompt that starts later goes first from the next step on: that is preemption between chunks.
+All first tokens of a step come at its end. So a step takes in less urgent prompts only as far as its fixed cost would
+weigh too much otherwise: where computing is what takes the time, two prompts one after the other are both computed no
+later than in one step. A more urgent prompt that starts later goes first from the next step on: that is preemption
+between chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from baton.cost import StepCost
 from baton.engine.api import Sequence, Work
 from baton.spec import AttemptKey
 
@@ -13,9 +18,10 @@ from baton.spec import AttemptKey
 class PrefillScheduler:
     """Implements `baton.engine.runner.Scheduler`. A sequence is out of it as soon as its first token is drawn."""
 
-    def __init__(self, chunk_tokens: int) -> None:
-        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits."""
-        self._chunk_tokens = chunk_tokens
+    def __init__(self, chunk_tokens: int, cost: Callable[[], StepCost] = StepCost) -> None:
+        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits. Where the
+        cost is not known, steps are filled up to it."""
+        self._chunk_tokens, self._cost = chunk_tokens, cost
         self._sequences: dict[AttemptKey, tuple[Sequence, int]] = {}
 
     def add(self, sequence: Sequence) -> None:
@@ -32,7 +38,7 @@ class PrefillScheduler:
         """At most `chunk_tokens` tokens, in order of rank."""
         self._drop_computed()
         batch: list[Work] = []
-        budget = self._chunk_tokens
+        budget = self._budget()
         for sequence, _ in self._sequences.values():
             if budget == 0:
                 break
@@ -40,6 +46,12 @@ class PrefillScheduler:
             batch.append(Work(sequence, count))
             budget -= count
         return batch
+
+    def _budget(self) -> int:
+        """Tokens of the next step."""
+        cost, first = self._cost(), next(iter(self._sequences.values()), None)
+        least = cost.worth_computing(cost.chunk, self._chunk_tokens)
+        return min(self._chunk_tokens, max(least, first[0].remaining if first else 0))
 
     def _drop_computed(self) -> None:
         """Steps complete prompts from the front, apart from short ones behind a long one that were batched with it."""

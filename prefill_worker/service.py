@@ -69,7 +69,8 @@ class PrefillRole:
         self._waiting: PromptQueue[Attempt] = PromptQueue()
         self._senders = Senders(handshake, transports, self, handoff_deadline_s, counts)
         self._tombstones = Tombstones()
-        self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self, model)
+        model = model or CostModel()
+        self.runner = Runner(engine, PrefillScheduler(chunk_tokens, lambda: model.cost), self, model)
         self._load = LoadReporter(worker, self._load_report)
 
     @property

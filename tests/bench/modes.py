@@ -41,6 +41,13 @@ async def adaptive() -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
+async def simulated() -> AsyncIterator[str]:
+    """As adaptive, with workers that take the embedded model's time and twice its speed, and compute nothing."""
+    async with _pinned(_config(path="adaptive", engine="simulated", sim_speed=2.0)) as address:
+        yield address
+
+
+@contextlib.asynccontextmanager
 async def colocated() -> AsyncIterator[str]:
     """A worker that does both phases on each core; its chunks fit what the strictest objective leaves of a step."""
     async with _pinned(_config(colocated=2)) as address:

@@ -70,9 +70,10 @@ class Crowd:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _one(self, index: int, accepted: asyncio.Event) -> None:
-        relaxed: RequestOptions = {"ttft_ms": LIMIT_S * 1e3} if index % 2 else {}
-        events = self.running.client.generate(token_ids=fresh(LONG), max_tokens=2, timeout=LIMIT_S, **relaxed)
-        async with aclosing(events) as stream:
+        options: RequestOptions = {"token_ids": fresh(LONG), "max_tokens": 2}
+        if index % 2:
+            options["ttft_ms"] = LIMIT_S * 1e3
+        async with aclosing(self.running.client.generate(timeout=LIMIT_S, **options)) as stream:
             async for event in stream:
                 if isinstance(event, Accepted):
                     accepted.set()
@@ -99,7 +100,8 @@ async def count_of(cluster: Running, counter: str) -> int:
 
 async def first_token(cluster: Running, length: int, **options: Unpack[RequestOptions]) -> Completion:
     """A fresh prompt whose first token is its last: it is over when that is there."""
-    return await cluster.client.complete(token_ids=fresh(length), max_tokens=1, timeout=LIMIT_S, **options)
+    options |= {"token_ids": fresh(length), "max_tokens": 1}
+    return await cluster.client.complete(timeout=LIMIT_S, **options)
 
 
 async def time_of_a_long_one(cluster: Running) -> float:
