@@ -27,9 +27,9 @@ class Forecast(NamedTuple):
     queued: Queued
 
 
-def rank_of(ask: Ask, work_s: float) -> float:
-    """The latest start, as the worker's queue will order it."""
-    return ask.now + (AGEING_S if ask.ttft_s is None else ask.ttft_s) - work_s - PRIORITY_S * ask.priority
+def rank_of(ask: Ask) -> float:
+    """When its first token is due, as the worker's queue will order it."""
+    return ask.now + (AGEING_S if ask.ttft_s is None else ask.ttft_s) - PRIORITY_S * ask.priority
 
 
 def prefill(worker: PrefillLoad, ask: Ask) -> Forecast:
@@ -39,7 +39,7 @@ def prefill(worker: PrefillLoad, ask: Ask) -> Forecast:
     new = ask.tokens - worker.cached_tokens
     work = cost.prefill(new, worker.cached_tokens, worker.chunk_tokens)
     chunk_s = work / -(-new // worker.chunk_tokens)
-    queued = Queued(rank_of(ask, work), work, ask.ttft_s is not None, chunk_s)
+    queued = Queued(rank_of(ask), work, ask.ttft_s is not None, chunk_s)
     ahead, breaks = _queue(worker.queue, queued, ask.now)
     raw = ahead + work + TRIP_S
     return Forecast(raw * worker.promise, breaks, raw, queued)
@@ -52,8 +52,10 @@ def direct(worker: DecodeLoad, ask: Ask) -> Forecast:
     new, cached = ask.tokens - worker.cached_tokens, worker.cached_tokens
     work = cost.prefill(new, cached, worker.chunk_tokens)
     seconds, chunk_s, misses = _beside(worker, cost, new, cached)
-    queued = Queued(rank_of(ask, work), seconds, ask.ttft_s is not None, chunk_s)
+    queued = Queued(rank_of(ask), seconds, ask.ttft_s is not None, chunk_s)
     ahead, breaks = _queue(worker.queue, queued, ask.now)
+    if worker.sequences and not ahead:
+        ahead = cost.decode(worker.sequences, worker.tokens) / 2  # of the step under way
     raw = ahead + seconds + TRIP_S
     return Forecast(raw * worker.promise, breaks or misses, raw, queued)
 
@@ -79,8 +81,8 @@ def _queue(queue: Sequence[Queued], ours: Queued, now: float) -> tuple[float, bo
             ahead += other.seconds
             continue
         ahead += other.chunk_s
-        starts = now + ahead + behind
-        breaks = breaks or (other.due and starts <= other.rank < starts + ours.seconds)
+        ends = now + ahead + behind + other.seconds
+        breaks = breaks or (other.due and ends <= other.rank < ends + ours.seconds)
         behind += other.seconds - other.chunk_s
     return ahead, breaks
 

@@ -107,7 +107,7 @@ def test_what_is_admitted_but_not_bound_yet_counts() -> None:
 
 def test_nobody_placed_before_is_made_late() -> None:
     """The one in the queue can just wait 50 ms; ours takes 100."""
-    tight = P._replace(queue=(Queued(NOW + 0.05, 0.2, True),))
+    tight = P._replace(queue=(Queued(NOW + 0.25, 0.2, True),))
     found = planned(ask(ttft=0.15), tight, D._replace(sequences=1, strictest_s=0.0121))
     assert (found.meets, found.constraint) == (False, "others")
 
