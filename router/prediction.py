@@ -50,7 +50,6 @@ def direct(worker: DecodeLoad, ask: Ask) -> Forecast:
     cost = worker.cost
     assert cost is not None, "a worker that has told its cost"
     new, cached = ask.tokens - worker.cached_tokens, worker.cached_tokens
-    work = cost.prefill(new, cached, worker.chunk_tokens)
     seconds, chunk_s, misses = _beside(worker, cost, new, cached)
     queued = Queued(rank_of(ask), seconds, ask.ttft_s is not None, chunk_s)
     ahead, breaks = _queue(worker.queue, queued, ask.now)

@@ -228,7 +228,8 @@ class Request:
         spec = self.order.spec
         self.attempt.computed(self._loop.time())
         if self.plan.raw_ttft_s is not None:
-            self.attempt.prefill.accuracy.observe(self.plan.raw_ttft_s, self.marks.ttft_ms / 1e3)
+            accuracy = self.attempt.prefill.accuracy
+            accuracy.observe(self.plan.raw_ttft_s, self.marks.ttft_ms / 1e3, self.plan.ttft_s)
         if self.attempt.direct:
             return self._decoding()
         ends = spec.max_tokens == 1 or token in spec.stop_token_ids or token in spec.eos_token_ids

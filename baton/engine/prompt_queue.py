@@ -2,8 +2,8 @@
 one machine where any order does: Liu and Layland, J. ACM 20:46).
 
 A prompt's rank is when its first token is due; it does not change while it waits, so the order needs no clock, and of
-prompts with equal objectives none overtakes another, whatever their lengths: what was promised to the first holds. A step
-of priority is worth `PRIORITY_S`. Nobody starves:
+prompts with equal objectives none overtakes another, whatever their lengths: what was promised to the first holds. A
+step of priority is worth `PRIORITY_S`. Nobody starves:
 
 - a prompt without an objective is due `AGEING_S` after it came, so that it is overtaken for no longer;
 - one without the slack to be in time any more makes way for those that have it, for another `AGEING_S` and once.

@@ -46,7 +46,7 @@ class Subject:
 
 SUBJECTS = {
     "simulated": Subject(Mode("simulated", simulated), 8.0, 12.0, 0.4),
-    "model": Subject(Mode("model", adaptive), 4.0, 15.0, 0.8),
+    "model": Subject(Mode("model", adaptive), 4.0, 15.0, 0.6),
 }
 
 
