@@ -25,7 +25,7 @@ MARGIN = 0.9
 """Of what an objective leaves, what is used."""
 STRETCH = 3.0
 """A step without objectives may take so many times as long with a chunk as without."""
-FIXED_SHARE = 0.1
+FIXED_SHARE = 0.2
 """Of a step with prompts in it, what may be fixed cost. A step with more is filled up with less urgent prompts, for
 which the first one then waits."""
 SOLVE_ALWAYS, SOLVE_EVERY = 32, 8

@@ -89,12 +89,12 @@ def test_a_more_urgent_prompt_goes_first_from_the_next_chunk_on() -> None:
 
 
 def test_prompts_share_a_step_only_as_far_as_its_fixed_cost_would_weigh_too_much() -> None:
-    scheduler = PrefillScheduler(512, lambda: StepCost(chunk=0.005, per_token=0.001))  # 45 tokens are nine times that
-    prompts = [sequence(tokens) for tokens in (100, 20, 20, 300, 1)]
+    scheduler = PrefillScheduler(512, lambda: StepCost(chunk=0.005, per_token=0.001))  # 20 tokens are four times that
+    prompts = [sequence(tokens) for tokens in (100, 10, 5, 300, 1)]
     for each in prompts:
         scheduler.add(each)
     first, second, third, fourth, fifth = prompts
     assert run(scheduler) == [(first, 100)]
-    assert run(scheduler) == [(second, 20), (third, 20), (fourth, 5)]
+    assert run(scheduler) == [(second, 10), (third, 5), (fourth, 5)]
     assert run(scheduler) == [(fourth, 295)]
     assert run(scheduler) == [(fifth, 1)]
