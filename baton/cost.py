@@ -25,6 +25,9 @@ MARGIN = 0.9
 """Of what an objective leaves, what is used."""
 STRETCH = 3.0
 """A step without objectives may take so many times as long with a chunk as without."""
+FIXED_SHARE = 0.2
+"""Of a step with prompts in it, what may be fixed cost. A step with more is filled up with less urgent prompts, for
+which the first one then waits."""
 SOLVE_ALWAYS, SOLVE_EVERY = 32, 8
 """The first observations are solved for one by one, later ones by eights: a step has better things to do."""
 
@@ -94,6 +97,11 @@ class StepCost:
         the least; whoever places prompts takes less than that for a missed objective."""
         spare = (STRETCH - 1) * step_s if limit_s is None else limit_s * MARGIN - step_s
         return self.fits(spare, cached_tokens, most)
+
+    def worth_computing(self, fixed_s: float, most: int) -> int:
+        """Prompt tokens from which on `fixed_s` is no more than `FIXED_SHARE` of a step; at most `most`."""
+        wanted = fixed_s * (1 / FIXED_SHARE - 1)
+        return most if wanted >= self.per_token * most else math.ceil(wanted / self.per_token)
 
     def _adds(self, shape: StepShape) -> float:
         return self.per_token * shape.new_tokens + self.per_pair * shape.pairs

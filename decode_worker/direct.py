@@ -37,6 +37,7 @@ class WaitingPrompt:
     digests: list[bytes]
     received_at: float = field(default_factory=time.monotonic)
     rank: float = 0.0
+    work_s: float = 0.0
     late: bool = False
 
     @property

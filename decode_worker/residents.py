@@ -98,11 +98,14 @@ class Residents:
 
     def _advanced(self, item: StepItem, report: StepReport, frames: TokenFrames) -> None:
         resident = self._held.get(item.key)
-        if resident is None or resident.ending:
-            return  # cancelled while the step ran
-        resident.computed = max(resident.computed, item.computed)
-        if not item.token_ids:
+        if resident is None:
             return
+        if resident.uncomputed:
+            new = max(item.computed - resident.computed, 0)
+            self._counts.add("prompt_tokens_wasted" if resident.ending else "prompt_tokens", new)
+        resident.computed = max(resident.computed, item.computed)
+        if resident.ending or not item.token_ids:
+            return  # cancelled while the step ran, or in the middle of its prompt
         if resident.prompt is not None and resident.prompt.first_token_at is None:
             self._first_token(resident, report.started + report.seconds)
         elif resident.first_step_at is None:

@@ -49,7 +49,7 @@ class DecodeScheduler:
         batch = [Work(sequence, sequence.remaining) for sequence in self._residents.values()]
         if not self._prompts:
             return batch
-        left = self._chunk_tokens if not self._residents else self._chunk()
+        left = self._chunk()
         for prompt in self._prompts.values():
             if left <= 0:
                 break
@@ -59,15 +59,23 @@ class DecodeScheduler:
         return batch
 
     def _chunk(self) -> int:
-        """Prompt tokens that this step has time for. Residents give way to no more than their objectives allow."""
-        cost = self._cost()
-        step = cost.decode(len(self._residents), sum(len(other.tokens) for other in self._residents.values()))
+        """Prompt tokens of this step. Residents give way to no more than their objectives allow; and the first prompt
+        waits for others with it only where the step's fixed cost would weigh too much otherwise."""
+        cost, first = self._cost(), next(iter(self._prompts.values()))
+        if not self._residents:
+            most, fixed = self._chunk_tokens, cost.chunk
+        else:
+            fixed = cost.decode(len(self._residents), sum(len(other.tokens) for other in self._residents.values()))
+            fits = cost.fits_beside(fixed, self._limit_s(), first.computed, self._chunk_tokens)
+            most = max(LEAST_CHUNK, fits)
+        return min(most, max(cost.worth_computing(fixed, most), first.remaining))
+
+    def _limit_s(self) -> float | None:
+        """Of a step, by the strictest objective among the residents and the worker's own budget."""
         limits = [other.tpot_s for other in self._residents.values() if other.tpot_s is not None]
         if self._budget_s is not None:
             limits.append(self._budget_s)
-        first = next(iter(self._prompts.values()))
-        fits = cost.fits_beside(step, min(limits, default=None), first.computed, self._chunk_tokens)
-        return max(LEAST_CHUNK, fits)
+        return min(limits, default=None)
 
     @staticmethod
     def _is_computed(prompt: Sequence) -> bool:

@@ -40,7 +40,7 @@ class State(enum.Enum):
 class Attempt:
     """Times are monotonic seconds. `in_engine`: a step may touch the blocks. `over`: nothing more is done for it, and
     its blocks go as soon as nothing touches them; `acknowledge` that to the router then. `hold_until`: when a computed
-    prompt that no decode worker takes is given up. `rank` and `late` are the queue's."""
+    prompt that no decode worker takes is given up. `rank`, `work_s` and `late` are the queue's."""
 
     spec: SequenceSpec
     router: RouterSession
@@ -62,6 +62,7 @@ class Attempt:
     sender: Sender | None = None
     hold_until: float | None = None
     rank: float = 0.0
+    work_s: float = 0.0
     late: bool = False
 
     @property

@@ -1,7 +1,9 @@
-"""Which prompts a prefill step works on: as many tokens as the budget allows, the most urgent prompt first.
+"""Which prompts a prefill step works on: the most urgent one, in chunks, and where that is little work others with it.
 
-Long prompts are chunked; what a chunk leaves of the budget goes to the next prompts, so short ones are batched. A more
-urgent prompt that starts later goes first from the next step on: that is preemption between chunks.
+All first tokens of a step come at its end. So a step takes in less urgent prompts only as far as its fixed cost would
+weigh too much otherwise: where computing is what takes the time, two prompts one after the other are both computed no
+later than in one step. A more urgent prompt that starts later goes first from the next step on: that is preemption
+between chunks.
 
 A prompt that is alone ends in a short step, by itself: what the last step computed is what its decode worker still has
 to be sent after the first token, and all before goes while that step computes.
@@ -9,6 +11,9 @@ to be sent after the first token, and all before goes while that step computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from baton.cost import StepCost
 from baton.engine.api import Sequence, Work
 from baton.spec import AttemptKey
 
@@ -21,9 +26,10 @@ WORTH = 4
 class PrefillScheduler:
     """Implements `baton.engine.runner.Scheduler`. A sequence is out of it as soon as its first token is drawn."""
 
-    def __init__(self, chunk_tokens: int) -> None:
-        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits."""
-        self._chunk_tokens = chunk_tokens
+    def __init__(self, chunk_tokens: int, cost: Callable[[], StepCost] = StepCost) -> None:
+        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits. Where the
+        cost is not known, steps are filled up to it."""
+        self._chunk_tokens, self._cost = chunk_tokens, cost
         self._sequences: dict[AttemptKey, tuple[Sequence, int]] = {}
         self._ending: AttemptKey | None = None  # what is left of it is its last step
 
@@ -47,7 +53,7 @@ class PrefillScheduler:
             self._ending = first.key
             return [Work(first, first.remaining - LAST_TOKENS)]
         batch: list[Work] = []
-        budget = self._chunk_tokens
+        budget = self._budget()
         for sequence, _ in self._sequences.values():
             if budget == 0:
                 break
@@ -58,6 +64,12 @@ class PrefillScheduler:
 
     def _is_worth_cutting(self, sequence: Sequence) -> bool:
         return WORTH * LAST_TOKENS <= sequence.remaining <= self._chunk_tokens
+
+    def _budget(self) -> int:
+        """Tokens of the next step."""
+        cost, first = self._cost(), next(iter(self._sequences.values()), None)
+        least = cost.worth_computing(cost.chunk, self._chunk_tokens)
+        return min(self._chunk_tokens, max(least, first[0].remaining if first else 0))
 
     def _drop_computed(self) -> None:
         """Steps complete prompts from the front, apart from short ones behind a long one that were batched with it."""

@@ -69,7 +69,8 @@ class PrefillRole:
         self._waiting: PromptQueue[Attempt] = PromptQueue()
         self.senders = Senders(handshake, transports, self, handoff_deadline_s, counts)
         self._tombstones = Tombstones()
-        self.runner = Runner(engine, PrefillScheduler(chunk_tokens), self, model)
+        model = model or CostModel()
+        self.runner = Runner(engine, PrefillScheduler(chunk_tokens, lambda: model.cost), self, model)
         self._load = LoadReporter(worker, self._load_report)
 
     @property
@@ -206,12 +207,13 @@ class PrefillRole:
         if attempt is None:
             return
         attempt.in_engine = not (item.token_ids or report.error)
+        before, attempt.computed = attempt.computed, max(item.computed, attempt.computed)
+        self._counts.add("prompt_tokens_wasted" if attempt.over else "prompt_tokens", attempt.computed - before)
         if attempt.over:
             return  # `on_removed` follows
         if report.error:
             self._fail(attempt, INTERNAL, f"prefill failed: {report.error}")
             return
-        attempt.computed = item.computed
         if item.token_ids:
             frames.add(attempt.router, run_to_wire(item.key, item.position, item.token_ids, item.logprobs))
         elif attempt.outbound is not None and attempt.sender is not None:

@@ -18,6 +18,7 @@ from baton.v1 import admin_pb2 as admin
 from baton.v1 import worker_pb2 as wire
 from baton.v1.admin_pb2_grpc import AdminServicer
 from router.explanations import Explanation, Explanations
+from router.promises import Accuracy
 from router.registry import Registry
 from router.requests import Requests
 from router.worker import Worker
@@ -119,4 +120,11 @@ def _info(worker: Worker, now: float) -> admin.WorkerInfo:
         lease_left_ms=max(0.0, worker.lease_until - now) * 1e3,
         load=worker.load,
         attempts=len(worker.prefill) + len(worker.decode),
+        predictions=_predictions(worker.accuracy),
     )
+
+
+def _predictions(found: Accuracy) -> admin.Predictions | None:
+    if found.error is None:
+        return None
+    return admin.Predictions(promised=found.promised, kept=found.kept, error=found.error, factor=found.factor)

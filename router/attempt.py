@@ -89,13 +89,17 @@ class Attempt:
             self.holding.discard(self.decode)
             self.decode = None
 
+    def computed(self, now: float) -> None:
+        """Its prompt is no work any more. Idempotent."""
+        self.prefill.prefill.release(self.key, now)
+
     def resident(self) -> None:
         """The sequence has arrived at the decode worker."""
         assert self.decode is not None, "resident where it was bound"
         self.decode.decode.resident(self.key)
 
-    def release(self) -> None:
+    def release(self, now: float) -> None:
         """The attempt is over: it counts for no worker any more."""
-        self.prefill.prefill.release(self.key)
+        self.computed(now)
         if self.decode is not None:
             self.decode.decode.release(self.key)

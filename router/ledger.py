@@ -20,11 +20,16 @@ NEARLY_DONE = 0.1
 class _Prompt:
     tokens: int
     queued: Queued
-    started_at: float | None = None
+    left_s: float
+    computing: bool = False
 
 
 class PrefillLedger:
-    """Prompts placed on a worker and not computed yet: their tokens, and their work in order of rank."""
+    """Prompts placed on a worker and not computed yet: their tokens, and their work in order of rank.
+
+    A worker computes one prompt after the other, the most urgent of those that it has started: all time between two
+    pieces of news goes into that one.
+    """
 
     def __init__(self) -> None:
         self._prompts: dict[AttemptKey, _Prompt] = {}
@@ -33,6 +38,7 @@ class PrefillLedger:
         self._foreign = 0
         self.work_s = 0.0
         """Predicted work of all that was placed and is not computed: what is left of it, or a little more."""
+        self._at = 0.0
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -45,35 +51,42 @@ class PrefillLedger:
     def place(self, attempt: AttemptKey, tokens: int, queued: Queued | None = None) -> None:
         """A prompt is on its way there; `queued` where its work can be predicted."""
         assert attempt not in self._prompts, "an attempt is placed once"
-        prompt = self._prompts[attempt] = _Prompt(tokens, queued or Queued(0.0, 0.0, False))
-        bisect.insort(self._order, (prompt.queued.rank, attempt))
+        known = queued or Queued(0.0, 0.0, False)
+        self._prompts[attempt] = _Prompt(tokens, known, known.seconds)
+        bisect.insort(self._order, (known.rank, attempt))
         self._total += tokens
-        self.work_s += prompt.queued.seconds
+        self.work_s += known.seconds
 
     def started(self, attempt: AttemptKey, now: float) -> None:
         """The worker computes it from now on."""
         prompt = self._prompts.get(attempt)
-        if prompt is not None and prompt.started_at is None:
-            prompt.started_at = now
+        if prompt is not None and not prompt.computing:
+            self._pass(now)
+            prompt.computing = True
 
-    def release(self, attempt: AttemptKey) -> None:
+    def release(self, attempt: AttemptKey, now: float) -> None:
         """It is computed, or given up. Idempotent."""
-        prompt = self._prompts.pop(attempt, None)
-        if prompt is not None:
-            self._total -= prompt.tokens
-            self.work_s = self.work_s - prompt.queued.seconds if self._prompts else 0.0
-            del self._order[bisect.bisect_left(self._order, (prompt.queued.rank, attempt))]
+        if attempt not in self._prompts:
+            return
+        self._pass(now)
+        prompt = self._prompts.pop(attempt)
+        self._total -= prompt.tokens
+        self.work_s = self.work_s - prompt.queued.seconds if self._prompts else 0.0
+        del self._order[bisect.bisect_left(self._order, (prompt.queued.rank, attempt))]
 
     def queue(self, now: float) -> list[Queued]:
         """What is left to do, in order of rank. What takes longer than predicted is taken to be nearly done."""
-        found = []
+        self._pass(now)
+        found, under_way = [], True
         for _, attempt in self._order:
             prompt = self._prompts[attempt]
-            queued = prompt.queued
-            if prompt.started_at is not None:
-                left = max(queued.seconds - (now - prompt.started_at), NEARLY_DONE * queued.seconds)
-                queued = Queued(queued.rank, left, False)  # nobody can make it start too late any more
-            found.append(queued)
+            rank, seconds, due, chunk_s = prompt.queued
+            if prompt.computing:  # nobody can make it start too late any more
+                under_way_s = _left_of_chunk(seconds, prompt.left_s, chunk_s) if under_way else 0.0
+                found.append(Queued(rank, prompt.left_s, False, under_way_s))
+                under_way = False
+            else:
+                found.append(Queued(rank, seconds, due))
         return found
 
     def reported(self, waiting_tokens: int) -> None:
@@ -84,6 +97,19 @@ class PrefillLedger:
         """The total is the sum of its parts, and everything has its place in the order."""
         assert self._total == sum(prompt.tokens for prompt in self._prompts.values())
         assert sorted(attempt for _, attempt in self._order) == sorted(self._prompts)
+
+    def _pass(self, now: float) -> None:
+        """Gives the time since the last news to what was computed in it: the next one's turn comes with news."""
+        passed, self._at = now - self._at, now
+        first = next((prompt for _, key in self._order if (prompt := self._prompts[key]).computing), None)
+        if first is not None:
+            first.left_s = max(first.left_s - passed, NEARLY_DONE * first.queued.seconds)
+
+
+def _left_of_chunk(seconds: float, left_s: float, chunk_s: float) -> float:
+    """Of the chunk that is being computed, of a prompt's so many seconds in chunks of `chunk_s`."""
+    done = seconds - left_s
+    return min(left_s, chunk_s - done % chunk_s) if chunk_s > 0 else left_s
 
 
 @dataclass(frozen=True, slots=True)

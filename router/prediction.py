@@ -27,9 +27,9 @@ class Forecast(NamedTuple):
     queued: Queued
 
 
-def rank_of(ask: Ask, work_s: float) -> float:
-    """The latest start, as the worker's queue will order it."""
-    return ask.now + (AGEING_S if ask.ttft_s is None else ask.ttft_s) - work_s - PRIORITY_S * ask.priority
+def rank_of(ask: Ask) -> float:
+    """When its first token is due, as the worker's queue will order it."""
+    return ask.now + (AGEING_S if ask.ttft_s is None else ask.ttft_s) - PRIORITY_S * ask.priority
 
 
 def prefill(worker: PrefillLoad, ask: Ask) -> Forecast:
@@ -38,7 +38,8 @@ def prefill(worker: PrefillLoad, ask: Ask) -> Forecast:
     assert cost is not None, "a worker that has told its cost"
     new = ask.tokens - worker.cached_tokens
     work = cost.prefill(new, worker.cached_tokens, worker.chunk_tokens)
-    queued = Queued(rank_of(ask, work), work, ask.ttft_s is not None)
+    chunk_s = work / -(-new // worker.chunk_tokens)
+    queued = Queued(rank_of(ask), work, ask.ttft_s is not None, chunk_s)
     ahead, breaks = _queue(worker.queue, queued, ask.now)
     raw = ahead + work + TRIP_S
     return Forecast(raw * worker.promise, breaks, raw, queued)
@@ -49,11 +50,12 @@ def direct(worker: DecodeLoad, ask: Ask) -> Forecast:
     cost = worker.cost
     assert cost is not None, "a worker that has told its cost"
     new, cached = ask.tokens - worker.cached_tokens, worker.cached_tokens
-    work = cost.prefill(new, cached, worker.chunk_tokens)
-    stretch, misses = _stretch(worker, cost, new, cached, work)
-    queued = Queued(rank_of(ask, work), work * stretch, ask.ttft_s is not None)
+    seconds, chunk_s, misses = _beside(worker, cost, new, cached)
+    queued = Queued(rank_of(ask), seconds, ask.ttft_s is not None, chunk_s)
     ahead, breaks = _queue(worker.queue, queued, ask.now)
-    raw = ahead + work * stretch + TRIP_S
+    if worker.sequences and not ahead:
+        ahead = cost.decode(worker.sequences, worker.tokens) / 2  # of the step under way
+    raw = ahead + seconds + TRIP_S
     return Forecast(raw * worker.promise, breaks or misses, raw, queued)
 
 
@@ -69,29 +71,30 @@ def step(worker: DecodeLoad, ask: Ask) -> float:
 
 
 def _queue(queue: Sequence[Queued], ours: Queued, now: float) -> tuple[float, bool]:
-    """Seconds of work that goes first, and whether what comes after would become late by ours."""
+    """Seconds of work that goes first, the rest of a less urgent chunk included, and whether what comes after would
+    become late by ours."""
     ahead, behind = 0.0, 0.0
     breaks = False
     for other in queue:
         if other.rank <= ours.rank:
             ahead += other.seconds
             continue
-        starts = now + ahead + behind
-        if other.due and starts <= other.rank < starts + ours.seconds:
-            breaks = True
-            break
-        behind += other.seconds
+        ahead += other.chunk_s
+        ends = now + ahead + behind + other.seconds
+        breaks = breaks or (other.due and ends <= other.rank < ends + ours.seconds)
+        behind += other.seconds - other.chunk_s
     return ahead, breaks
 
 
-def _stretch(worker: DecodeLoad, cost: StepCost, new: int, cached: int, work_s: float) -> tuple[float, bool]:
-    """How many times as long a prompt takes beside the residents as alone, and whether they would miss objectives."""
+def _beside(worker: DecodeLoad, cost: StepCost, new: int, cached: int) -> tuple[float, float, bool]:
+    """Seconds of a prompt beside the residents, those of one of its chunks, and whether they would miss objectives."""
+    work = cost.prefill(new, cached, worker.chunk_tokens)
     if not worker.sequences:
-        return 1.0, False
+        return work, work / -(-new // worker.chunk_tokens), False
     base = cost.decode(worker.sequences, worker.tokens)
     limit = worker.strictest_s
     fits = cost.fits_beside(base, limit, cached + new // 2, worker.chunk_tokens)
     chunk = min(max(fits, LEAST_CHUNK), new)
     chunks = -(-new // chunk)
-    seconds = chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached)
-    return max(seconds / work_s, 1.0) if work_s > 0 else 1.0, limit is not None and fits < LEAST_CHUNK
+    seconds = max(chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached), work)
+    return seconds, seconds / chunks, limit is not None and fits < LEAST_CHUNK

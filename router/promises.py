@@ -20,6 +20,8 @@ class Accuracy:
         self._ratios: deque[float] = deque(maxlen=WINDOW)
         self.factor = 1.0
         """What a predicted time is multiplied with to be a promise that is kept."""
+        self.promised = self.kept = 0
+        """Promises made, and those that came within `TOLERANCE`."""
 
     def __len__(self) -> int:
         return len(self._ratios)
@@ -29,10 +31,13 @@ class Accuracy:
         """Median of |achieved / predicted - 1|; None before the first."""
         return sorted(abs(ratio - 1) for ratio in self._ratios)[len(self._ratios) // 2] if self._ratios else None
 
-    def observe(self, predicted_s: float, achieved_s: float) -> None:
-        """A prediction (before any factor) and what became of it."""
+    def observe(self, predicted_s: float, achieved_s: float, promised_s: float | None = None) -> None:
+        """A prediction (before any factor), what became of it, and what was promised."""
         if predicted_s <= 0 or achieved_s <= 0:
             return
+        if promised_s is not None:
+            self.promised += 1
+            self.kept += achieved_s <= TOLERANCE * promised_s
         self._ratios.append(achieved_s / predicted_s)
         ordered = sorted(self._ratios)
         high = ordered[min(int(KEPT_SHARE * len(ordered)), len(ordered) - 1)] / TOLERANCE

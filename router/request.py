@@ -226,9 +226,10 @@ class Request:
 
     def _first_token(self, token: int) -> None:
         spec = self.order.spec
-        self.attempt.prefill.prefill.release(self.key)
+        self.attempt.computed(self._loop.time())
         if self.plan.raw_ttft_s is not None:
-            self.attempt.prefill.accuracy.observe(self.plan.raw_ttft_s, self.marks.ttft_ms / 1e3)
+            accuracy = self.attempt.prefill.accuracy
+            accuracy.observe(self.plan.raw_ttft_s, self.marks.ttft_ms / 1e3, self.plan.ttft_s)
         if self.attempt.direct:
             return self._decoding()
         ends = spec.max_tokens == 1 or token in spec.stop_token_ids or token in spec.eos_token_ids
@@ -241,7 +242,9 @@ class Request:
         if self.state in (State.PREFILLING, State.HANDING_OFF):
             self.state = State.DECODING
             self._disarm("handoff", "rebind")
-            self.attempt.prefill.prefill.release(self.key)  # also where this overtook the first token
+            self.attempt.prefill.prefill.release(
+                self.key, self._loop.time()
+            )  # also where this overtook the first token
             self.attempt.resident()
 
     def _check_end(self, end: End) -> None:
@@ -293,7 +296,7 @@ class Request:
     def _close(self, state: State) -> None:
         self.state = state
         self._disarm(*list(self._timers))
-        self.attempt.release()
+        self.attempt.release(self._loop.time())
         self._counts.add(f"requests_{state.value}")
         self._port.closed(self)
 

@@ -18,12 +18,14 @@ class Demand:
 
 
 class Queued(NamedTuple):
-    """A prompt at a worker: when it must start to be in time (`rank`, on the router's clock), and the work that is
-    left of it. `due` is False where nobody waits for it with an objective."""
+    """A prompt at a worker: when its first token is due (`rank`, on the router's clock), and the work that is
+    left of it. `due` is False where nobody waits for it with an objective. `chunk_s` is how long a more urgent prompt
+    may have to wait for it: one chunk, or what is left of the one under way; 0 while it waits itself."""
 
     rank: float
     seconds: float
     due: bool
+    chunk_s: float = 0.0
 
 
 class PrefillLoad(NamedTuple):

@@ -11,7 +11,7 @@ from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import print_json, print_table, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
-from baton.client.types import Candidate
+from baton.client.types import Candidate, Predictions
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     if json:
         print_json([to_dict(worker) for worker in found])
         return
-    columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks"
+    columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "kept"
     print_table((*columns, "transports", "pairs"), [_worker_row(worker) for worker in found])
 
 
@@ -38,9 +38,15 @@ def _worker_row(worker: WorkerInfo) -> list[str]:
         str(load.waiting),
         str(load.running),
         f"{load.held_blocks + load.quarantined_blocks}/{worker.blocks}",
+        _kept(worker.predictions),
         ", ".join(worker.transports),
         ", ".join(f"{count} {transport}" for transport, count in sorted(load.pairs.items())) or "-",
     ]
+
+
+def _kept(found: Predictions | None) -> str:
+    """The share of its promised first tokens that came in time."""
+    return f"{found.kept / found.promised:.0%}" if found is not None and found.promised else "-"
 
 
 def models(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:

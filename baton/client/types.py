@@ -230,6 +230,17 @@ class Load:
     """Decode workers that a prefill worker is connected to, by the transport between them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """How well first tokens on a worker are predicted: promises made, those that took at most 1.2 times as long, the
+    median of |achieved / predicted - 1| among the last 64, and what a prediction is multiplied with to be promised."""
+
+    promised: int
+    kept: int
+    error: float
+    factor: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """A worker as the router sees it."""
@@ -246,6 +257,10 @@ class WorkerInfo:
     lease_left_ms: float
     load: Load
     attempts: int
+    predictions: Predictions | None = None
+    """None before the first token."""
+    step_error: float | None = None
+    """Mean relative error of the step times that it predicts itself; None before it has told a cost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,16 @@ def worker_from_wire(message: admin.WorkerInfo) -> types.WorkerInfo:
             dict(load.pairs),
         ),
         attempts=message.attempts,
+        predictions=_predictions(message),
+        step_error=load.cost.error if load.HasField("cost") else None,
     )
+
+
+def _predictions(message: admin.WorkerInfo) -> types.Predictions | None:
+    if not message.HasField("predictions"):
+        return None
+    found = message.predictions
+    return types.Predictions(found.promised, found.kept, found.error, found.factor)
 
 
 def status_from_wire(message: admin.GetStatusResponse) -> types.ProcessStatus:

@@ -1,10 +1,12 @@
-"""Prompts that wait for their turn: least slack first.
+"""Prompts that wait for their turn: the one that is due first (earliest deadline first, which keeps all objectives on
+one machine where any order does: Liu and Layland, J. ACM 20:46).
 
-A prompt's rank is the latest moment at which it may start and still have its first token in time; that moment does not
-change while it waits, so the order needs no clock. A step of priority is worth `PRIORITY_S` of slack. Nobody starves:
+A prompt's rank is when its first token is due; it does not change while it waits, so the order needs no clock, and of
+prompts with equal objectives none overtakes another, whatever their lengths: what was promised to the first holds. A
+step of priority is worth `PRIORITY_S`. Nobody starves:
 
 - a prompt without an objective is due `AGEING_S` after it came, so that it is overtaken for no longer;
-- one that can't be in time any more makes way for those that can, for another `AGEING_S` and once.
+- one without the slack to be in time any more makes way for those that have it, for another `AGEING_S` and once.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ SLACK = 64
 
 
 class Waiting(Protocol):
-    """A prompt that can wait. `rank` and `late` are the queue's; `received_at` is monotonic seconds."""
+    """A prompt that can wait. `rank`, `work_s` and `late` are the queue's; `received_at` is monotonic seconds."""
 
     rank: float
+    work_s: float
     late: bool
     received_at: float
 
@@ -57,7 +60,7 @@ class PromptQueue(Generic[W]):
         """Queues a prompt that needs so many seconds of computing."""
         left = prompt.spec.ttft_left_s
         due = prompt.received_at + (AGEING_S if left is None else left)
-        prompt.rank = due - work_s - PRIORITY_S * prompt.spec.priority
+        prompt.rank, prompt.work_s = due - PRIORITY_S * prompt.spec.priority, work_s
         self._waiting.add(prompt.key)
         self.tokens += prompt.spec.known_tokens
         self._put(prompt)
@@ -93,4 +96,4 @@ class PromptQueue(Generic[W]):
         """Whether it just lost its chance to be in time. Without an objective there is none to lose."""
         if prompt.late or prompt.spec.ttft_left_s is None:
             return False
-        return rank + PRIORITY_S * prompt.spec.priority < now
+        return rank + PRIORITY_S * prompt.spec.priority - prompt.work_s < now

@@ -67,6 +67,7 @@ class WorkerInfo(_message.Message):
     LEASE_LEFT_MS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    PREDICTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     attached: _builtins.bool
     """The multiplexed stream is up."""
@@ -83,6 +84,10 @@ class WorkerInfo(_message.Message):
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def load(self) -> _worker_pb2.LoadReport: ...
+    @_builtins.property
+    def predictions(self) -> Global___Predictions:
+        """How well first tokens of prompts computed there are predicted; absent before the first."""
+
     def __init__(
         self,
         *,
@@ -95,14 +100,47 @@ class WorkerInfo(_message.Message):
         lease_left_ms: _builtins.float = ...,
         load: _worker_pb2.LoadReport | None = ...,
         attempts: _builtins.int = ...,
+        predictions: Global___Predictions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "load", b"load", "process", b"process"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "load", b"load", "predictions", b"predictions", "process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "attempts", b"attempts", "capacity", b"capacity", "lease_left_ms", b"lease_left_ms", "load", b"load", "model", b"model", "process", b"process", "roles", b"roles", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "attempts", b"attempts", "capacity", b"capacity", "lease_left_ms", b"lease_left_ms", "load", b"load", "model", b"model", "predictions", b"predictions", "process", b"process", "roles", b"roles", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class Predictions(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMISED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    promised: _builtins.int
+    """First tokens that were promised a time, since the worker joined."""
+    kept: _builtins.int
+    """Those of them that took at most 1.2 times as long."""
+    error: _builtins.float
+    """Median of |achieved / predicted - 1| among the last 64, the promise's factor left out."""
+    factor: _builtins.float
+    """What a predicted time is multiplied with to be promised."""
+    def __init__(
+        self,
+        *,
+        promised: _builtins.int = ...,
+        kept: _builtins.int = ...,
+        error: _builtins.float = ...,
+        factor: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "factor", b"factor", "kept", b"kept", "promised", b"promised"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Predictions: _TypeAlias = Predictions  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):

@@ -23,7 +23,7 @@ from baton.bench.config import LoadConfig
 from baton.bench.driver import run_plan
 from baton.bench.measuring import measure_once
 from baton.bench.plan import Plan, Planned, make_plan
-from baton.bench.target import connect
+from baton.bench.target import Target, connect
 from tests.bench.modes import ADAPTIVE, DISAGGREGATED, Mode, colocated
 from tests.bench.report import Row, publish, spread
 
@@ -67,12 +67,18 @@ class Idle:
 
 
 async def idle_times(mode: Mode, prompt: int) -> Idle:
-    """One prompt after the other, and then a step of eight sequences; medians."""
-    spaced = [Planned(index, index * 2.0, prompt, 1) for index in range(7)]
-    streams = [Planned(10 + index, 16.0, 64, 64) for index in range(STEP_SEQUENCES)]
+    """Of a cluster that is started for it."""
     config = LoadConfig(seed=99)
     async with mode.start() as address, connect(address, config) as target:
-        run = await run_plan(target, Plan((*spaced, *streams), 18.0), config)
+        return await idle_of(target, prompt, 2.0)
+
+
+async def idle_of(target: Target, prompt: int, every_s: float) -> Idle:
+    """One prompt after the other, so far apart that each is alone, and then a step of eight sequences; medians."""
+    last = 8 * every_s
+    spaced = [Planned(index, index * every_s, prompt, 1) for index in range(7)]
+    streams = [Planned(10 + index, last, 64, 64) for index in range(STEP_SEQUENCES)]
+    run = await run_plan(target, Plan((*spaced, *streams), last + 2.0), LoadConfig(seed=99))
     alone = [record.ttft_ms or 0.0 for record in run.records[2:7]]  # the first ones warm it up
     gaps = [gap for record in run.records[7:] for gap in record.gaps_ms]
     return Idle(statistics.median(alone), statistics.median(gaps))

@@ -40,6 +40,13 @@ async def adaptive() -> AsyncIterator[str]:
         yield address
 
 
+@contextlib.asynccontextmanager
+async def simulated() -> AsyncIterator[str]:
+    """As adaptive, with workers that take the embedded model's time and twice its speed, and compute nothing."""
+    async with _pinned(_config(path="adaptive", engine="simulated", sim_speed=2.0)) as address:
+        yield address
+
+
 def colocated(tpot_budget_ms: float = 0.0) -> Mode:
     """A worker that does both phases on each core. Its chunks fit what the strictest objective leaves of a step, or the
     budget where that is less."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 
 import pytest
 
 from baton.client import Client
 from baton.client.types import Finished, Tokens
-from tests.cluster.conftest import Running, running, settled
+from tests.cluster.conftest import Running, idle_counts, no_growth, running, settled
 
 CONCURRENT = 128
+GROWTH_BYTES = 10_000_000
+"""A leaked request (ids, protobuf, tasks) is more than 2 kB, so 10,000 of them are more than this."""
 
 
 async def ask(client: Client, index: int) -> str:
@@ -61,6 +64,14 @@ async def test_300_requests_all_end_and_nobody_takes_it_for_a_model() -> None:
 
 
 @pytest.mark.nightly
-async def test_10_000_requests_all_end() -> None:
+async def test_10_000_requests_all_end_and_leave_nothing() -> None:
     async with running(engine="simulated", model="bytes", cost_model="instant", prefill=2, decode=2) as cluster:
+        await all_end(cluster, 5_000)  # by then the router remembers as many decisions as it ever will
+        before, router, started = await idle_counts(cluster), await cluster.client.status(), time.monotonic()
         await all_end(cluster, 10_000)
+        seconds, after = time.monotonic() - started, await cluster.client.status()
+        # Threads that write blocks are started as they are needed, up to a bound.
+        await no_growth(cluster, {name: counts | {"threads": 64} for name, counts in before.items()})
+    sizes = [f"{status.resident_bytes / 1e6:.1f} MB" for status in (router, after)]
+    print(f"\n10,000 requests in {seconds:.1f} s; the router's memory: {sizes[0]} before, {sizes[1]} after")
+    assert after.resident_bytes - router.resident_bytes <= GROWTH_BYTES

@@ -95,7 +95,7 @@ def test_without_objectives_a_step_is_stretched_by_a_factor() -> None:
 
 def test_prompts_go_by_rank_and_share_the_chunk() -> None:
     scheduler = DecodeScheduler(32, lambda: COST)
-    long, urgent = prompt(100, 2.0), prompt(10, 1.0)
+    long, urgent = prompt(100, 2.0), prompt(5, 1.0)
     scheduler.add(long)
     scheduler.add(urgent)
-    assert counts(scheduler) == [10, 22]
+    assert counts(scheduler) == [5, 3]  # 8 tokens are four times the fixed cost

@@ -1,4 +1,4 @@
-"""Prompts that wait: least slack first, and nobody for ever."""
+"""Prompts that wait: who is due first goes first, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class QueueMachine(RuleBasedStateMachine):
         new = waiting(left, NOW, priority, length)
         self.queue.push(new, work)
         due = NOW + (AGEING_S if left is None else left)
-        self.model.append((due - work - PRIORITY_S * priority, new))
+        self.model.append((due - PRIORITY_S * priority, new))
         self.model.sort(key=lambda entry: entry[0])
 
     @rule()
@@ -97,9 +97,14 @@ def test_a_short_urgent_prompt_goes_before_ten_long_ones() -> None:
     assert drain(queue, NOW + 0.2) == [urgent, *long]
 
 
+def test_of_equal_objectives_the_first_to_come_goes_first_however_long_the_next_is() -> None:
+    short, long = waiting(3.0), waiting(3.0, NOW + 0.5)
+    assert drain(queue_of((short, 0.1), (long, 2.0)), NOW + 0.5) == [short, long]
+
+
 def test_work_is_taken_off_the_time_that_is_left() -> None:
-    short, long = waiting(3.0), waiting(4.0)
-    assert drain(queue_of((short, 0.1), (long, 2.0)), NOW) == [long, short]
+    hopeless, kept = waiting(1.0), waiting(1.5)
+    assert drain(queue_of((hopeless, 1.2), (kept, 1.2)), NOW) == [kept, hopeless]
 
 
 def test_what_is_late_makes_way_once_and_not_for_ever() -> None:
@@ -126,6 +131,6 @@ def test_without_an_objective_a_prompt_is_overtaken_for_a_bounded_time() -> None
     assert later <= AGEING_S
 
 
-def test_priority_is_worth_slack() -> None:
+def test_priority_is_worth_time() -> None:
     low, high = waiting(1.0), waiting(1.0 + 2 * PRIORITY_S, priority=3)
     assert drain(queue_of((low, 0.0), (high, 0.0)), NOW) == [high, low]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.cost import StepCost
 from baton.engine.api import Sequence
 from prefill_worker.scheduler import LAST_TOKENS, WORTH, PrefillScheduler
 from tests.prefill_worker.builders import sequence
@@ -119,3 +120,15 @@ def test_a_more_urgent_prompt_goes_before_a_last_step() -> None:
     urgent.rank = 1.0
     scheduler.add(urgent)
     assert run(scheduler) == [(urgent, 5), (long, LAST_TOKENS)]
+
+
+def test_prompts_share_a_step_only_as_far_as_its_fixed_cost_would_weigh_too_much() -> None:
+    scheduler = PrefillScheduler(512, lambda: StepCost(chunk=0.005, per_token=0.001))  # 20 tokens are four times that
+    prompts = [sequence(tokens) for tokens in (100, 10, 5, 300, 1)]
+    for each in prompts:
+        scheduler.add(each)
+    first, second, third, fourth, fifth = prompts
+    assert run(scheduler) == [(first, 100)]
+    assert run(scheduler) == [(second, 10), (third, 5), (fourth, 5)]
+    assert run(scheduler) == [(fourth, 295)]
+    assert run(scheduler) == [(fifth, 1)]

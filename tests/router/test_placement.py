@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from router.ledger import DecodeLedger, PrefillLedger, Reported
 from router.placement import pick_decode, pick_prefill
-from router.snapshot import DecodeLoad, Demand, PrefillLoad
+from router.snapshot import DecodeLoad, Demand, PrefillLoad, Queued
 
 EMPTY = DecodeLoad("a", tokens=0, sequences=0, free_blocks=100, capacity_blocks=100, max_sequences=8)
 DEMAND = Demand(blocks=10, tokens=50)
@@ -92,11 +92,25 @@ def test_prefill_ledger_keeps_ours_and_what_others_added() -> None:
     ledger.place(b"2", 50)
     ledger.reported(400)
     assert ledger.queued_tokens == 400
-    ledger.release(b"1")
-    ledger.release(b"1")
+    ledger.release(b"1", 0.0)
+    ledger.release(b"1", 0.0)
     assert ledger.queued_tokens == 300
     ledger.reported(0)
     assert ledger.queued_tokens == 50
+
+
+def test_time_goes_into_the_most_urgent_prompt_that_has_started() -> None:
+    ledger = PrefillLedger()
+    ledger.place(b"late", 100, Queued(30.0, 4.0, True, 1.0))
+    ledger.place(b"soon", 100, Queued(20.0, 2.0, True, 2.0))
+    ledger.place(b"waits", 100, Queued(40.0, 3.0, True, 1.0))
+    ledger.started(b"late", 10.0)
+    assert ledger.queue(11.25) == [(20.0, 2.0, True, 0.0), (30.0, 2.75, False, 0.75), (40.0, 3.0, True, 0.0)]
+    ledger.started(b"soon", 11.5)
+    assert ledger.queue(12.5)[:2] == [(20.0, 1.0, False, 1.0), (30.0, 2.5, False, 0.0)]
+    ledger.release(b"soon", 13.5)
+    assert ledger.queue(13.5)[0] == (30.0, 2.5, False, 0.5)
+    assert ledger.queue(99.0)[0].seconds == pytest.approx(0.4), "what takes longer is nearly done"
 
 
 def test_bound_blocks_count_until_a_report_that_surely_has_them() -> None:
@@ -131,7 +145,7 @@ def test_the_books_balance_after_any_history(history: list[tuple[str, int, int]]
         elif action == "x":
             bound.discard(key)
             decode.release(key)
-            prefill.release(key)
+            prefill.release(key, 0.0)
         elif action == "R":
             decode.reported(Reported(amount, amount))
         elif action == "P":

@@ -51,6 +51,11 @@ def test_the_shortest_backlog_is_taken_and_a_cached_prefix_counts() -> None:
     assert planned(ask(), loaded, P._replace(name="p1"), cached, D).chosen == "p2"
 
 
+def test_an_urgent_prompt_waits_for_the_chunk_under_way_and_no_more() -> None:
+    computing = P._replace(queue=(Queued(NOW + 9.0, 3.0, False, 0.4),))
+    assert planned(ask(100, ttft=1.0), computing, D, direct=False).ttft_s == pytest.approx(0.402 + 0.1 + TRIP)
+
+
 def test_of_equals_the_one_chosen_longest_ago() -> None:
     early, late = P._replace(chosen_at=NOW - 2), P._replace(name="p1", chosen_at=NOW - 1)
     assert planned(ask(), early, late, D).chosen == "p0"
@@ -102,7 +107,7 @@ def test_what_is_admitted_but_not_bound_yet_counts() -> None:
 
 def test_nobody_placed_before_is_made_late() -> None:
     """The one in the queue can just wait 50 ms; ours takes 100."""
-    tight = P._replace(queue=(Queued(NOW + 0.05, 0.2, True),))
+    tight = P._replace(queue=(Queued(NOW + 0.25, 0.2, True),))
     found = planned(ask(ttft=0.15), tight, D._replace(sequences=1, strictest_s=0.0121))
     assert (found.meets, found.constraint) == (False, "others")
 
