@@ -74,9 +74,9 @@ class Model:
         return F.linear(found.flatten(1), layer.output, layer.output_bias)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-        dtype = layer.gate_up.dtype
-        gate, up = F.linear(self._norm(hidden, layer.mlp_norm).to(dtype), layer.gate_up).chunk(2, -1)
-        return F.linear((F.silu(gate.float()) * up).to(dtype), layer.down)
+        normed = self._norm(hidden, layer.mlp_norm).to(layer.gate_up.dtype)
+        gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, layer.down)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm (arXiv 1910.07467) over the last dimension, in float32."""
