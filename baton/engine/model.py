@@ -45,11 +45,11 @@ class Model:
         return self._logits(self._norm(hidden[plan.sampled_rows], weights.norm))
 
     def _logits(self, last: torch.Tensor) -> torch.Tensor:
-        """Of normalised rows; a narrow product would be rounded, and logits are large numbers with small differences."""
+        """Of normalised rows. A narrow product would round them: large numbers whose small differences count."""
         head = self._weights.head
         if head.dtype == torch.float32:
             return F.linear(last, head)
-        parts = head.split(max(1, HEAD_PART // head.shape[1]))
+        parts = torch.split(head, max(1, HEAD_PART // head.shape[1]))
         return torch.cat([F.linear(last, part.float()) for part in parts], 1)
 
     def _attention(

@@ -278,7 +278,30 @@ void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride,
   });
 }
 
+namespace {
+
+// The same for matrices of two formats, which no one kernel reads.
+void multiply_in_turn(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride,
+                      Errand& errand) {
+  for (const Matrix* matrix : {&gate, &up}) {
+    const Matrix* const matrices[1] = {matrix};
+    for_format(matrices, rows, errand, [&](int first, int count, int panel, int width, const auto& tiles) {
+      for (int p = 0; p < width; p++) {
+        const int column = (panel + p) * PANEL, columns = gate.outputs - column;
+        for (int r = 0; r < count; r++) {
+          float* to = out + static_cast<size_t>(first + r) * stride + column;
+          const vf x = load(tiles[0] + (p * ROWS + r) * LANES);
+          store_some(to, matrix == &gate ? silu(x) : load_some(to, columns) * x, columns);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace
+
 void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride, Errand& errand) {
+  if (gate.format != up.format) return multiply_in_turn(gate, up, rows, out, stride, errand);
   const Matrix* const matrices[2] = {&gate, &up};
   for_format(matrices, rows, errand, [&](int first, int count, int panel, int width, const auto& tiles) {
     for (int p = 0; p < width; p++) {

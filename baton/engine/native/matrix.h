@@ -79,7 +79,7 @@ struct Operand {
 void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride, const float* bias, bool accumulate,
               Errand& errand);
 
-// out gets silu(gate product) * up product, of two matrices of one shape and format.
+// out gets silu(gate product) * up product, of two matrices of one shape: both in bf16, or each in int8 or int4.
 void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride, Errand& errand);
 
 // A weight row as numbers: out [inputs].
@@ -90,6 +90,8 @@ enum class Source : int32_t { f32 = 0, q4_0 = 1, q4_1 = 2, q8_0 = 3 };
 
 // Packs `rows` rows from `from` into rows [first, first + rows) of a shaped matrix; source row of the i-th is order[i],
 // or i. GGUF sources must go to the format that holds them exactly: q4_* to int4, q8_0 to int8.
-void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order);
+// From floats to int4, `importance` [inputs] is what each input's squared error counts, or null for all alike.
+void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order,
+          const float* importance);
 
 }  // namespace baton
