@@ -20,7 +20,7 @@ from baton.engine.native.library import Slot
 from baton.engine.tensors import TensorSource
 
 TEXT = Path(__file__).with_name("calibration.txt")
-"""Prose, dialogue, code, tables and sums in fifteen languages; our own."""
+"""Prose, dialogue, code, tables and sums in thirteen languages; our own."""
 SEQUENCES, TOKENS = 16, 64
 
 
