@@ -14,7 +14,8 @@ from baton.engine.gguf_file import GgufFile
 from baton.engine.gguf_names import gguf_name
 from baton.engine.metadata import read_json
 from baton.engine.models import ResolvedModel
-from baton.engine.native.formats import OWN_GRIDS, format_of, packed_bytes
+from baton.engine.native.formats import OWN_GRIDS, format_of, layer_matrices, packed_bytes
+from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE
 from kvtransfer.layout import KvLayout
 
 KV_DTYPES = ("bfloat16", "int8", "float32")
@@ -39,7 +40,8 @@ class _Matrix:
 
     parts: tuple[tuple[str, int], ...]
     columns: int
-    is_outside: bool = False
+    layer: int
+    slot: int
 
     @property
     def rows(self) -> int:
@@ -61,24 +63,18 @@ def _packed(matrices: list[_Matrix], file: GgufFile | None, choice: WeightChoice
     for matrix in matrices:
         kinds = {"" if file is None else file.quantisation(gguf_name(name)) for name, _ in matrix.parts}
         own = OWN_GRIDS.get(next(iter(kinds))) if len(kinds) == 1 else None
-        total += packed_bytes(format_of(choice, own, matrix.is_outside), matrix.rows, matrix.columns)
+        total += packed_bytes(format_of(choice, own, matrix.layer, matrix.slot), matrix.rows, matrix.columns)
     return total
 
 
 def _matrices(config: ModelConfig) -> Iterator[_Matrix]:
     """As they are packed; a head that is the embedding comes once."""
-    yield _Matrix((("model.embed_tokens.weight", config.vocabulary),), config.hidden, is_outside=True)
+    yield _Matrix((("model.embed_tokens.weight", config.vocabulary),), config.hidden, OUTSIDE, EMBEDDING)
     if not config.tied_embeddings:
-        yield _Matrix((("lm_head.weight", config.vocabulary),), config.hidden, is_outside=True)
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        yield _Matrix((("lm_head.weight", config.vocabulary),), config.hidden, OUTSIDE, HEAD)
     for layer in range(config.layers):
-        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        yield _Matrix(tuple((f"{attention}.{name}.weight", count) for name, count in rows.items()), config.hidden)
-        yield _Matrix(((f"{attention}.o_proj.weight", config.hidden),), queries)
-        yield _Matrix(((f"{mlp}.gate_proj.weight", config.mlp),), config.hidden)
-        yield _Matrix(((f"{mlp}.up_proj.weight", config.mlp),), config.hidden)
-        yield _Matrix(((f"{mlp}.down_proj.weight", config.hidden),), config.mlp)
+        for slot, parts, columns in layer_matrices(config, layer):
+            yield _Matrix(tuple(parts), columns, layer, slot)
 
 
 def _vectors(config: ModelConfig) -> int:

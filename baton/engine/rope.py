@@ -34,15 +34,15 @@ def frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
 
 
 def tables(
-    inverse: torch.Tensor, attention_scaling: float, positions: torch.Tensor, dtype: torch.dtype
+    inverse: torch.Tensor, attention_scaling: float, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of `positions` [T], each [T, 1, head_dim / 2], worked out in float32."""
+    """Cosine and sine of `positions` [T], each float32 [T, 1, head_dim / 2]."""
     angles = (positions.float()[:, None] * inverse)[:, None]
-    return (angles.cos() * attention_scaling).to(dtype), (angles.sin() * attention_scaling).to(dtype)
+    return angles.cos() * attention_scaling, angles.sin() * attention_scaling
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`x` [T, heads, head_dim], turned; a new tensor."""
+    """`x` [T, heads, head_dim], turned; a new tensor, float32 as the tables are."""
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 

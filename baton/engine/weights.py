@@ -14,7 +14,8 @@ from baton.engine.tensors import TensorSource
 class LayerWeights:
     """One decoder layer; matrices are [out, in].
 
-    `qkv` stacks the rows of all query heads, then keys, then values; `gate_up` those of gate and up.
+    `qkv` stacks the rows of all query heads, then keys, then values; `gate_up` those of gate and up. Norms are float32
+    whatever the matrices are.
     """
 
     input_norm: torch.Tensor
@@ -78,6 +79,9 @@ class _Loader:
     def vector(self, name: str, size: int) -> torch.Tensor:
         return self.stacked([(name, size)], None)
 
+    def norm(self, name: str, size: int) -> torch.Tensor:
+        return self.source.read(name, (size,)).to(self.device, torch.float32)
+
 
 def load_weights(source: TensorSource, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
     """Reads all weights; raises ModelFileError where the files lack one or have it in another shape."""
@@ -86,7 +90,7 @@ def load_weights(source: TensorSource, config: ModelConfig, dtype: torch.dtype, 
     return ModelWeights(
         embedding=embedding,
         layers=tuple(_layer(loader, config, index) for index in range(config.layers)),
-        norm=loader.vector("model.norm.weight", config.hidden),
+        norm=loader.norm("model.norm.weight", config.hidden),
         head=embedding if config.tied_embeddings else loader.matrix("lm_head.weight", config.vocabulary, config.hidden),
     )
 
@@ -100,18 +104,18 @@ def _layer(loader: _Loader, config: ModelConfig, index: int) -> LayerWeights:
     def qkv(kind: str) -> list[tuple[str, int]]:
         return [(f"{attention}.{name}.{kind}", count) for name, count in rows.items()]
 
-    def if_present(present: bool, name: str, size: int) -> torch.Tensor | None:
-        return loader.vector(name, size) if present else None
+    def head_norm(name: str) -> torch.Tensor | None:
+        return loader.norm(f"{attention}.{name}.weight", config.head_dim) if config.qk_norm else None
 
     return LayerWeights(
-        input_norm=loader.vector(f"{prefix}.input_layernorm.weight", config.hidden),
+        input_norm=loader.norm(f"{prefix}.input_layernorm.weight", config.hidden),
         qkv=loader.stacked(qkv("weight"), config.hidden),
         qkv_bias=loader.stacked(qkv("bias"), None) if config.attention_bias else None,
-        q_norm=if_present(config.qk_norm, f"{attention}.q_norm.weight", config.head_dim),
-        k_norm=if_present(config.qk_norm, f"{attention}.k_norm.weight", config.head_dim),
+        q_norm=head_norm("q_norm"),
+        k_norm=head_norm("k_norm"),
         output=loader.matrix(f"{attention}.o_proj.weight", config.hidden, queries),
-        output_bias=if_present(config.output_bias, f"{attention}.o_proj.bias", config.hidden),
-        mlp_norm=loader.vector(f"{prefix}.post_attention_layernorm.weight", config.hidden),
+        output_bias=loader.vector(f"{attention}.o_proj.bias", config.hidden) if config.output_bias else None,
+        mlp_norm=loader.norm(f"{prefix}.post_attention_layernorm.weight", config.hidden),
         gate_up=loader.stacked(
             [(f"{prefix}.mlp.gate_proj.weight", config.mlp), (f"{prefix}.mlp.up_proj.weight", config.mlp)],
             config.hidden,

@@ -145,6 +145,14 @@ def test_a_fingerprint_covers_what_decides_on_the_bits(kernels: library.Library,
     assert fingerprint_difference(ours, shorter) == ("fingerprint", ours, shorter)
 
 
+def test_the_packed_weights_decide(kernels: library.Library, files: tuple[Path, Path]) -> None:
+    """Calibrated twice they are the same bits; in another format they are not."""
+    first, again, other = (engine_of(files, weights, "auto").arithmetic for weights in ("int4", "int4", "int8"))
+    assert first == again
+    assert first["packed"] != other["packed"]
+    assert first | {"packed": ""} == other | {"packed": ""}
+
+
 def test_the_kernels_sources_decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     target = build.Target("avx2", ())
     before = build.arithmetic_of(target)

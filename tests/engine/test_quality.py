@@ -35,11 +35,7 @@ def wanted(embedded: ResolvedModel, embedded_reference: Any) -> list[Continuatio
     return fidelity.continuations(embedded_reference, known[::EVERY], OUTPUTS)
 
 
-MISSED = pytest.mark.xfail(reason="4-bit weights from floats are not within the bound: docs/quality.md", strict=True)
-CASES = [pytest.param(case, id=case.label, marks=MISSED if case.weights == "int4" else ()) for case in quality.CASES]
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quality.CASES, ids=lambda case: case.label)
 def test_a_format_keeps_its_bound(
     kernels: library.Library, embedded: ResolvedModel, floats: Path, wanted: Sequence[Continuation], case: quality.Case
 ) -> None:

@@ -50,8 +50,10 @@ int baton_shape(Model* model, int layer, int slot, int format, int outputs, int 
 
 // See `pack`.
 int baton_pack(Model* model, int layer, int slot, int first, int rows, int source, const void* from,
-               const int32_t* order) {
-  return guarded([&] { pack(matrix_of(*model, layer, slot), first, rows, static_cast<Source>(source), from, order); });
+               const int32_t* order, const float* importance) {
+  return guarded([&] {
+    pack(matrix_of(*model, layer, slot), first, rows, static_cast<Source>(source), from, order, importance);
+  });
 }
 
 // Row `row` of a matrix as numbers [inputs].
@@ -75,6 +77,25 @@ int64_t baton_bytes(Model* model) {
   for (LayerMatrices& layer : weights.layers)
     for (Matrix& matrix : layer.slots) total += matrix.bytes();
   return total;
+}
+
+// A checksum of all packed matrices: per 8 bytes a turn of FNV-1a, each matrix from where the one before ended.
+uint64_t baton_checksum(Model* model) {
+  uint64_t sum = 0xcbf29ce484222325;
+  const auto take = [&](const Matrix& matrix) {
+    const size_t bytes = matrix.format == Format::none ? 0 : matrix.bytes();
+    for (size_t at = 0; at < bytes; at += sizeof sum) {
+      uint64_t word;
+      std::memcpy(&word, matrix.data + at, sizeof word);
+      sum = (sum ^ word) * 0x100000001b3;
+      sum ^= sum >> 32;  // else high bits of a word would reach no lower ones
+    }
+  };
+  Weights& weights = model->weights();
+  take(weights.embedding), take(weights.head);
+  for (LayerMatrices& layer : weights.layers)
+    for (Matrix& matrix : layer.slots) take(matrix);
+  return sum;
 }
 
 // Starts or stops timing; either way copies the seconds per part so far, [PARTS], and clears them.

@@ -55,7 +55,7 @@ class NativeEngine(Stepper):
             raise NativeUnavailable(f"blocks of {layout.block_tokens} tokens with heads of {config.head_dim}")
         library = library or load()
         source = open_tensors(description.model, config)
-        model = load_model(library, source, config, layout.dtype, weights)
+        model = load_model(library, source, config, layout.dtype, weights, description.card.tokenizer_json)
         return cls(description, model, make_pool(layout, buffer, blocks))
 
     @property
@@ -70,8 +70,11 @@ class NativeEngine(Stepper):
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """What the bits of a logit hang on beside weights and KV format."""
-        return arithmetic_of(self._model.library.target)
+        """What the bits of a logit hang on beside the model's file and the formats of weights and KV.
+
+        The weights as packed are among it: calibration sums in an order that torch chooses.
+        """
+        return arithmetic_of(self._model.library.target) | {"packed": f"{self._model.checksum():016x}"}
 
     @property
     def model(self) -> NativeModel:

@@ -278,6 +278,20 @@ void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride,
   });
 }
 
+void multiply_half(const Matrix& matrix, const Operand& rows, float* out, int stride, bool is_gate, Errand& errand) {
+  const Matrix* const matrices[1] = {&matrix};
+  for_format(matrices, rows, errand, [&](int first, int count, int panel, int width, const auto& tiles) {
+    for (int p = 0; p < width; p++) {
+      const int column = (panel + p) * PANEL, columns = matrix.outputs - column;
+      for (int r = 0; r < count; r++) {
+        float* to = out + static_cast<size_t>(first + r) * stride + column;
+        const vf x = load(tiles[0] + (p * ROWS + r) * LANES);
+        store_some(to, is_gate ? silu(x) : load_some(to, columns) * x, columns);
+      }
+    }
+  });
+}
+
 void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride, Errand& errand) {
   const Matrix* const matrices[2] = {&gate, &up};
   for_format(matrices, rows, errand, [&](int first, int count, int panel, int width, const auto& tiles) {

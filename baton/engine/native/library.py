@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -107,13 +107,15 @@ def _bind(path: Path) -> ctypes.CDLL:
     calls.baton_close.restype = None
     calls.baton_close.argtypes = (c_void_p,)
     calls.baton_shape.argtypes = (c_void_p, *(c_int,) * 5)
-    calls.baton_pack.argtypes = (c_void_p, *(c_int,) * 5, c_void_p, c_void_p)
+    calls.baton_pack.argtypes = (c_void_p, *(c_int,) * 5, *(c_void_p,) * 3)
     calls.baton_row.restype = None
     calls.baton_row.argtypes = (c_void_p, *(c_int,) * 3, c_void_p)
     calls.baton_vector.argtypes = (c_void_p, c_int, c_int, c_void_p, c_int)
     calls.baton_step.argtypes = (c_void_p, c_void_p, POINTER(_Batch))
     calls.baton_bytes.restype = c_int64
     calls.baton_bytes.argtypes = (c_void_p,)
+    calls.baton_checksum.restype = c_uint64
+    calls.baton_checksum.argtypes = (c_void_p,)
     calls.baton_profile.restype = None
     calls.baton_profile.argtypes = (c_void_p, c_int, c_void_p)
     return calls
@@ -148,12 +150,17 @@ class NativeModel:
 
     def pack(
         self, layer: int, slot: int, first: int, rows: int, source: Source, data: Array,
-        order: npt.NDArray[np.int32] | None = None,
+        order: npt.NDArray[np.int32] | None = None, importance: npt.NDArray[np.float32] | None = None,
     ) -> None:  # fmt: skip
-        """Packs `rows` rows of `data` as rows [first, first + rows); the i-th is row `order[i]` of the data, or i."""
+        """Packs `rows` rows of `data` as rows [first, first + rows); the i-th is row `order[i]` of the data, or i.
+
+        `importance` [inputs] is what an input's squared error counts where floats become 4 bits; None: all alike.
+        """
         assert data.flags.c_contiguous, "rows follow each other"
+        assert importance is None or importance.dtype == np.float32, "importance is float32"
         where = None if order is None else order.ctypes.data
-        _check(self._calls.baton_pack(self._handle, layer, slot, first, rows, source, data.ctypes.data, where))
+        weights = None if importance is None else importance.ctypes.data
+        _check(self._calls.baton_pack(self._handle, layer, slot, first, rows, source, data.ctypes.data, where, weights))
 
     def row(self, layer: int, slot: int, row: int, inputs: int) -> npt.NDArray[np.float32]:
         """A packed row as numbers."""
@@ -184,6 +191,10 @@ class NativeModel:
     def weight_bytes(self) -> int:
         """Bytes of all packed matrices."""
         return int(self._calls.baton_bytes(self._handle))
+
+    def checksum(self) -> int:
+        """Of all packed matrices, 64 bits; reads them once."""
+        return int(self._calls.baton_checksum(self._handle))
 
     def profile(self, on: bool) -> dict[str, float]:
         """Starts or stops timing; returns the seconds per part since the last call."""

@@ -82,6 +82,10 @@ void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride,
 // out gets silu(gate product) * up product, of two matrices of one shape and format.
 void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride, Errand& errand);
 
+// The same for two formats, which no one kernel reads, in two calls: out gets silu(product) of the gate, and then is
+// multiplied by the other product.
+void multiply_half(const Matrix& matrix, const Operand& rows, float* out, int stride, bool is_gate, Errand& errand);
+
 // A weight row as numbers: out [inputs].
 void unpack_row(const Matrix& matrix, int row, float* out);
 
@@ -90,6 +94,8 @@ enum class Source : int32_t { f32 = 0, q4_0 = 1, q4_1 = 2, q8_0 = 3 };
 
 // Packs `rows` rows from `from` into rows [first, first + rows) of a shaped matrix; source row of the i-th is order[i],
 // or i. GGUF sources must go to the format that holds them exactly: q4_* to int4, q8_0 to int8.
-void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order);
+// From floats to int4, `importance` [inputs] is what each input's squared error counts, or null for all alike.
+void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order,
+          const float* importance);
 
 }  // namespace baton

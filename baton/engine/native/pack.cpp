@@ -47,21 +47,13 @@ Group from_gguf(Source source, const uint8_t* block) {
   return group;
 }
 
-// The nearest points of a grid from `minimum` in steps of `scale`, for `count` numbers; zero's for the rest. Returns the
-// sum of squared differences.
-float round_to(const float* row, int count, int top, float minimum, Group& group) {
-  const float scale = from_f16(group.scale);
-  float error = 0;
-  for (int i = 0; i < GROUP; i++) {
-    const float x = i < count ? row[i] : 0.0f;
-    const float q = scale > 0 ? std::nearbyint((x - minimum) / scale) : 0.0f;
-    const float kept = std::fmin(std::fmax(q, 0.0f), static_cast<float>(top));
-    group.q[i] = static_cast<uint8_t>(kept);
-    const float off = std::fma(scale, kept, minimum) - x;
-    if (i < count) error += off * off;
-  }
-  return error;
+// The nearest of the points 0..top of a grid from `minimum`, whose step is 1 / `per_step`.
+BATON_INLINE vf nearest(vf x, float per_step, float minimum, float top) {
+  const vf q = to_float(round_to_int((x - splat(minimum)) * splat(per_step)));
+  return -max(-max(q, vf{}), splat(-top));
 }
+
+float per_step(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
 
 // Eight bits: symmetric about zero.
 Group quantise_int8(const float* row, int count) {
@@ -69,39 +61,70 @@ Group quantise_int8(const float* row, int count) {
   for (int i = 0; i < count; i++) most = std::fmax(most, std::fabs(row[i]));
   Group group;
   group.scale = to_f16(most / 127.0f);
-  round_to(row, count, 255, -INT8_OFFSET * from_f16(group.scale), group);
+  const float scale = from_f16(group.scale), steps = per_step(scale);
+  alignas(64) float x[GROUP] = {};
+  std::memcpy(x, row, count * sizeof(float));
+  for (int i = 0; i < GROUP; i += LANES) store(x + i, nearest(load(x + i), steps, -INT8_OFFSET * scale, 255.0f));
+  for (int i = 0; i < GROUP; i++) group.q[i] = static_cast<uint8_t>(x[i]);
   return group;
 }
 
-// The line through the points (q, x) of least squared distance as a grid; false where all q are one.
-bool fit(const float* row, int count, Group& group) {
-  float n = static_cast<float>(count), q = 0, x = 0, qq = 0, qx = 0;
-  for (int i = 0; i < count; i++) {
-    const float k = group.q[i];
-    q += k, x += row[i], qq += k * k, qx += k * row[i];
-  }
-  const float spread = n * qq - q * q;
-  if (spread <= 0) return false;
-  const float scale = (n * qx - q * x) / spread;
-  group.scale = to_f16(scale), group.minimum = to_f16((x - scale * q) / n);
-  return scale > 0;
-}
+// A group of 4 bits before it is packed, and what each number's squared error counts.
+struct Fit {
+  alignas(64) float x[GROUP], weight[GROUP], q[GROUP];
 
-// Four bits: the grid of least squared error among some. Each starts with so many steps between the least and the most of
-// the group, also one fewer or one more than there are (then the most is cut off), and is fitted to what was rounded to it.
-Group quantise_int4(const float* row, int count) {
-  constexpr int TOP = 15, FITS = 2;
-  float least = row[0], most = row[0];
-  for (int i = 1; i < count; i++) least = std::fmin(least, row[i]), most = std::fmax(most, row[i]);
+  // Rounds all to a grid. Returns the weighted sum of squared differences.
+  float round_to(float scale, float minimum) {
+    const float steps = per_step(scale);
+    vf error = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      const vf k = nearest(load(x + i), steps, minimum, TOP);
+      const vf off = fma(k, splat(scale), splat(minimum)) - load(x + i);
+      store(q + i, k);
+      error = fma(off * off, load(weight + i), error);
+    }
+    return sum(error);
+  }
+
+  // The line through the points (q, x) of least weighted squared distance; false where all q are one.
+  bool line(float& scale, float& minimum) const {
+    vf w = {}, wq = {}, wx = {}, wqq = {}, wqx = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      const vf by = load(weight + i), k = load(q + i), y = load(x + i);
+      w += by, wq = fma(by, k, wq), wx = fma(by, y, wx), wqq = fma(by * k, k, wqq), wqx = fma(by * k, y, wqx);
+    }
+    const float n = sum(w), k = sum(wq) / n, y = sum(wx) / n, spread = sum(wqq) / n - k * k;
+    if (!(spread > 0)) return false;
+    scale = (sum(wqx) / n - k * y) / spread, minimum = y - scale * k;
+    return scale > 0;
+  }
+
+  static constexpr float TOP = 15;
+};
+
+// Four bits: the grid of least weighted error among some. Each starts with so many steps between the least and the most,
+// fewer than there are (then the grid is wider than the group) or more (then the most is cut off), and is fitted to what
+// was rounded to it.
+Group quantise_int4(const float* row, const float* importance, int count) {
+  constexpr int FITS = 2;
+  Fit fit{};
+  for (int i = 0; i < GROUP; i++) fit.x[i] = row[i < count ? i : 0];  // what lies beyond counts for nothing
+  for (int i = 0; i < count; i++) fit.weight[i] = importance ? importance[i] : 1.0f;
+  float least = fit.x[0], most = fit.x[0];
+  for (int i = 1; i < GROUP; i++) least = std::fmin(least, fit.x[i]), most = std::fmax(most, fit.x[i]);
   Group best{};
   float least_error = INFINITY;
-  for (int steps = TOP - 1; steps <= TOP + 1; steps++) {
-    Group group;
-    group.scale = to_f16((most - least) / static_cast<float>(steps)), group.minimum = to_f16(least);
+  for (int steps = 13; steps <= 18; steps++) {
+    float scale = (most - least) / static_cast<float>(steps), minimum = least;
     for (int turn = 0; turn <= FITS; turn++) {
-      const float error = round_to(row, count, TOP, from_f16(group.minimum), group);
-      if (error < least_error) least_error = error, best = group;
-      if (turn == FITS || error == 0.0f || !fit(row, count, group)) break;
+      Group group;
+      group.scale = to_f16(scale), group.minimum = to_f16(minimum);
+      const float error = fit.round_to(from_f16(group.scale), from_f16(group.minimum));
+      if (error < least_error) {
+        least_error = error, best = group;
+        for (int i = 0; i < GROUP; i++) best.q[i] = static_cast<uint8_t>(fit.q[i]);
+      }
+      if (turn == FITS || error == 0.0f || !fit.line(scale, minimum)) break;
     }
   }
   return best;
@@ -126,7 +149,8 @@ void put(const Matrix& matrix, uint8_t* panel, int lane, int g, const Group& gro
 
 }  // namespace
 
-void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order) {
+void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order,
+          const float* importance) {
   const int groups = matrix.groups();
   const size_t row_bytes =
       source == Source::f32 ? matrix.inputs * sizeof(float) : matrix.inputs / GROUP * block_bytes(source);
@@ -141,8 +165,9 @@ void pack(Matrix& matrix, int first, int rows, Source source, const void* from, 
         uint16_t* pairs = reinterpret_cast<uint16_t*>(panel) + g * GROUP * PANEL;
         for (int k = 0; k < count; k++) pairs[(k / 2 * PANEL + lane) * 2 + k % 2] = to_bf16(numbers[k]);
       } else if (source == Source::f32) {
+        const float* weights = importance ? importance + g * GROUP : nullptr;
         put(matrix, panel, lane, g,
-            matrix.format == Format::int8 ? quantise_int8(numbers, count) : quantise_int4(numbers, count));
+            matrix.format == Format::int8 ? quantise_int8(numbers, count) : quantise_int4(numbers, weights, count));
       } else {
         put(matrix, panel, lane, g, from_gguf(source, row + g * block_bytes(source)));
       }

@@ -172,10 +172,21 @@ void Model::attention(int layer, const LayerMatrices& matrices, void* pool, cons
 }
 
 void Model::mlp(int layer, const LayerMatrices& matrices, int rows) {
-  take(matrices.slots[GATE], hidden_.get(), rows, config_.hidden, vectors_[layer].of[MLP_NORM].get());
-  {
+  const Matrix &gate = matrices.slots[GATE], &up = matrices.slots[UP];
+  const float* norm = vectors_[layer].of[MLP_NORM].get();
+  take(gate, hidden_.get(), rows, config_.hidden, norm);
+  if (gate.format == up.format) {
     Timer timer(profile_, GATE_UP_PRODUCT);
-    multiply_gated(matrices.slots[GATE], matrices.slots[UP], operand_, gated_.get(), config_.mlp, errand_);
+    multiply_gated(gate, up, operand_, gated_.get(), config_.mlp, errand_);
+  } else {
+    {
+      Timer timer(profile_, GATE_UP_PRODUCT);
+      multiply_half(gate, operand_, gated_.get(), config_.mlp, true, errand_);
+    }
+    if (gate.format == Format::bf16 || up.format == Format::bf16)  // else both read the same bytes
+      take(up, hidden_.get(), rows, config_.hidden, norm);
+    Timer timer(profile_, GATE_UP_PRODUCT);
+    multiply_half(up, operand_, gated_.get(), config_.mlp, false, errand_);
   }
   take(matrices.slots[DOWN], gated_.get(), rows, config_.mlp, nullptr);
   Timer timer(profile_, DOWN_PRODUCT);
