@@ -92,4 +92,5 @@ def _best(candidates: Iterable[Candidate], chosen: str) -> tuple[tuple[Candidate
             found.load if found.ttft_s is None else found.ttft_s,
         ),
     )
-    return tuple(ordered[:CANDIDATES]), max(len(ordered) - CANDIDATES, 0)
+    kept = tuple(candidate._replace(forecast=None) for candidate in ordered[:CANDIDATES])  # nobody is shown those
+    return kept, max(len(ordered) - CANDIDATES, 0)

@@ -52,7 +52,7 @@ class Language:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
-        self._whole = WholeTokens(self._tokenizer) if byte_level else None
+        self._whole = WholeTokens(self._tokenizer, self._tokenizer.get_vocab_size()) if byte_level else None
         self._special = frozenset(
             token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
         )

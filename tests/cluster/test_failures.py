@@ -17,6 +17,9 @@ from tests.cluster.conftest import Running, prompt_of, running, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+OUTPUT = 300
+"""Tokens of a stream that is to be interrupted: it lasts until the last of several prompts is computed."""
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster() -> AsyncIterator[Running]:
@@ -92,7 +95,7 @@ async def test_a_full_decode_pool_is_waited_for() -> None:
 async def outcome(cluster: Running, seed: int) -> Completion | BatonError:
     try:
         return await cluster.client.complete(
-            token_ids=prompt_of(60, seed), max_tokens=150, ignore_eos=True, timeout=120
+            token_ids=prompt_of(60, seed), max_tokens=OUTPUT, ignore_eos=True, timeout=120
         )
     except BatonError as error:
         return error
@@ -123,7 +126,7 @@ async def test_a_killed_decode_worker_ends_its_streams_and_no_other() -> None:
         kept = [result for result in results if isinstance(result, Completion)]
         assert len(lost) == 3
         assert all(isinstance(error, Unavailable) and "decode-0" in str(error) for error in lost)
-        assert all(len(completion.token_ids) == 150 for completion in kept)
+        assert all(len(completion.token_ids) == OUTPUT for completion in kept)
         assert {completion.finished.timeline.decode_worker for completion in kept} == {"decode-1"}
         await settled(pair)
         assert isinstance(await outcome(pair, 9), Completion)
@@ -135,7 +138,7 @@ async def test_a_killed_prefill_worker_leaves_decoding_streams_alone() -> None:
         await decoding(pair, 4)
         os.kill(pid_of(pair, "prefill-0"), signal.SIGKILL)
         results = await asyncio.gather(*streams)
-        assert all(isinstance(result, Completion) and len(result.token_ids) == 150 for result in results)
+        assert all(isinstance(result, Completion) and len(result.token_ids) == OUTPUT for result in results)
         await settled(pair)
         after = await outcome(pair, 9)
         assert isinstance(after, Completion)
