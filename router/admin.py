@@ -82,7 +82,7 @@ def _placement(found: Explanation, now: float) -> admin.Placement:
     return admin.Placement(
         step=found.step,
         age_ms=(now - found.at) * 1e3,
-        chosen=found.chosen,
+        chosen=f"{found.chosen} ({found.way})" if found.way else found.chosen,
         reason=found.reason,
         meets=found.meets,
         constraint=found.constraint,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.placement import Candidate, Decision, Plan
 
@@ -16,8 +15,7 @@ CANDIDATES = 8
 """The best ones; a decision among a thousand workers is not kept whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(NamedTuple):
     """One decision. `step` is prompt or decode; `at` on the router's clock, in seconds; `others` were not kept."""
 
     at: float
@@ -30,6 +28,7 @@ class Explanation:
     constraint: str = ""
     ttft_s: float | None = None
     tpot_s: float | None = None
+    way: str = ""
 
 
 class Explanations:
@@ -44,20 +43,20 @@ class Explanations:
     def prompt(self, salt: str, request_id: str, plan: Plan, at: float, unseen: int = 0) -> None:
         """Where a prompt goes, or would have gone had it not been refused; `unseen` workers were not looked at."""
         kept, others = _best(plan.candidates, plan.chosen)
-        reason, way = plan.reason, plan.way.value
         self._add(
             (salt, request_id),
             Explanation(
                 at,
                 "prompt",
-                f"{plan.chosen} ({way})",
-                reason,
+                plan.chosen,
+                plan.reason,
                 kept,
                 others + unseen,
                 plan.meets,
                 plan.constraint,
                 plan.ttft_s,
                 plan.tpot_s,
+                plan.way.value,
             ),
         )
 
@@ -70,7 +69,10 @@ class Explanations:
 
     def find(self, salt: str, request_id: str) -> list[Explanation]:
         """In order; empty for a request that is unknown or forgotten."""
-        return list(self._found.get((salt, request_id), ()))
+        return [
+            found._replace(candidates=_ordered(found.candidates, found.chosen))
+            for found in self._found.get((salt, request_id), ())
+        ]
 
     def _add(self, key: tuple[str, str], explanation: Explanation) -> None:
         if explanation.step == "prompt":
@@ -82,15 +84,22 @@ class Explanations:
             self._found.popitem(last=False)
 
 
-def _best(candidates: Iterable[Candidate], chosen: str) -> tuple[tuple[Candidate, ...], int]:
+def _best(candidates: tuple[Candidate, ...], chosen: str) -> tuple[tuple[Candidate, ...], int]:
+    """Those to keep, in any order, and how many others there were."""
+    if len(candidates) <= CANDIDATES:
+        return candidates, 0
+    return _ordered(candidates, chosen)[:CANDIDATES], len(candidates) - CANDIDATES
+
+
+def _ordered(candidates: tuple[Candidate, ...], chosen: str) -> tuple[Candidate, ...]:
     """The chosen one first, then those that would do, soonest first."""
-    ordered = sorted(
-        candidates,
-        key=lambda found: (
-            found.name != chosen,
-            not found.feasible,
-            found.load if found.ttft_s is None else found.ttft_s,
-        ),
+    return tuple(
+        sorted(
+            candidates,
+            key=lambda found: (
+                found.name != chosen,
+                not found.feasible,
+                found.load if found.ttft_s is None else found.ttft_s,
+            ),
+        )
     )
-    kept = tuple(candidate._replace(forecast=None) for candidate in ordered[:CANDIDATES])  # nobody is shown those
-    return kept, max(len(ordered) - CANDIDATES, 0)

@@ -39,7 +39,8 @@ class Way(Enum):
 class Candidate(NamedTuple):
     """One worker that was looked at. `load` in tokens (prefill) or as a share of the pool (decode); times in seconds
     where they can be predicted. `miss` is the factor by which the worst objective would be missed, at most 1 where all
-    are kept; `light` work may be done in place although both pools keep the objectives too."""
+    are kept, `breaks` where others would miss theirs; `light` work may be done in place although both pools keep the
+    objectives too."""
 
     name: str
     load: float
@@ -50,7 +51,7 @@ class Candidate(NamedTuple):
     tpot_s: float | None = None
     miss: float = 0.0
     light: bool = False
-    forecast: Forecast | None = None
+    breaks: bool = False
     chosen_at: float = 0.0
 
 
@@ -125,7 +126,12 @@ def plan(
         offers += [_in_place(ask, worker) for worker in fitting if worker.cost and worker.cost.knows_prefill]
     if not offers:
         return None
-    return _choose(ask, tuple(offers), fitting)
+    found = _choose(ask, tuple(offers), fitting)
+    if found.way is Way.DIRECT:
+        forecast = prediction.direct(next(worker for worker in fitting if worker.name == found.chosen), ask)
+    else:
+        forecast = prediction.prefill(next(worker for worker in able if worker.name == found.chosen), ask)
+    return found._replace(raw_ttft_s=forecast.raw_s, queued=forecast.queued)
 
 
 def pick_decode(
@@ -195,21 +201,26 @@ def _misses_tpot(ask: Ask, worker: DecodeLoad, seconds: float) -> bool:
 def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -> Candidate:
     forecast = prediction.prefill(worker, ask)
     seconds, kept = (None, True) if tpot is None or ask.single_token else tpot
-    made = _offer(ask, worker.name, Way.PREFILL, forecast, seconds, kept, worker.queued_tokens)
-    return made._replace(chosen_at=worker.chosen_at)
+    return _offer(ask, worker, Way.PREFILL, worker.queued_tokens, forecast, seconds, kept, light=False)
 
 
 def _in_place(ask: Ask, worker: DecodeLoad) -> Candidate:
     seconds = prediction.step(worker, ask)
     kept = has_room(worker, ask.demand) and not _misses_tpot(ask, worker, seconds)
-    forecast = prediction.direct(worker, ask)
-    made = _offer(ask, worker.name, Way.DIRECT, forecast, seconds, kept, worker.tokens / worker.capacity_blocks)
     light = not worker.sequences or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS
-    return made._replace(light=light, chosen_at=worker.chosen_at)
+    load = worker.tokens / worker.capacity_blocks
+    return _offer(ask, worker, Way.DIRECT, load, prediction.direct(worker, ask), seconds, kept, light)
 
 
 def _offer(
-    ask: Ask, name: str, way: Way, forecast: Forecast, tpot_s: float | None, kept: bool, load: float
+    ask: Ask,
+    worker: PrefillLoad | DecodeLoad,
+    way: Way,
+    load: float,
+    forecast: Forecast,
+    tpot_s: float | None,
+    kept: bool,
+    light: bool,
 ) -> Candidate:
     ttft = forecast.ttft_s / max(ask.ttft_s, 1e-3) if ask.ttft_s is not None else 0.0
     tpot = tpot_s / ask.tpot_s if ask.tpot_s is not None and tpot_s is not None else 0.0
@@ -219,7 +230,19 @@ def _offer(
         note = "tpot"
     else:
         note = "others" if forecast.breaks else ""
-    return Candidate(name, load, not note, note, way, forecast.ttft_s, tpot_s, max(ttft, tpot), forecast=forecast)
+    return Candidate(
+        worker.name,
+        load,
+        not note,
+        note,
+        way,
+        forecast.ttft_s,
+        tpot_s,
+        max(ttft, tpot),
+        light,
+        forecast.breaks,
+        worker.chosen_at,
+    )
 
 
 def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoad]) -> Plan:
@@ -234,22 +257,14 @@ def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoa
         return _planned(good_both, offers, "over both pools: soonest that keeps all objectives")
     if good_here is not None:
         return _planned(good_here, offers, "in place: only so are all objectives kept" if both else "in place: soonest")
-    best = min(offers, key=lambda offer: (_breaks(offer), offer.miss, _soonest(offer)))
+    best = min(offers, key=lambda offer: (offer.breaks, offer.miss, _soonest(offer)))  # at least it costs nobody else
     made = _planned(best, offers, f"nobody keeps all objectives; misses by the least factor ({best.note})")
     return made._replace(meets=False, constraint=best.note, retry_s=_retry(ask, best, decodes))
 
 
 def _planned(offer: Candidate, offers: tuple[Candidate, ...], reason: str) -> Plan:
     assert offer.way is not None, "offers name their way"
-    assert offer.forecast is not None, "offers are predicted"
-    found = offer.forecast
-    made = Plan(offer.name, offer.way, True, reason, offers, offer.ttft_s, offer.tpot_s)
-    return made._replace(raw_ttft_s=found.raw_s, queued=found.queued)
-
-
-def _breaks(offer: Candidate) -> bool:
-    """Who is served in spite of a missed objective should at least not cost others theirs."""
-    return offer.forecast is not None and offer.forecast.breaks
+    return Plan(offer.name, offer.way, True, reason, offers, offer.ttft_s, offer.tpot_s)
 
 
 def _best(offers: Sequence[Candidate]) -> Candidate | None:
@@ -274,7 +289,7 @@ def _retry(ask: Ask, offer: Candidate, decodes: Sequence[DecodeLoad]) -> float:
     """When a backlog will have drained so far, or a sequence will have ended."""
     if offer.note == "ttft" and ask.ttft_s is not None:
         return max(LEAST_RETRY_S, _seconds(offer) - ask.ttft_s)
-    return max(LEAST_RETRY_S, min((worker.drain_s for worker in decodes), default=1.0))
+    return max(LEAST_RETRY_S, min(map(prediction.drain, decodes), default=1.0))
 
 
 def _obstacle(worker: DecodeLoad, demand: Demand, exclude: Set[str]) -> str:

@@ -19,7 +19,7 @@ from router.registry import NOBODY_RETRY_S, ServedModel
 from router.snapshot import Ask
 from router.worker import Worker
 
-FIRST_LOOK, SECOND_LOOK = 6, 64
+FIRST_LOOK, SECOND_LOOK = 4, 64
 """Workers of each role that a decision looks at."""
 
 

@@ -70,6 +70,14 @@ def step(worker: DecodeLoad, ask: Ask) -> float:
     return seconds
 
 
+def drain(worker: DecodeLoad) -> float:
+    """About how long until one of its sequences ends: half a usual one's steps, over their number."""
+    if worker.cost is None or not worker.sequences:
+        return 0.0
+    step_s = worker.cost.decode(worker.sequences, worker.tokens)
+    return worker.mean_tokens * step_s / 2 / worker.sequences
+
+
 def _queue(queue: Sequence[Queued], ours: Queued, now: float) -> tuple[float, bool]:
     """Seconds of work that goes first, the rest of a less urgent chunk included, and whether what comes after would
     become late by ours."""

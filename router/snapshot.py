@@ -51,7 +51,7 @@ class DecodeLoad(NamedTuple):
     """A decode worker in a snapshot. `free_blocks` is what nobody holds and nobody was promised.
 
     `strictest_s` is the least objective per token among the sequences bound to it, None without any; `queue` are
-    prompts that it computes itself, `drain_s` about how long until one of its sequences ends.
+    prompts that it computes itself, `mean_tokens` what its sequences hold or will.
     """
 
     name: str
@@ -66,12 +66,11 @@ class DecodeLoad(NamedTuple):
     queue: Sequence[Queued] = ()
     cached_tokens: int = 0
     promise: float = 1.0
-    drain_s: float = 1.0
+    mean_tokens: float = 0.0
     chosen_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """A request that is to be placed at `now`. Objectives are None where there are none; `ttft_s` is what is left.
 
     `unbound` are sequences admitted before that no decode worker has yet, with their tokens.

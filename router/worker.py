@@ -144,13 +144,6 @@ class Worker:
             self.prefill.queue(now),
             cached_tokens,
             self.accuracy.factor,
-            self._drain_s(),
+            decode.mean_blocks * self.card.kv_layout.block_tokens,
             self.chosen_at,
         )
-
-    def _drain_s(self) -> float:
-        """About how long until one of the sequences bound here ends: half a usual one's steps, over their number."""
-        if self.cost is None or not len(self.decode):
-            return 0.0
-        step = self.cost.decode(len(self.decode), self.decode.tokens)
-        return self.decode.mean_blocks * self.card.kv_layout.block_tokens * step / 2 / len(self.decode)

@@ -17,7 +17,7 @@ def test_the_chosen_one_comes_first_and_the_rest_is_cut() -> None:
     explanations.prompt("", "r", plan("p7", *names), 1.0)
     (found,) = explanations.find("", "r")
     assert [candidate.name for candidate in found.candidates] == ["p7", *names[: CANDIDATES - 1]]
-    assert (found.others, found.chosen, found.ttft_s) == (20 - CANDIDATES, "p7 (prefill)", 0.2)
+    assert (found.others, found.chosen, found.ttft_s) == (20 - CANDIDATES, "p7", 0.2)
 
 
 def test_handoffs_follow_their_prompt_and_tenants_are_apart() -> None:
@@ -28,7 +28,7 @@ def test_handoffs_follow_their_prompt_and_tenants_are_apart() -> None:
     assert [entry.step for entry in explanations.find("a", "r")] == ["prompt", *["decode"] * (DECISIONS - 1)]
     assert explanations.find("b", "r") == []
     explanations.prompt("a", "r", plan("p1", "p1"), 3.0)
-    assert [entry.chosen for entry in explanations.find("a", "r")] == ["p1 (prefill)"]
+    assert [entry.chosen for entry in explanations.find("a", "r")] == ["p1"]
 
 
 def test_the_oldest_is_forgotten() -> None:

@@ -21,7 +21,7 @@ TRIP = prediction.TRIP_S
 
 def ask(tokens: int = 100, ttft: float | None = None, tpot: float | None = None, **more: object) -> Ask:
     made = Ask(NOW, tokens, Demand(tokens // 16 + 4, tokens), ttft, tpot)
-    return made if not more else Ask(**{name: more.get(name, getattr(made, name)) for name in made.__slots__})  # type: ignore[arg-type]
+    return made if not more else Ask(**{name: more.get(name, getattr(made, name)) for name in made._fields})  # type: ignore[arg-type]
 
 
 def planned(request: Ask, *workers: PrefillLoad | DecodeLoad, direct: bool = True) -> Plan:
@@ -116,8 +116,9 @@ def test_a_refusal_says_when_to_come_back() -> None:
     found = planned(ask(100, ttft=0.2), P._replace(queue=busy(2.0)), D._replace(sequences=1, strictest_s=0.0121))
     assert found.constraint == "ttft"
     assert found.retry_s == pytest.approx(2.102 + TRIP - 0.2)
-    drained = planned(ask(tpot=0.005), P, D._replace(drain_s=3.0))
-    assert (drained.constraint, drained.retry_s) == ("tpot", 3.0)
+    drained = planned(ask(tpot=0.005), P, D._replace(sequences=2, mean_tokens=1000.0))
+    assert drained.constraint == "tpot"
+    assert drained.retry_s == pytest.approx(1000 * 0.012 / 2 / 2)
 
 
 def test_a_promise_is_more_than_the_prediction_where_those_were_broken() -> None:
