@@ -207,7 +207,8 @@ def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -
 def _in_place(ask: Ask, worker: DecodeLoad) -> Candidate:
     seconds = prediction.step(worker, ask)
     kept = has_room(worker, ask.demand) and not _misses_tpot(ask, worker, seconds)
-    light = not worker.sequences or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS
+    idle = not worker.sequences and not ask.unbound  # who is on the way would wait for its chunks
+    light = idle or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS
     load = worker.tokens / worker.capacity_blocks
     return _offer(ask, worker, Way.DIRECT, load, prediction.direct(worker, ask), seconds, kept, light)
 

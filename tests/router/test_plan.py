@@ -88,6 +88,7 @@ def test_light_work_goes_in_place_when_that_is_twice_as_fast() -> None:
     assert planned(ask(400), queue, residents).way is Way.PREFILL
     assert planned(ask(400), queue, residents._replace(cached_tokens=384)).way is Way.DIRECT
     assert planned(ask(400), queue, D).way is Way.DIRECT  # it has nobody to disturb
+    assert planned(ask(400, unbound=1), queue, D).way is Way.PREFILL  # it is about to
     assert planned(ask(40), queue, residents, direct=False).way is Way.PREFILL
 
 
