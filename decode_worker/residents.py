@@ -99,6 +99,7 @@ class Residents:
     def _advanced(self, item: StepItem, report: StepReport, frames: TokenFrames) -> None:
         resident = self._held.get(item.key)
         if resident is None:
+            self._counts.add("late_steps")
             return
         if resident.uncomputed:
             new = max(item.computed - resident.computed, 0)

@@ -69,6 +69,11 @@ class Attempt:
     def key(self) -> AttemptKey:
         return self.spec.attempt
 
+    def advance(self, computed: int) -> int:
+        """So many of its tokens are computed now; returns how many of them are new."""
+        before, self.computed = self.computed, max(computed, self.computed)
+        return self.computed - before
+
     @property
     def uncomputed(self) -> int:
         """Prompt tokens still to compute."""

@@ -205,10 +205,10 @@ class PrefillRole:
     def _computed(self, item: StepItem, report: StepReport, frames: TokenFrames) -> None:
         attempt = self._attempts.get(item.key)
         if attempt is None:
+            self._counts.add("late_steps")
             return
         attempt.in_engine = not (item.token_ids or report.error)
-        before, attempt.computed = attempt.computed, max(item.computed, attempt.computed)
-        self._counts.add("prompt_tokens_wasted" if attempt.over else "prompt_tokens", attempt.computed - before)
+        self._counts.add("prompt_tokens_wasted" if attempt.over else "prompt_tokens", attempt.advance(item.computed))
         if attempt.over:
             return  # `on_removed` follows
         if report.error:

@@ -242,9 +242,7 @@ class Request:
         if self.state in (State.PREFILLING, State.HANDING_OFF):
             self.state = State.DECODING
             self._disarm("handoff", "rebind")
-            self.attempt.prefill.prefill.release(
-                self.key, self._loop.time()
-            )  # also where this overtook the first token
+            self.attempt.computed(self._loop.time())  # also where this overtook the first token
             self.attempt.resident()
 
     def _check_end(self, end: End) -> None:

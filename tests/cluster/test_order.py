@@ -186,4 +186,5 @@ async def test_ten_cancelled_long_prompts_cost_the_next_one_a_chunk_at_most(clus
         # What was computed for nobody, and with it what the short one waited for.
         assert await count_of(cluster, "prompt_tokens_wasted") - wasted <= CHUNK
         assert await count_of(cluster, "prompt_tokens") - useful <= CHUNK + SHORT
+        assert await count_of(cluster, "late_steps") == 0
         assert not longs.firsts
