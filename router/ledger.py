@@ -36,6 +36,8 @@ class PrefillLedger:
         self._order: list[tuple[float, AttemptKey]] = []
         self._total = 0
         self._foreign = 0
+        self.queued_tokens = 0
+        """Ours, and what the worker last reported beyond ours. No property, as `work_s`: placement asks all workers."""
         self.work_s = 0.0
         """Predicted work of all that was placed and is not computed: what is left of it, or a little more."""
         self._at = 0.0
@@ -43,18 +45,13 @@ class PrefillLedger:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    @property
-    def queued_tokens(self) -> int:
-        """Ours, and what the worker last reported beyond ours."""
-        return self._total + self._foreign
-
     def place(self, attempt: AttemptKey, tokens: int, queued: Queued | None = None) -> None:
         """A prompt is on its way there; `queued` where its work can be predicted."""
         assert attempt not in self._prompts, "an attempt is placed once"
         known = queued or Queued(0.0, 0.0, False)
         self._prompts[attempt] = _Prompt(tokens, known, known.seconds)
         bisect.insort(self._order, (known.rank, attempt))
-        self._total += tokens
+        self._count(tokens)
         self.work_s += known.seconds
 
     def started(self, attempt: AttemptKey, now: float) -> None:
@@ -70,7 +67,7 @@ class PrefillLedger:
             return
         self._pass(now)
         prompt = self._prompts.pop(attempt)
-        self._total -= prompt.tokens
+        self._count(-prompt.tokens)
         self.work_s = self.work_s - prompt.queued.seconds if self._prompts else 0.0
         del self._order[bisect.bisect_left(self._order, (prompt.queued.rank, attempt))]
 
@@ -92,11 +89,17 @@ class PrefillLedger:
     def reported(self, waiting_tokens: int) -> None:
         """The worker's own count, now."""
         self._foreign = max(0, waiting_tokens - self._total)
+        self._count(0)
 
     def check_integrity(self) -> None:
         """The total is the sum of its parts, and everything has its place in the order."""
         assert self._total == sum(prompt.tokens for prompt in self._prompts.values())
+        assert self.queued_tokens == self._total + self._foreign
         assert sorted(attempt for _, attempt in self._order) == sorted(self._prompts)
+
+    def _count(self, tokens: int) -> None:
+        self._total += tokens
+        self.queued_tokens = self._total + self._foreign
 
     def _pass(self, now: float) -> None:
         """Gives the time since the last news to what was computed in it: the next one's turn comes with news."""
@@ -136,15 +139,12 @@ class DecodeLedger:
         self._total_blocks = 0
         self._total_tokens = 0
         self._beyond = 0
+        self.tokens = 0
+        """In its KV: those of bound prompts, and what the last report had beyond those."""
         self._report: Reported | None = None
 
     def __len__(self) -> int:
         return len(self._demands)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in its KV: of bound prompts, and what the last report had beyond those."""
-        return self._total_tokens + self._beyond
 
     @property
     def free_blocks(self) -> int:
@@ -172,7 +172,7 @@ class DecodeLedger:
         self._unreported[attempt] = False
         self._unreported_blocks += demand.blocks
         self._total_blocks += demand.blocks
-        self._total_tokens += demand.tokens
+        self._count(demand.tokens)
 
     def resident(self, attempt: AttemptKey) -> None:
         """It has arrived: the next report includes it."""
@@ -186,7 +186,7 @@ class DecodeLedger:
             return
         self._objectives.pop(attempt, None)
         self._total_blocks -= demand.blocks
-        self._total_tokens -= demand.tokens
+        self._count(-demand.tokens)
         if self._unreported.pop(attempt, None) is not None:
             self._unreported_blocks -= demand.blocks
 
@@ -198,9 +198,15 @@ class DecodeLedger:
             self._unreported_blocks -= self._demands[attempt].blocks
         expected = self._total_tokens - sum(self._demands[attempt].tokens for attempt in self._unreported)
         self._beyond = max(0, report.resident_tokens - expected)
+        self._count(0)
+
+    def _count(self, tokens: int) -> None:
+        self._total_tokens += tokens
+        self.tokens = self._total_tokens + self._beyond
 
     def check_integrity(self) -> None:
         """The totals are the sums of their parts."""
+        assert self.tokens == self._total_tokens + self._beyond
         assert self._objectives.keys() <= self._demands.keys()
         assert self._total_blocks == sum(demand.blocks for demand in self._demands.values())
         assert self._total_tokens == sum(demand.tokens for demand in self._demands.values())

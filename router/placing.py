@@ -19,7 +19,7 @@ from router.registry import NOBODY_RETRY_S, ServedModel
 from router.snapshot import Ask
 from router.worker import Worker
 
-FIRST_LOOK, SECOND_LOOK = 4, 64
+FIRST_LOOK, SECOND_LOOK = 2, 64
 """Workers of each role that a decision looks at."""
 
 
@@ -55,7 +55,10 @@ class Placer:
         prefills, decodes = workers.get("prefill", []), workers["decode"]
         now = asyncio.get_running_loop().time()
         blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
-        found, seen = self._plan(order, now, prefills, decodes, blocks, cached)
+        able: Sequence[Worker] = prefills
+        if prefills and blocks > model.least_blocks("prefill"):
+            able = [worker for worker in prefills if worker.registration.blocks >= blocks]
+        found, seen = self._plan(order, now, able, decodes, blocks, cached)
         if found is None:
             kind = "decode" if self._path == "direct" else "prefill"
             raise ResourceExhausted(f"no {kind} worker's pool has {blocks} blocks", constraint=f"{kind}_blocks")
@@ -112,9 +115,8 @@ class Placer:
     ) -> tuple[Plan | None, dict[str, Worker]]:
         """Of few workers where that will do, else of many; and those that were looked at, by name."""
         ask = self._ask(order, now, len(decodes))
-        able = [worker for worker in prefills if worker.registration.blocks >= blocks]
         for width in (FIRST_LOOK, SECOND_LOOK):
-            some, others = _soonest(able, cached, width), _freest(decodes, cached, width)
+            some, others = _soonest(prefills, cached, width), _freest(decodes, cached, width)
             found = plan(
                 ask,
                 [worker.prefill_load(now, cached.get(worker, 0)) for worker in some],
@@ -122,7 +124,7 @@ class Placer:
                 blocks,
                 direct=self._path != "disaggregated",
             )
-            if (found is not None and found.meets) or max(len(able), len(decodes)) <= width:
+            if (found is not None and found.meets) or max(len(prefills), len(decodes)) <= width:
                 break
         return found, {worker.name: worker for worker in (*some, *others)}
 
@@ -147,11 +149,15 @@ def _soonest(workers: Sequence[Worker], cached: Mapping[Worker, int], count: int
     if len(workers) <= count:
         return workers
 
-    keys = []
-    for place, worker in enumerate(workers):
-        ledger, saved = worker.prefill, cached.get(worker, 0)
-        seconds = ledger.work_s - (saved * worker.cost.per_token if saved and worker.cost is not None else 0.0)
-        keys.append((seconds, ledger.queued_tokens - saved, worker.chosen_at, place))
+    keys = [
+        ((ledger := worker.prefill).work_s, ledger.queued_tokens, worker.chosen_at, place)
+        for place, worker in enumerate(workers)
+    ]
+    for place, saved in _cached_at(workers, cached):
+        seconds, tokens, chosen_at, _ = keys[place]
+        cost = workers[place].cost
+        less_s = saved * cost.per_token if cost is not None else 0.0
+        keys[place] = seconds - less_s, tokens - saved, chosen_at, place
     return _least(workers, keys, count)
 
 
@@ -160,16 +166,24 @@ def _freest(workers: Sequence[Worker], cached: Mapping[Worker, int], count: int)
     if len(workers) <= count:
         return workers
 
-    keys = []
-    for place, worker in enumerate(workers):
-        load = (worker.decode.tokens - cached.get(worker, 0)) / worker.registration.blocks
-        keys.append((load, len(worker.decode), worker.chosen_at, place))
+    keys = [
+        (worker.decode.tokens / worker.registration.blocks, worker.chosen_at, place)
+        for place, worker in enumerate(workers)
+    ]
+    for place, saved in _cached_at(workers, cached):
+        load, chosen_at, _ = keys[place]
+        keys[place] = load - saved / workers[place].registration.blocks, chosen_at, place
     return _least(workers, keys, count)
 
 
-def _least(workers: Sequence[Worker], keys: Sequence[tuple[float, float, float, int]], count: int) -> list[Worker]:
+def _cached_at(workers: Sequence[Worker], cached: Mapping[Worker, int]) -> list[tuple[int, int]]:
+    """Places of the workers that hold some of the prompt, and how many tokens of it."""
+    return [(place, cached[worker]) for place, worker in enumerate(workers) if worker in cached] if cached else []
+
+
+def _least(workers: Sequence[Worker], keys: Sequence[tuple[*tuple[float, ...], int]], count: int) -> list[Worker]:
     """Those with the least keys, of which the last part is a worker's place."""
-    return [workers[key[3]] for key in sorted(keys)[:count]]
+    return [workers[key[-1]] for key in sorted(keys)[:count]]
 
 
 def _refusal(order: Order, found: Plan) -> str:

@@ -46,6 +46,7 @@ class ServedModel:
     """By name."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     _usable: dict[RoleName, list[Worker]] = field(default_factory=dict)
+    _least_blocks: dict[RoleName, int] = field(default_factory=dict)
 
     def usable(self, role: RoleName) -> list[Worker]:
         """Workers of that role that take new work, by name. Not to be changed: the next caller gets it too."""
@@ -53,7 +54,13 @@ class ServedModel:
         if found is None:
             found = [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
             self._usable[role] = found
+            self._least_blocks[role] = min((worker.registration.blocks for worker in found), default=0)
         return found
+
+    def least_blocks(self, role: RoleName) -> int:
+        """Of the smallest pool among the usable workers of that role; 0 without any."""
+        self.usable(role)
+        return self._least_blocks[role]
 
     def changed(self) -> None:
         """What is usable may be different now."""

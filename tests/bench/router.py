@@ -24,6 +24,7 @@ import uvloop
 from baton.client import Client
 from baton.client.types import Finished
 from baton.cost import StepCost
+from baton.rpc import collector
 from baton.telemetry import configure_logs
 from baton.v1 import worker_pb2 as wire
 from kvtransfer.prefix import block_digests
@@ -75,6 +76,7 @@ async def placements() -> list[Row]:
         requests._placer.place = place  # type: ignore[method-assign, assignment]
         chance = random.Random(1)
         known = _fill(cluster.router, chance)
+        collector.settle()  # as the router's own process does
         for _ in range(PLACED // 8):
             starts = [_prompt(chance) for _ in range(4)] + chance.sample(known, 4)
             asked = [start + _prompt(chance) + _prompt(chance) for start in starts]
