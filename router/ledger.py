@@ -7,6 +7,7 @@ remembers of the last report only what is *not* in them: other routers' work, an
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.spec import AttemptKey
@@ -31,13 +32,15 @@ class PrefillLedger:
     pieces of news goes into that one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed` is called whenever what is placed has changed."""
+        self._changed = changed
         self._prompts: dict[AttemptKey, _Prompt] = {}
         self._order: list[tuple[float, AttemptKey]] = []
         self._total = 0
         self._foreign = 0
         self.queued_tokens = 0
-        """Ours, and what the worker last reported beyond ours. No property, as `work_s`: placement asks all workers."""
+        """Ours, and what the worker last reported beyond ours."""
         self.work_s = 0.0
         """Predicted work of all that was placed and is not computed: what is left of it, or a little more."""
         self._at = 0.0
@@ -100,6 +103,7 @@ class PrefillLedger:
     def _count(self, tokens: int) -> None:
         self._total += tokens
         self.queued_tokens = self._total + self._foreign
+        self._changed()
 
     def _pass(self, now: float) -> None:
         """Gives the time since the last news to what was computed in it: the next one's turn comes with news."""
@@ -130,7 +134,9 @@ class DecodeLedger:
     includes them.
     """
 
-    def __init__(self, capacity_blocks: int) -> None:
+    def __init__(self, capacity_blocks: int, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed` is called whenever what is bound or reported has changed."""
+        self._changed = changed
         self._capacity = capacity_blocks
         self._demands: dict[AttemptKey, Demand] = {}
         self._objectives: dict[AttemptKey, float] = {}
@@ -203,6 +209,7 @@ class DecodeLedger:
     def _count(self, tokens: int) -> None:
         self._total_tokens += tokens
         self.tokens = self._total_tokens + self._beyond
+        self._changed()
 
     def check_integrity(self) -> None:
         """The totals are the sums of their parts."""

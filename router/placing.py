@@ -7,7 +7,7 @@ of these will do, many are: nobody is refused because the right worker was not l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted, Unavailable
@@ -52,17 +52,13 @@ class Placer:
         for role, there in workers.items():
             if not there:
                 raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
-        prefills, decodes = workers.get("prefill", []), workers["decode"]
         now = asyncio.get_running_loop().time()
         blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
-        able: Sequence[Worker] = prefills
-        if prefills and blocks > model.least_blocks("prefill"):
-            able = [worker for worker in prefills if worker.registration.blocks >= blocks]
-        found, seen = self._plan(order, now, able, decodes, blocks, cached)
+        found, seen = self._plan(order, now, model, blocks, cached)
         if found is None:
             kind = "decode" if self._path == "direct" else "prefill"
             raise ResourceExhausted(f"no {kind} worker's pool has {blocks} blocks", constraint=f"{kind}_blocks")
-        unseen = len(prefills) + len(decodes) - len(found.candidates)
+        unseen = sum(map(len, workers.values())) - len(found.candidates)
         self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now, unseen)
         if order.refuses and not found.meets:
             raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
@@ -84,18 +80,17 @@ class Placer:
     ) -> Choice | None:
         """The decode worker to bind; `cached` are tokens of the prompt that workers hold already, `refused_by`
         incarnations that won't take it. None when nobody is left."""
-        workers = model.reachable("decode")
-        now = asyncio.get_running_loop().time()
-        able: Sequence[Worker] = workers
-        excluded: set[str] = set()
-        if refused_by or avoid:
-            excluded = {worker.name for worker in workers if worker.process.incarnation in refused_by}
-            able = [worker for worker in workers if worker.name != avoid and worker.name not in excluded] or workers
+        workers, now = model.ranking("decode"), asyncio.get_running_loop().time()
+
+        def may(worker: Worker) -> bool:
+            return worker.name != avoid and worker.process.incarnation not in refused_by
+
         for width in (FIRST_LOOK, SECOND_LOOK):
-            some = _freest(able, cached, width)
+            some = workers.least(width, cached, may if refused_by or avoid else None) or workers.least(width, cached)
+            excluded = {worker.name for worker in some if worker.process.incarnation in refused_by}
             loads = [worker.decode_load(now, cached.get(worker, 0)) for worker in some]
             decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
-            if len(able) <= width or (decision is not None and decision.keeps):
+            if len(workers) <= width or (decision is not None and decision.keeps):
                 break
         if decision is None:
             return None
@@ -105,18 +100,16 @@ class Placer:
         return Choice(next(worker for worker in some if worker.name == decision.chosen), room)
 
     def _plan(
-        self,
-        order: Order,
-        now: float,
-        prefills: Sequence[Worker],
-        decodes: Sequence[Worker],
-        blocks: int,
-        cached: Mapping[Worker, int],
+        self, order: Order, now: float, model: ServedModel, blocks: int, cached: Mapping[Worker, int]
     ) -> tuple[Plan | None, dict[str, Worker]]:
         """Of few workers where that will do, else of many; and those that were looked at, by name."""
-        ask = self._ask(order, now, len(decodes))
+        rankings = {role: model.ranking(role) for role in self.roles}
+        ask = self._ask(order, now, len(rankings["decode"]))
         for width in (FIRST_LOOK, SECOND_LOOK):
-            some, others = _soonest(prefills, cached, width), _freest(decodes, cached, width)
+            some = []
+            if "prefill" in rankings:
+                some = rankings["prefill"].least(width, cached, lambda worker: worker.registration.blocks >= blocks)
+            others = rankings["decode"].least(width, cached)
             found = plan(
                 ask,
                 [worker.prefill_load(now, cached.get(worker, 0)) for worker in some],
@@ -124,7 +117,7 @@ class Placer:
                 blocks,
                 direct=self._path != "disaggregated",
             )
-            if (found is not None and found.meets) or max(len(prefills), len(decodes)) <= width:
+            if (found is not None and found.meets) or max(map(len, rankings.values())) <= width:
                 break
         return found, {worker.name: worker for worker in (*some, *others)}
 
@@ -142,48 +135,6 @@ class Placer:
             self._unbound_tokens // share,
             spec.max_tokens - len(spec.output) == 1,
         )
-
-
-def _soonest(workers: Sequence[Worker], cached: Mapping[Worker, int], count: int) -> Sequence[Worker]:
-    """Prefill workers with the least work before them, what the caches save taken off."""
-    if len(workers) <= count:
-        return workers
-
-    keys = [
-        ((ledger := worker.prefill).work_s, ledger.queued_tokens, worker.chosen_at, place)
-        for place, worker in enumerate(workers)
-    ]
-    for place, saved in _cached_at(workers, cached):
-        seconds, tokens, chosen_at, _ = keys[place]
-        cost = workers[place].cost
-        less_s = saved * cost.per_token if cost is not None else 0.0
-        keys[place] = seconds - less_s, tokens - saved, chosen_at, place
-    return _least(workers, keys, count)
-
-
-def _freest(workers: Sequence[Worker], cached: Mapping[Worker, int], count: int) -> Sequence[Worker]:
-    """Decode workers that carry the least."""
-    if len(workers) <= count:
-        return workers
-
-    keys = [
-        (worker.decode.tokens / worker.registration.blocks, worker.chosen_at, place)
-        for place, worker in enumerate(workers)
-    ]
-    for place, saved in _cached_at(workers, cached):
-        load, chosen_at, _ = keys[place]
-        keys[place] = load - saved / workers[place].registration.blocks, chosen_at, place
-    return _least(workers, keys, count)
-
-
-def _cached_at(workers: Sequence[Worker], cached: Mapping[Worker, int]) -> list[tuple[int, int]]:
-    """Places of the workers that hold some of the prompt, and how many tokens of it."""
-    return [(place, cached[worker]) for place, worker in enumerate(workers) if worker in cached] if cached else []
-
-
-def _least(workers: Sequence[Worker], keys: Sequence[tuple[*tuple[float, ...], int]], count: int) -> list[Worker]:
-    """Those with the least keys, of which the last part is a worker's place."""
-    return [workers[key[-1]] for key in sorted(keys)[:count]]
 
 
 def _refusal(order: Order, found: Plan) -> str:

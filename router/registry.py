@@ -25,6 +25,7 @@ from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from router.artifacts import ArtifactStore
+from router.ranking import Ranking
 from router.tokenisation import Language
 from router.worker import ModelCard, Registration, Worker
 from router.worker_link import WorkerLink
@@ -46,7 +47,7 @@ class ServedModel:
     """By name."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     _usable: dict[RoleName, list[Worker]] = field(default_factory=dict)
-    _least_blocks: dict[RoleName, int] = field(default_factory=dict)
+    _rankings: dict[RoleName, Ranking] = field(default_factory=dict)
 
     def usable(self, role: RoleName) -> list[Worker]:
         """Workers of that role that take new work, by name. Not to be changed: the next caller gets it too."""
@@ -54,21 +55,23 @@ class ServedModel:
         if found is None:
             found = [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
             self._usable[role] = found
-            self._least_blocks[role] = min((worker.registration.blocks for worker in found), default=0)
         return found
-
-    def least_blocks(self, role: RoleName) -> int:
-        """Of the smallest pool among the usable workers of that role; 0 without any."""
-        self.usable(role)
-        return self._least_blocks[role]
 
     def changed(self) -> None:
         """What is usable may be different now."""
         self._usable.clear()
+        self._rankings.clear()
 
-    def reachable(self, role: RoleName) -> list[Worker]:
-        """The usable ones; where there is none, those whose stream is broken but may come back."""
-        return self.usable(role) or [
+    def ranking(self, role: RoleName) -> Ranking:
+        """The usable ones in the order of what they carry; where there is none, those whose stream is broken but may
+        come back."""
+        found = self._rankings.get(role)
+        if found is None:
+            found = self._rankings[role] = Ranking(self.usable(role) or self._away(role), role)
+        return found
+
+    def _away(self, role: RoleName) -> list[Worker]:
+        return [
             worker
             for worker in self.workers
             if worker.language_ready and not worker.lost and role in worker.registration.roles

@@ -5,6 +5,7 @@ JOINING -> USABLE <-> DETACHED -> LOST      the registry owns it; LOST is final,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.config import RoleName
@@ -80,11 +81,14 @@ class Worker:
     chunk_tokens: int = 512
     accuracy: Accuracy = field(default_factory=Accuracy)
     chosen_at: float = 0.0
-    prefill: PrefillLedger = field(default_factory=PrefillLedger)
+    prefill: PrefillLedger = field(init=False)
     decode: DecodeLedger = field(init=False)
+    watchers: dict[RoleName, Callable[[Worker], None]] = field(default_factory=dict)
+    """Who is told, by role, whenever what the worker carries has changed."""
 
     def __post_init__(self) -> None:
-        self.decode = DecodeLedger(self.registration.blocks)
+        self.prefill = PrefillLedger(self._changed)
+        self.decode = DecodeLedger(self.registration.blocks, self._changed)
 
     def __str__(self) -> str:
         return self.registration.process.name
@@ -113,6 +117,10 @@ class Worker:
             self.cost, self.chunk_tokens = cost_from_wire(load.cost), load.cost.chunk_tokens or self.chunk_tokens
         self.prefill.reported(load.waiting_tokens)
         self.decode.reported(Reported(load.free_blocks + load.cached_blocks, load.resident_tokens))
+
+    def _changed(self) -> None:
+        for watcher in self.watchers.values():
+            watcher(self)
 
     def prefill_load(self, now: float, cached_tokens: int = 0) -> PrefillLoad:
         """This worker in a snapshot, for a prompt of which it holds so many tokens."""
