@@ -4,11 +4,16 @@ An idle 1+1 for each of shm and tcp, taking turns with fresh prompts. The prefil
 share the first core; the decode worker has the last. The gap from the first token to the second is set against a decode
 step of the same stream, the time to the first token against a request of one token, which has no handoff, and the step
 of a sequence that decodes while 4,096 tokens come in against the same sequence alone.
+
+Beside it: how long this process takes to touch as much memory of its own, left alone for as long. A virtual machine's
+host may take away what is idle, or let it grow cold; then a decode worker's first step after a pause is slower than its
+others, whoever wrote the blocks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import random
 import statistics
@@ -31,6 +36,8 @@ OUTPUT = 12
 GAP_MS: dict[str, tuple[float, float]] = {"shm": (5.0, 15.0), "tcp": (10.0, 25.0)}
 """(median, p99) that the first gap may exceed a step by."""
 TTFT_RATIO, STEP_RATIO = 1.03, 1.15
+KV_BYTES = 23_040
+"""Of a token of the embedded model."""
 BESIDE = 100
 """Output tokens of the sequence that decodes meanwhile: fewer than 4,096 tokens take to come in."""
 
@@ -58,6 +65,31 @@ class Streamed:
     @property
     def gaps(self) -> list[float]:
         return [later - earlier for earlier, later in zip(self.at, self.at[1:], strict=False)]
+
+
+class Pause:
+    """Memory in ordinary pages that nobody else uses, and the times it took to touch some of it."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, KV_BYTES * max(ROUNDS), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._memory.write(bytes(len(self._memory)))
+        self.touched: dict[int, list[float]] = {}
+        """By tokens, in ms."""
+
+    def touch(self, tokens: int) -> None:
+        """As many pages as the KV of so many tokens."""
+        started = time.perf_counter()
+        memoryview(self._memory)[: KV_BYTES * tokens : mmap.PAGESIZE].tobytes()
+        self.touched.setdefault(tokens, []).append((time.perf_counter() - started) * 1e3)
+
+    def rows(self) -> list[Row]:
+        """The longest times, and their spread."""
+        return [
+            Row(f"{tokens:,} tokens: touching as much idle memory, longest", "ms", max(times), "", None, False,
+                spread=spread(times))
+            for tokens, times in self.touched.items()
+        ]  # fmt: skip
 
 
 def prompt(tokens: int, generator: random.Random) -> list[int]:
@@ -115,7 +147,7 @@ def stay_on(pid: int, cpu: int) -> None:
             os.sched_setaffinity(int(task.name), {cpu})
 
 
-async def measure(rounds: dict[int, int]) -> dict[TransportChoice, Found]:
+async def measure(rounds: dict[int, int], pause: Pause) -> dict[TransportChoice, Found]:
     generator = random.Random(3)
     found: dict[TransportChoice, Found] = {"shm": Found(), "tcp": Found()}
     async with AsyncExitStack() as stack:
@@ -132,6 +164,7 @@ async def measure(rounds: dict[int, int]) -> dict[TransportChoice, Found]:
             for _ in range(count):
                 for transport, client in clients.items():
                     await once(client, found[transport], tokens, generator)
+                pause.touch(tokens)
         for _ in range(max(1, rounds[4096] // 2)):
             for transport, client in clients.items():
                 await disturbed(client, found[transport], generator)
@@ -174,7 +207,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 def main() -> None:
     scale = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
     rounds = {tokens: max(2, round(count * scale)) for tokens, count in ROUNDS.items()}
-    sys.exit(0 if publish("handoff", rows(asyncio.run(measure(rounds)))) else 1)
+    pause = Pause()
+    found = asyncio.run(measure(rounds, pause))
+    sys.exit(0 if publish("handoff", rows(found) + pause.rows()) else 1)
 
 
 if __name__ == "__main__":
