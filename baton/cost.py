@@ -3,14 +3,15 @@
     a prefill chunk   fixed + per_token * n + per_pair * n * (c + n / 2)     n new tokens behind c that are in the KV
     a decode step     fixed + per_sequence * sequences + per_resident * resident tokens
 
-A step that does both costs the decode step and what the chunk adds to it. Seconds throughout.
+A step that does both costs the decode step and what the chunk adds to it, times what such steps have lately taken over
+that sum: under load, when the other cores compute too. Seconds throughout.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 FORGETTING = 0.98
@@ -21,6 +22,10 @@ OUTLIER = 3.0
 """A residual counts for no more than so many times the usual one."""
 LEAST_CHUNK = 16
 """Tokens of a chunk beside residents where their objectives leave less: a prompt that has started must end."""
+ALONE_CHUNK = 64
+"""Tokens of a chunk beside nobody: with fewer, reading the weights would take a good part of the step."""
+MIXED_GAIN, MIXED_MOST = 0.1, 3.0
+"""What one step with a chunk beside sequences weighs in their mean, and the most that one may be out by."""
 MARGIN = 0.9
 """Of what an objective leaves, what is used."""
 STRETCH = 3.0
@@ -30,6 +35,10 @@ FIXED_SHARE = 0.2
 which the first one then waits."""
 SOLVE_ALWAYS, SOLVE_EVERY = 32, 8
 """The first observations are solved for one by one, later ones by eights: a step has better things to do."""
+
+
+COEFFICIENTS = ("chunk", "per_token", "per_pair", "step", "per_sequence", "per_resident")
+"""Those of `StepCost` that are seconds."""
 
 
 class StepShape(NamedTuple):
@@ -51,12 +60,14 @@ class StepCost:
     step: float = 0.0
     per_sequence: float = 0.0
     per_resident: float = 0.0
+    mixed: float = 1.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
             assert math.isfinite(value), f"{name} is finite"
             assert value >= 0, f"{name} is not negative"
+        assert self.mixed > 0, "a step takes time"
 
     @property
     def knows_prefill(self) -> bool:
@@ -70,7 +81,8 @@ class StepCost:
         """One step."""
         if not shape.sequences:
             return self.chunk + self._adds(shape)
-        return self.decode(shape.sequences, shape.resident_tokens) + self._adds(shape)
+        decode, adds = self.decode(shape.sequences, shape.resident_tokens), self._adds(shape)
+        return self.mixed * (decode + adds) if shape.new_tokens else decode
 
     def decode(self, sequences: float, resident_tokens: float) -> float:
         """A step without prefill."""
@@ -95,8 +107,14 @@ class StepCost:
         """The largest chunk that a step of `step_s` has room for within the strictest objective among its sequences, or
         within `STRETCH` of itself where there is none; 0 to `most` tokens. Whoever sizes chunks takes `LEAST_CHUNK` at
         the least; whoever places prompts takes less than that for a missed objective."""
-        spare = (STRETCH - 1) * step_s if limit_s is None else limit_s * MARGIN - step_s
+        spare = (STRETCH - 1) * step_s if limit_s is None else limit_s * MARGIN / self.mixed - step_s
         return self.fits(spare, cached_tokens, most)
+
+    def fits_alone(self, limit_s: float | None, cached_tokens: int, most: int) -> int:
+        """The same for a step without sequences, at least `ALONE_CHUNK`: who comes in meanwhile waits for its end."""
+        if limit_s is None:
+            return most
+        return min(most, max(ALONE_CHUNK, self.fits(limit_s * MARGIN - self.chunk, cached_tokens, most)))
 
     def worth_computing(self, fixed_s: float, most: int) -> int:
         """Prompt tokens from which on `fixed_s` is no more than `FIXED_SHARE` of a step; at most `most`."""
@@ -194,6 +212,7 @@ class CostModel:
         self.error = 0.0
         """Mean relative error of predicted step times, exponentially forgotten."""
         self._fits = _Fits(self.cost)
+        self._mixed = 1.0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step took so long."""
@@ -202,8 +221,11 @@ class CostModel:
         predicted = self.cost.seconds(shape)
         if predicted > 0:
             self.error += 0.05 * (min(abs(predicted / seconds - 1), 4.0) - self.error)
+            if shape.new_tokens and shape.sequences:
+                ratio = self._mixed * seconds / predicted
+                self._mixed += MIXED_GAIN * (min(max(ratio, 1 / MIXED_MOST), MIXED_MOST) - self._mixed)
         self._fits.observe(shape, seconds)
-        self.cost = self._fits.cost()
+        self.cost = replace(self._fits.cost(), mixed=self._mixed)
 
 
 class _Fits:
@@ -214,7 +236,7 @@ class _Fits:
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         if shape.new_tokens and shape.sequences:
-            return  # a mixed step says little of either part
+            return  # a mixed step says little of either part, only of both together
         if shape.new_tokens:
             self._chunks.observe((1.0, shape.new_tokens, shape.pairs), seconds)
         elif shape.sequences:

@@ -2,7 +2,9 @@
 of the prompts that are computed here, as large as the residents' objectives leave room for.
 
 A chunk makes every resident wait, so it may take what the strictest objective among them leaves of a step: then none
-is missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
+is missed, however long the prompt. Where nobody is resident, somebody may come in before the chunk ends: then the
+prompts' own objectives stand for his.
+This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
 time, from the worker's own cost, in place of a number of tokens.
 """
 
@@ -63,16 +65,17 @@ class DecodeScheduler:
         waits for others with it only where the step's fixed cost would weigh too much otherwise."""
         cost, first = self._cost(), next(iter(self._prompts.values()))
         if not self._residents:
-            most, fixed = self._chunk_tokens, cost.chunk
+            fixed = cost.chunk
+            most = cost.fits_alone(self._limit_s(self._prompts), first.computed, self._chunk_tokens)
         else:
             fixed = cost.decode(len(self._residents), sum(len(other.tokens) for other in self._residents.values()))
-            fits = cost.fits_beside(fixed, self._limit_s(), first.computed, self._chunk_tokens)
+            fits = cost.fits_beside(fixed, self._limit_s(self._residents), first.computed, self._chunk_tokens)
             most = max(LEAST_CHUNK, fits)
         return min(most, max(cost.worth_computing(fixed, most), first.remaining))
 
-    def _limit_s(self) -> float | None:
-        """Of a step, by the strictest objective among the residents and the worker's own budget."""
-        limits = [other.tpot_s for other in self._residents.values() if other.tpot_s is not None]
+    def _limit_s(self, sequences: dict[AttemptKey, Sequence]) -> float | None:
+        """Of a step, by the strictest objective among some sequences and the worker's own budget."""
+        limits = [other.tpot_s for other in sequences.values() if other.tpot_s is not None]
         if self._budget_s is not None:
             limits.append(self._budget_s)
         return min(limits, default=None)

@@ -4,9 +4,10 @@ No clock, no I/O, no randomness: the same code runs live, in tests and in a simu
 with what was predicted for it, so that it can be explained later.
 
 A request that meets its objectives over both pools takes them: that leaves the decode workers undisturbed. It is
-computed in place on a decode worker where only that meets its objectives, or where that is light work (a short prompt,
-the next turn of a conversation whose KV is there, an idle worker) and takes less than half the time. Where nothing
-meets them, what misses by the least factor is offered; the caller refuses it or serves it as well as can be.
+computed in place on a decode worker where only that meets its objectives; where that is sooner, and over both pools
+most of its time would be gone; or where that is light work (a short prompt, the next turn of a conversation whose KV
+is there, an idle worker) and takes less than half the time. Where nothing meets them, what misses by the least factor
+is offered; the caller refuses it or serves it as well as can be.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from router.snapshot import Ask, DecodeLoad, Demand, PrefillLoad, Queued
 
 DIRECT_GAIN = 0.5
 """In place, a prompt that meets its objectives either way must be faster by this factor."""
+COMFORT = 0.6
+"""Of its TTFT objective, what a prompt may take over both pools before it goes in place where that is sooner: waiting
+until only that is left would fill the prefill workers' queues up to where every error of a prediction is a miss."""
 LIGHT_TOKENS = 64
 """A prompt of at most so many tokens that are not cached is light work."""
 NEAR, NEAR_S = 1.05, 0.001
@@ -126,11 +130,8 @@ def plan(
         offers += [_in_place(ask, worker) for worker in fitting if worker.cost and worker.cost.knows_prefill]
     if not offers:
         return None
-    found = _choose(ask, tuple(offers), fitting)
-    if found.way is Way.DIRECT:
-        forecast = prediction.direct(next(worker for worker in fitting if worker.name == found.chosen), ask)
-    else:
-        forecast = prediction.prefill(next(worker for worker in able if worker.name == found.chosen), ask)
+    found = _choose(ask, tuple(offer for offer, _ in offers), fitting)
+    forecast = next(forecast for offer, forecast in offers if offer.name == found.chosen and offer.way is found.way)
     return found._replace(raw_ttft_s=forecast.raw_s, queued=forecast.queued)
 
 
@@ -198,19 +199,19 @@ def _misses_tpot(ask: Ask, worker: DecodeLoad, seconds: float) -> bool:
     return (own is not None and seconds > own) or (others is not None and seconds > others)
 
 
-def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -> Candidate:
+def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -> tuple[Candidate, Forecast]:
     forecast = prediction.prefill(worker, ask)
     seconds, kept = (None, True) if tpot is None or ask.single_token else tpot
-    return _offer(ask, worker, Way.PREFILL, worker.queued_tokens, forecast, seconds, kept, light=False)
+    return _offer(ask, worker, Way.PREFILL, worker.queued_tokens, forecast, seconds, kept, light=False), forecast
 
 
-def _in_place(ask: Ask, worker: DecodeLoad) -> Candidate:
-    seconds = prediction.step(worker, ask)
+def _in_place(ask: Ask, worker: DecodeLoad) -> tuple[Candidate, Forecast]:
+    forecast, seconds = prediction.direct(worker, ask), prediction.step(worker, ask)
     kept = has_room(worker, ask.demand) and not _misses_tpot(ask, worker, seconds)
     idle = not worker.sequences and not ask.unbound  # who is on the way would wait for its chunks
     light = idle or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS
     load = worker.tokens / worker.capacity_blocks
-    return _offer(ask, worker, Way.DIRECT, load, prediction.direct(worker, ask), seconds, kept, light)
+    return _offer(ask, worker, Way.DIRECT, load, forecast, seconds, kept, light), forecast
 
 
 def _offer(
@@ -255,6 +256,9 @@ def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoa
         light = _best([offer for offer in here if offer.feasible and offer.light])
         if light is not None and _seconds(light) < DIRECT_GAIN * _seconds(good_both):
             return _planned(light, offers, "in place: light work in less than half the time")
+        tight = ask.ttft_s is not None and _seconds(good_both) > COMFORT * ask.ttft_s
+        if tight and good_here is not None and _seconds(good_here) < _seconds(good_both):
+            return _planned(good_here, offers, "in place: sooner, and over both pools little time would be left")
         return _planned(good_both, offers, "over both pools: soonest that keeps all objectives")
     if good_here is not None:
         return _planned(good_here, offers, "in place: only so are all objectives kept" if both else "in place: soonest")

@@ -50,7 +50,7 @@ def direct(worker: DecodeLoad, ask: Ask) -> Forecast:
     cost = worker.cost
     assert cost is not None, "a worker that has told its cost"
     new, cached = ask.tokens - worker.cached_tokens, worker.cached_tokens
-    seconds, chunk_s, misses = _beside(worker, cost, new, cached)
+    seconds, chunk_s, misses = _beside(worker, cost, new, cached, ask.tpot_s)
     queued = Queued(rank_of(ask), seconds, ask.ttft_s is not None, chunk_s)
     ahead, breaks = _queue(worker.queue, queued, ask.now)
     if worker.sequences and not ahead:
@@ -94,15 +94,19 @@ def _queue(queue: Sequence[Queued], ours: Queued, now: float) -> tuple[float, bo
     return ahead, breaks
 
 
-def _beside(worker: DecodeLoad, cost: StepCost, new: int, cached: int) -> tuple[float, float, bool]:
+def _beside(
+    worker: DecodeLoad, cost: StepCost, new: int, cached: int, tpot_s: float | None
+) -> tuple[float, float, bool]:
     """Seconds of a prompt beside the residents, those of one of its chunks, and whether they would miss objectives."""
-    work = cost.prefill(new, cached, worker.chunk_tokens)
     if not worker.sequences:
-        return work, work / -(-new // worker.chunk_tokens), False
+        chunk = cost.fits_alone(tpot_s, cached + new // 2, worker.chunk_tokens)
+        work = cost.prefill(new, cached, chunk)
+        return work, work / -(-new // chunk), False
+    work = cost.prefill(new, cached, worker.chunk_tokens)
     base = cost.decode(worker.sequences, worker.tokens)
     limit = worker.strictest_s
     fits = cost.fits_beside(base, limit, cached + new // 2, worker.chunk_tokens)
     chunk = min(max(fits, LEAST_CHUNK), new)
     chunks = -(-new // chunk)
-    seconds = max(chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached), work)
+    seconds = max(cost.mixed * (chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached)), work)
     return seconds, seconds / chunks, limit is not None and fits < LEAST_CHUNK

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from baton.cost import CostModel, StepCost, StepShape, pairs
+from baton.cost import COEFFICIENTS, MIXED_MOST, CostModel, StepCost, StepShape, pairs
 
 TRUE = StepCost(2e-3, 9e-4, 4e-7, 5e-3, 1e-3, 2e-6)
 
@@ -45,12 +45,27 @@ def test_outliers_hardly_move_it() -> None:
 
 def test_it_follows_a_change() -> None:
     rng, model = random.Random(4), CostModel()
-    slower = StepCost(*(1.5 * getattr(TRUE, name) for name in TRUE.__slots__))
+    slower = StepCost(*(1.5 * getattr(TRUE, name) for name in COEFFICIENTS))
     for truth in (TRUE, slower):
         for _ in range(400):
             for shape in (chunk(rng), step(rng)):
                 model.observe(shape, truth.seconds(shape))
     close(model.cost, slower, 0.05)
+
+
+def test_what_steps_with_both_take_over_their_parts_is_learned() -> None:
+    rng, model = random.Random(6), CostModel()
+    both = StepShape(64, pairs(64, 0), 8, 4000)
+    for slower in (1.0, 1.3, 0.9):
+        for _ in range(100):
+            for shape in (chunk(rng), step(rng)):
+                model.observe(shape, TRUE.seconds(shape))
+            model.observe(both, slower * TRUE.seconds(both) * rng.uniform(0.95, 1.05))
+        assert model.cost.mixed == pytest.approx(slower, rel=0.05)
+        assert model.cost.seconds(both) == pytest.approx(slower * TRUE.seconds(both), rel=0.1)
+    for _ in range(50):
+        model.observe(both, 1e3)
+    assert model.cost.mixed <= MIXED_MOST
 
 
 def test_one_load_for_long_does_not_unlearn_the_others() -> None:

@@ -48,6 +48,7 @@ def cost_to_wire(model: CostModel, chunk_tokens: int) -> wire.StepCost | None:
         step=cost.step,
         per_sequence=cost.per_sequence,
         per_resident=cost.per_resident,
+        mixed=cost.mixed,
         error=model.error,
         chunk_tokens=chunk_tokens,
     )

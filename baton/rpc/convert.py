@@ -137,4 +137,5 @@ def cost_from_wire(message: wire.StepCost) -> StepCost:
         sane(message.step),
         sane(message.per_sequence),
         sane(message.per_resident),
+        sane(message.mixed) or 1.0,
     )

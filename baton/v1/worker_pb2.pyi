@@ -1274,6 +1274,7 @@ class StepCost(_message.Message):
     PER_RESIDENT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    MIXED_FIELD_NUMBER: _builtins.int
     chunk: _builtins.float
     per_token: _builtins.float
     per_pair: _builtins.float
@@ -1284,6 +1285,8 @@ class StepCost(_message.Message):
     """Mean relative error of predicted step times."""
     chunk_tokens: _builtins.int
     """Most prompt tokens of one chunk."""
+    mixed: _builtins.float
+    """What a step with a chunk beside sequences takes, over the sum of its parts; 0: not known, as 1."""
     def __init__(
         self,
         *,
@@ -1295,10 +1298,11 @@ class StepCost(_message.Message):
         per_resident: _builtins.float = ...,
         error: _builtins.float = ...,
         chunk_tokens: _builtins.int = ...,
+        mixed: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "chunk_tokens", b"chunk_tokens", "error", b"error", "per_pair", b"per_pair", "per_resident", b"per_resident", "per_sequence", b"per_sequence", "per_token", b"per_token", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "chunk_tokens", b"chunk_tokens", "error", b"error", "mixed", b"mixed", "per_pair", b"per_pair", "per_resident", b"per_resident", "per_sequence", b"per_sequence", "per_token", b"per_token", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,11 +11,10 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict
 
 import numpy as np
 
-from baton.cost import StepCost, StepShape, pairs
+from baton.cost import COEFFICIENTS, StepCost, StepShape, pairs
 from baton.engine.api import Sequence, Work
 from baton.engine.card import describe
 from baton.engine.load import load_engine
@@ -75,7 +74,7 @@ def main() -> None:
     chunk = fit([[1.0, new, pairs(new, cached)] for new, cached in CHUNKS], prefill)
     step = fit([[1.0, sequences, sequences * tokens] for sequences, tokens in STEPS], decode)
     model = StepCost(*[float(f"{value / 1e3:.4g}") for value in (*chunk, *step)])
-    print(json.dumps(asdict(model)))
+    print(json.dumps({name: getattr(model, name) for name in COEFFICIENTS}))
     for (new, cached), ms in zip(CHUNKS, prefill, strict=True):
         said = model.seconds(StepShape(new, pairs(new, cached))) * 1e3
         print(f"prefill {new} after {cached}: {ms:.2f} ms, model {said:.2f}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from baton.cost import LEAST_CHUNK, StepCost
+from dataclasses import replace
+
+from baton.cost import ALONE_CHUNK, LEAST_CHUNK, StepCost
 from baton.engine.api import Sequence
 from decode_worker.scheduler import DecodeScheduler
 from tests.prefill_worker.builders import sequence
@@ -58,6 +60,26 @@ def test_without_residents_a_prompt_gets_whole_chunks() -> None:
     scheduler = DecodeScheduler(32, lambda: COST)
     scheduler.add(prompt(70))
     assert [counts(scheduler) for _ in range(4)] == [[32], [32], [6], [1]]
+
+
+def test_without_residents_its_own_objective_stands_for_those_who_may_come() -> None:
+    scheduler = DecodeScheduler(512, lambda: COST)
+    long = prompt(600)
+    long.tpot_s = 0.150
+    scheduler.add(long)
+    assert counts(scheduler)[0] in (132, 133), "0.9 * 150 ms less 2 ms that a chunk costs anyway"
+    long.tpot_s = 0.010
+    assert counts(scheduler) == [ALONE_CHUNK]
+
+
+def test_a_chunk_is_smaller_where_such_steps_take_longer_than_their_parts() -> None:
+    scheduler = DecodeScheduler(512, lambda: replace(COST, mixed=1.5))
+    strict = resident(5)
+    strict.tpot_s = 0.050
+    scheduler.add(strict)
+    scheduler.add(prompt(300))
+    # 45 ms over 1.5 less a step of 6 ms leaves 24.
+    assert counts(scheduler)[1] in (23, 24)
 
 
 def test_a_chunk_takes_what_the_strictest_objective_leaves() -> None:

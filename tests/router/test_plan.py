@@ -76,6 +76,22 @@ def test_in_place_where_only_that_keeps_the_first_token() -> None:
     assert "only so" in found.reason
 
 
+def test_in_place_where_that_is_sooner_and_most_of_the_time_would_be_gone() -> None:
+    residents = D._replace(sequences=4, tokens=400)
+    assert planned(ask(200, ttft=1.0), P._replace(queue=busy(0.3)), residents).way is Way.PREFILL
+    found = planned(ask(200, ttft=1.0), P._replace(queue=busy(0.5)), residents)
+    assert (found.way, found.meets) == (Way.DIRECT, True)
+    assert "little time" in found.reason
+    later = residents._replace(queue=busy(0.6))
+    assert planned(ask(200, ttft=1.0), P._replace(queue=busy(0.5)), later).way is Way.PREFILL
+
+
+def test_a_prompt_in_place_is_predicted_with_the_chunks_that_it_will_get() -> None:
+    """An idle worker cuts them by the prompt's own objective: 0.9 * 72 ms less 2 ms."""
+    assert prediction.direct(D, ask(128)).raw_s == pytest.approx(0.002 + 0.128 + TRIP)
+    assert prediction.direct(D, ask(126, tpot=0.0723)).raw_s == pytest.approx(2 * 0.002 + 0.126 + TRIP)
+
+
 def test_in_place_never_where_a_resident_would_miss_its_objective() -> None:
     strict = D._replace(sequences=4, tokens=400, strictest_s=0.016)
     found = planned(ask(200, ttft=0.6), P._replace(queue=busy(2.0)), strict)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from baton.cost import StepCost
+from baton.cost import COEFFICIENTS, StepCost
 from baton.errors import ConfigError
 
 COSTS = {
@@ -23,16 +23,15 @@ def read_costs(name: str) -> StepCost:
     """A name of `COSTS`, or a JSON file with the six coefficients. Raises ConfigError that names the file and field."""
     if name in COSTS:
         return COSTS[name]
-    known = [field.name for field in fields(StepCost)]
     try:
         given = json.loads(Path(name).expanduser().read_text())
-        found = {field: float(given[field]) for field in known}
+        found = {field: float(given[field]) for field in COEFFICIENTS}
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"cost_model: {name!r} is neither {' nor '.join(COSTS)} nor a file: {reason}") from None
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(f"cost_model: {name}: expected an object of {', '.join(known)}: {reason}") from None
+        raise ConfigError(f"cost_model: {name}: expected an object of {', '.join(COEFFICIENTS)}: {reason}") from None
     for field, value in found.items():
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"cost_model: {name}: {field} must be 0 or more seconds, not {value}")
@@ -41,4 +40,4 @@ def read_costs(name: str) -> StepCost:
 
 def faster(costs: StepCost, factor: float) -> StepCost:
     """The same machine, `factor` times as fast."""
-    return replace(costs, **{name: value / factor for name, value in asdict(costs).items()})
+    return replace(costs, **{name: getattr(costs, name) / factor for name in COEFFICIENTS})
