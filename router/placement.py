@@ -184,11 +184,13 @@ def _by_tokens(
 
 
 def _best_step(ask: Ask, workers: Sequence[DecodeLoad]) -> tuple[float, bool] | None:
-    """Seconds per token on the decode worker that will suit best, and whether all objectives are kept there."""
+    """Seconds per token on the decode worker that will suit best, handed over, and whether all objectives are kept."""
     best: tuple[bool, float] | None = None
     for worker in workers:
-        seconds = prediction.step(worker, ask)
-        misses = _misses_tpot(ask, worker, seconds) or not has_room(worker, ask.demand)
+        step_s = prediction.step(worker, ask)
+        seconds = prediction.handed_over(step_s, ask)
+        late = ask.tpot_s is not None and seconds > ask.tpot_s
+        misses = late or _misses_tpot(ask, worker, step_s) or not has_room(worker, ask.demand)
         if best is None or (misses, seconds) < best:
             best = misses, seconds
     return None if best is None else (best[1], not best[0])

@@ -133,7 +133,7 @@ class Placer:
             spec.priority,
             len(self._unbound) // share,
             self._unbound_tokens // share,
-            spec.max_tokens - len(spec.output) == 1,
+            spec.max_tokens - len(spec.output) - 1,
         )
 
 

@@ -17,6 +17,10 @@ TRIP_S = 0.004
 """What lies outside a worker's own time: messages and their handling."""
 
 
+HANDOFF_S = 0.005
+"""What the first gap between tokens is longer for blocks that are still on their way when the first token is drawn."""
+
+
 class Forecast(NamedTuple):
     """Seconds to the first token, as promised and as predicted; `breaks` when others would miss theirs for it. `queued`
     is the prompt in the worker's queue."""
@@ -68,6 +72,12 @@ def step(worker: DecodeLoad, ask: Ask) -> float:
         limit = min((s for s in (worker.strictest_s, ask.tpot_s) if s is not None), default=STRETCH * seconds)
         seconds = max(seconds, MARGIN * limit)
     return seconds
+
+
+def handed_over(step_s: float, ask: Ask) -> float:
+    """Seconds per token of a sequence that comes in over a handoff: it waits for half a step under way at first, which
+    weighs the more the fewer tokens there are."""
+    return step_s + (step_s / 2 + HANDOFF_S) / max(ask.gaps, 1)
 
 
 def drain(worker: DecodeLoad) -> float:

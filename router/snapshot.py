@@ -73,7 +73,8 @@ class DecodeLoad(NamedTuple):
 class Ask(NamedTuple):
     """A request that is to be placed at `now`. Objectives are None where there are none; `ttft_s` is what is left.
 
-    `unbound` are sequences admitted before that no decode worker has yet, with their tokens.
+    `unbound` are sequences admitted before that no decode worker has yet, with their tokens. `gaps` are those between
+    the tokens that it asks for at the most.
     """
 
     now: float
@@ -84,4 +85,9 @@ class Ask(NamedTuple):
     priority: int = 0
     unbound: int = 0
     unbound_tokens: int = 0
-    single_token: bool = False
+    gaps: int = 1_000_000
+
+    @property
+    def single_token(self) -> bool:
+        """There is nothing to decode."""
+        return self.gaps == 0

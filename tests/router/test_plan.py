@@ -145,8 +145,20 @@ def test_a_promise_is_more_than_the_prediction_where_those_were_broken() -> None
     assert found.ttft_s == pytest.approx(1.5 * (0.102 + TRIP))
 
 
+def test_what_a_handoff_adds_weighs_the_more_the_fewer_tokens_there_are() -> None:
+    """A step takes 15 ms; the first gap of a sequence that comes in is half of one and the handoff longer."""
+    residents = D._replace(sequences=4, tokens=400)
+    many, few = ask(60, ttft=1.0, tpot=0.02, gaps=100), ask(60, ttft=1.0, tpot=0.02, gaps=1)
+    assert planned(many, P, residents, direct=False).tpot_s == pytest.approx(0.015, rel=0.02)
+    assert planned(many, P, residents).way is Way.PREFILL
+    refused = planned(few, P, residents, direct=False)
+    assert refused.tpot_s == pytest.approx(0.015 + 0.0075 + prediction.HANDOFF_S)
+    assert (refused.meets, refused.constraint) == (False, "tpot")
+    assert planned(few, P, residents).way is Way.DIRECT, "in place it comes with the next step"
+
+
 def test_one_token_needs_no_step() -> None:
-    found = planned(ask(tpot=0.001, single_token=True), P, D)
+    found = planned(ask(tpot=0.001, gaps=0), P, D)
     assert (found.meets, found.tpot_s) == (True, None)
 
 
