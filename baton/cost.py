@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 FORGETTING = 0.98
 """What an observation weighs after each further one: about 50 steps are remembered."""
-TRUST = 1e-5
-"""How much the prior weighs beside what is remembered. It decides only what observations leave open."""
+TRUST, NO_TRUST = 3e-3, 1e-5
+"""How much a prior weighs beside what is remembered; and where nothing was measured before, so that the equations can
+be solved. It decides what observations leave open, and what they can't tell from noise: how chunks of 46 to 50 tokens
+differ says nothing of one with 300. With 1e-5 such a prompt was predicted at a fifth of its time in one case of ten,
+after steps that took 0 to 80 % longer; so it is within a tenth mostly."""
 OUTLIER = 3.0
 """A residual counts for no more than so many times the usual one."""
 LEAST_CHUNK = 16
@@ -141,6 +144,7 @@ class Fit:
         """`scales` are the features' typical sizes: they make the equations well conditioned."""
         self._scales = tuple(scales)
         self._prior = [coefficient * scale for coefficient, scale in zip(prior, scales, strict=True)]
+        self._trust = TRUST if any(self._prior) else NO_TRUST
         self._solution = list(self._prior)
         self._sums = [0.0] * 9  # xx, xy, xz, yy, yz, zz of the features, then each with the time
         self._usual = 0.25  # relative residual
@@ -173,7 +177,7 @@ class Fit:
         """Least squares over the active features; a negative one is dropped and the rest solved again."""
         xx, xy, xz, yy, yz, zz = self._sums[:6]
         matrix = ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))
-        ridge = TRUST * max((xx + yy + zz) / 3, 1e-12)
+        ridge = self._trust * max((xx + yy + zz) / 3, 1e-12)
         rows = [
             [matrix[i][j] + (ridge if i == j else 0.0) for j in active] + [self._sums[6 + i] + ridge * self._prior[i]]
             for i in active

@@ -53,6 +53,19 @@ def test_it_follows_a_change() -> None:
     close(model.cost, slower, 0.05)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_prompts_of_one_length_say_nothing_of_others(seed: int) -> None:
+    """Their differences are noise, and its slope is no cost of a token."""
+    rng = random.Random(seed)
+    shapes = [StepShape(count, pairs(count, 0)) for count in (16, 64, 256, 512)]
+    model = CostModel((shape, TRUE.seconds(shape) * rng.uniform(0.95, 1.05)) for shape in shapes)
+    for _ in range(rng.choice([3, 5, 10, 40])):
+        count = rng.randint(46, 50)
+        shape = StepShape(count, pairs(count, 0))
+        model.observe(shape, TRUE.seconds(shape) * rng.choice([1.0, 1.05, 1.1, 1.2, 1.8]))
+    assert 0.75 < model.cost.prefill(300, 0, 512) / TRUE.prefill(300, 0, 512) < 1.5
+
+
 def test_what_steps_with_both_take_over_their_parts_is_learned() -> None:
     rng, model = random.Random(6), CostModel()
     both = StepShape(64, pairs(64, 0), 8, 4000)
