@@ -80,6 +80,7 @@ async def test_a_short_request_does_not_wait_for_cancelled_long_ones(cluster: Cl
         cluster.router.cancel(cluster.p, spec)
     short = cluster.router.spec(5, max_tokens=1)
     cluster.router.prefill(cluster.p, short)
+    await until(lambda: cluster.p.count("cancels") == 10, "all cancelled")
     await until(lambda: cluster.p.busy().get("attempts", 0) <= 3, "what the engine has, and the short one")
     cluster.p.engine.gate.set()
     await cluster.router.hears(cluster.p, "ended", short)
