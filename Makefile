@@ -116,7 +116,7 @@ bench-burst: model ## what a burst of long prompts does to streams in progress; 
 bench-goodput: model ## the highest rate that keeps 90 % of requests within CORNER=tpot|ttft|middle; TRACE=FILE replays lengths
 	$(BIN)/python -m tests.bench.goodput --corner $(or $(CORNER),tpot) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
-bench-promises: model ## whether promised first tokens come in time, below and above the capacity (5 minutes)
+bench-promises: model ## whether promised first tokens come in time, below and above the capacity (8 minutes)
 	$(BIN)/python -m tests.bench.promises $(ARGS)
 
 bench-kv: model ## block transfers beside plain copies, a raw socket and, where it is installed, NIXL
