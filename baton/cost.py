@@ -38,8 +38,6 @@ FIXED_SHARE = 0.2
 which the first one then waits."""
 SOLVE_ALWAYS, SOLVE_EVERY = 32, 8
 """The first observations are solved for one by one, later ones by eights: a step has better things to do."""
-
-
 COEFFICIENTS = ("chunk", "per_token", "per_pair", "step", "per_sequence", "per_resident")
 """Those of `StepCost` that are seconds."""
 

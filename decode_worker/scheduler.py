@@ -2,10 +2,9 @@
 of the prompts that are computed here, as large as the residents' objectives leave room for.
 
 A chunk makes every resident wait, so it may take what the strictest objective among them leaves of a step: then none
-is missed, however long the prompt. Where nobody is resident, somebody may come in before the chunk ends: then the
-prompts' own objectives stand for his.
-This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
-time, from the worker's own cost, in place of a number of tokens.
+is missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
+time, from the worker's own cost, in place of a number of tokens. Where nobody is resident, somebody may come in before
+the chunk ends: then the prompts' own objectives stand for theirs.
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ from router.snapshot import Ask, DecodeLoad, PrefillLoad, Queued
 
 TRIP_S = 0.004
 """What lies outside a worker's own time: messages and their handling."""
-
-
 HANDOFF_S = 0.005
 """What the first gap between tokens is longer for blocks that are still on their way when the first token is drawn."""
 
