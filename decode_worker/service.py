@@ -8,6 +8,7 @@ after a quarantine). From then on `decode_worker.residents` has it; and a prompt
 
 from __future__ import annotations
 
+import math
 import time
 
 import structlog
@@ -33,6 +34,9 @@ from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
 
 SLOT_RETRY_S = 0.25
+WAKE_EVERY_S = 0.05
+"""What comes in for a handoff wakes a resting engine no more often: less than the last chunk of a prompt takes, so that
+it is awake when that arrives."""
 log = structlog.get_logger(__name__)
 
 
@@ -77,6 +81,7 @@ class DecodeRole:
             self.residents, self._admission, lambda: self._model.cost, chunk_tokens, self._has_slot, counts
         )
         self._load = LoadReporter(worker, self._load_report)
+        self._woken_at = -math.inf
 
     @property
     def live(self) -> dict[str, int]:
@@ -115,6 +120,7 @@ class DecodeRole:
         elif self.ledger.state(key) is not GrantState.RESIDENT:
             self._pending[key] = Pending(spec, router, transport, writer)
             self.transports[transport].admit(answer.ticket)
+            self._wake(answer)
         self._load.changed()
         return answer
 
@@ -153,7 +159,9 @@ class DecodeRole:
 
     def landed(self, key: HandoffKey, generation: int, indices: tuple[int, ...]) -> None:
         """See `ReceiverEvents`."""
-        self._settled(key, self.ledger.landed(key, generation, indices, time.monotonic()))
+        outcome = self._settled(key, self.ledger.landed(key, generation, indices, time.monotonic()))
+        if outcome is Outcome.PENDING and (grant := self.ledger.grant(key)) is not None:
+            self._wake(grant)
 
     def revoked(self, key: HandoffKey) -> None:
         """See `ReceiverEvents`."""
@@ -242,6 +250,13 @@ class DecodeRole:
         elif outcome is Outcome.CONFLICT:
             self.ledger.abort(key, RefusalReason.MISMATCH, time.monotonic(), "a message contradicts the grant")
         return outcome
+
+    def _wake(self, grant: Grant) -> None:
+        """A sequence is on its way to an engine that may have rested for long."""
+        now = time.monotonic()
+        if not self.residents and now - self._woken_at >= WAKE_EVERY_S:
+            self._woken_at = now
+            self.runner.wake(grant.table)
 
     def _start(self, key: HandoffKey) -> None:
         grant, first, pending = self.ledger.grant(key), self.ledger.payload(key), self._pending.pop(key)

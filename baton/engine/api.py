@@ -7,6 +7,7 @@ in a step; the engine only computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -90,3 +91,6 @@ class Engine(Protocol):
 
     def warm_up(self) -> None:
         """Runs what is slow only once (lazy allocations, kernel selection), so that the first request is not."""
+
+    def wake(self, blocks: Seq[int]) -> None:
+        """Touches what a step over these blocks will read, after a rest. Reads only: a peer may be writing them."""

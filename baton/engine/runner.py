@@ -13,7 +13,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,6 +100,10 @@ class Runner:
     def remove(self, key: AttemptKey) -> None:
         """Takes a sequence out between two steps; `on_removed` confirms it."""
         self._commands.put(lambda: self._remove(key))
+
+    def wake(self, blocks: Iterable[int]) -> None:
+        """A sequence in these blocks will come soon, after a rest."""
+        self._commands.put(lambda: self._engine.wake(tuple(blocks)))
 
     async def stop(self) -> None:
         """Ends the thread after the step in progress."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
 
 from baton.engine.api import Sampled, Sequence, Work
 from baton.engine.card import ModelDescription
@@ -49,6 +50,10 @@ class Stepper(ABC):
         self.step([Work(sequence, tokens - 1)])
         sequence.tokens.append(0)
         self.step([Work(sequence, 1)])
+
+    @abstractmethod
+    def wake(self, blocks: Seq[int]) -> None:
+        """See `api.Engine.wake`."""
 
     @abstractmethod
     def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from baton.engine.api import Work
@@ -46,6 +48,9 @@ class TorchEngine(Stepper):
         source = open_tensors(description.model, description.config)
         weights = load_weights(source, description.config, TORCH_DTYPES[layout.dtype], where)
         return cls(description, Model(description.config, weights), make_pool(layout, buffer, blocks, str(where)))
+
+    def wake(self, blocks: Sequence[int]) -> None:
+        """Nothing: where these kernels compute, a slow first step is the least of it."""
 
     @property
     def kernels(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import pytest
 
 from baton.cost import CostModel
@@ -33,6 +35,9 @@ class Watching:
 
     def warm_up(self) -> None:
         """Nothing is slow."""
+
+    def wake(self, blocks: Seq[int]) -> None:
+        """Nothing sleeps."""
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 5, 8, 9, 63, 64, 65, 4096])

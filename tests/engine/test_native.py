@@ -138,6 +138,21 @@ def test_blocks_beyond_a_sequence_are_not_seen(kernels: library.Library, tiny: C
         np.testing.assert_array_equal(found[-1], last_logits(clean, sequence(tokens, [7, 2]), counts)[-1])
 
 
+def test_waking_changes_nothing(kernels: library.Library, tiny: Callable[[str], Tiny]) -> None:
+    """Neither the blocks, which a peer may be writing, nor what the next step computes."""
+    model, tokens = tiny("llama"), tokens_for(40)
+    found = []
+    for wakes in (False, True):
+        engine, whole = native(model), sequence(tokens, [3, 1, 2])
+        engine.step([Work(whole, 39)])
+        if wakes:
+            engine.wake([2, 0, 63])
+            engine.wake([])
+        found.append((engine.logits([Work(whole, 1)])[0], engine.pool.blocks.clone()))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_a_files_own_grid_is_kept_exactly(
     kernels: library.Library, tiny: Callable[[str], Tiny], tmp_path: Path, kind: str

@@ -61,6 +61,7 @@ class CountingEngine:
         self.before_step: Callable[[int], None] | None = None
         self.batches: list[list[tuple[bytes, int]]] = []
         self.corrupt: list[str] = []
+        self.woken: list[tuple[int, ...]] = []
         shape = (memory.blocks, *memory.layout.shape)
         self._pool: Kv = np.frombuffer(memory.buffer, dtype=np.uint32).reshape(shape)
 
@@ -79,6 +80,10 @@ class CountingEngine:
 
     def warm_up(self) -> None:
         """Nothing is slow."""
+
+    def wake(self, blocks: Tokens[int]) -> None:
+        """Nothing sleeps, but who was to be woken is written down."""
+        self.woken.append(tuple(blocks))
 
     def close(self) -> None:
         """Lets go of the pool's memory."""

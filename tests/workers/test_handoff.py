@@ -48,6 +48,28 @@ async def test_no_capacity_then_bound_anew(cluster: Cluster) -> None:
     assert cluster.router.heard(cluster.d, "resident", second)[0].handoff == 2
 
 
+async def test_an_engine_at_rest_is_woken_before_a_sequence_arrives(cluster: Cluster) -> None:
+    """When its room is granted and again as its blocks come in; not where somebody keeps the engine awake."""
+    await cluster.add_prefill()
+    await cluster.add_decode()
+    first, second = cluster.router.spec(4 * BLOCK, max_tokens=3), cluster.router.spec(2 * BLOCK, max_tokens=3)
+    cluster.p.engine.gate.clear()
+    await cluster.bound(first)
+    await until(lambda: cluster.d.engine.woken)
+    assert len(set(cluster.d.engine.woken[0])) == 5, "the whole sequence's blocks"
+    assert not cluster.router.heard(cluster.d, "resident", first)
+    cluster.d.engine.gate.clear()
+    cluster.p.engine.gate.set()
+    await cluster.router.hears(cluster.d, "resident", first)
+    before = len(cluster.d.engine.woken)
+    await cluster.bound(second)
+    await cluster.router.hears(cluster.d, "resident", second)
+    cluster.d.engine.gate.set()
+    await cluster.finished(first)
+    await cluster.finished(second)
+    assert len(cluster.d.engine.woken) == before
+
+
 async def test_no_sequence_slot(cluster: Cluster) -> None:
     await cluster.add_prefill()
     await cluster.add_decode(max_sequences=1)

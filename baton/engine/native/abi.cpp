@@ -98,6 +98,23 @@ uint64_t baton_checksum(Model* model) {
   return sum;
 }
 
+// Reads a byte of every page of the weights and of `count` blocks of a pool, `bytes` each. The blocks may be written
+// meanwhile: what is read does not matter.
+void baton_touch(Model* model, const uint8_t* pool, const int64_t* blocks, int64_t count, int64_t bytes) {
+  constexpr int64_t PAGE = 4096;
+  const auto touch = [](const volatile uint8_t* from, int64_t size) {
+    for (int64_t at = 0; at < size; at += PAGE) from[at];
+  };
+  const auto read = [&](const Matrix& matrix) {
+    if (matrix.format != Format::none) touch(matrix.data, matrix.bytes());
+  };
+  Weights& weights = model->weights();
+  read(weights.embedding), read(weights.head);
+  for (LayerMatrices& layer : weights.layers)
+    for (Matrix& matrix : layer.slots) read(matrix);
+  for (int64_t i = 0; i < count; i++) touch(pool + blocks[i] * bytes, bytes);
+}
+
 // Starts or stops timing; either way copies the seconds per part so far, [PARTS], and clears them.
 void baton_profile(Model* model, int on, double* seconds) {
   Profile& profile = model->profile();

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from baton.config import WeightChoice
@@ -57,6 +59,10 @@ class NativeEngine(Stepper):
         source = open_tensors(description.model, config)
         model = load_model(library, source, config, layout.dtype, weights, description.card.tokenizer_json)
         return cls(description, model, make_pool(layout, buffer, blocks))
+
+    def wake(self, blocks: Sequence[int]) -> None:
+        """See `Engine.wake`."""
+        self._model.touch(self._pool.blocks.data_ptr(), np.array(blocks, np.int64), self.layout.block_bytes)
 
     @property
     def kernels(self) -> str:

@@ -116,6 +116,8 @@ def _bind(path: Path) -> ctypes.CDLL:
     calls.baton_bytes.argtypes = (c_void_p,)
     calls.baton_checksum.restype = c_uint64
     calls.baton_checksum.argtypes = (c_void_p,)
+    calls.baton_touch.restype = None
+    calls.baton_touch.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int64)
     calls.baton_profile.restype = None
     calls.baton_profile.argtypes = (c_void_p, c_int, c_void_p)
     return calls
@@ -186,6 +188,10 @@ class NativeModel:
             tokens.ctypes.data, spans.ctypes.data, sampled.ctypes.data, logits.ctypes.data,
         )  # fmt: skip
         _check(self._calls.baton_step(self._handle, pool, byref(batch)))
+
+    def touch(self, pool: int, blocks: npt.NDArray[np.int64], block_bytes: int) -> None:
+        """Reads a byte of every page of the weights and of these blocks of the pool at address `pool`."""
+        self._calls.baton_touch(self._handle, pool, blocks.ctypes.data, len(blocks), block_bytes)
 
     @property
     def weight_bytes(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,9 @@ class SimulatedEngine:
 
     def warm_up(self) -> None:
         """Nothing is slow only once."""
+
+    def wake(self, blocks: Seq[int]) -> None:
+        """Nothing is slow after a rest."""
 
     def step(self, batch: list[Work]) -> list[Sampled | None]:
         """See `Engine.step`. Returns no earlier than the cost model says."""
