@@ -31,11 +31,16 @@ MIXED_GAIN, MIXED_MOST = 0.1, 3.0
 """What one step with a chunk beside sequences weighs in their mean, and the most that one may be out by."""
 MARGIN = 0.9
 """Of what an objective leaves, what is used."""
+HANDOFF_S = 0.005
+"""What the first gap between tokens is longer for blocks that are still on their way when the first token is drawn."""
 STRETCH = 3.0
 """A step without objectives may take so many times as long with a chunk as without."""
 FIXED_SHARE = 0.2
 """Of a step with prompts in it, what may be fixed cost. A step with more is filled up with less urgent prompts, for
 which the first one then waits."""
+LATE_SHARE = 0.05
+"""The same for a prompt that can't be in time any more: whoever can be waits for its step to end, so its steps are as
+short as costs it little."""
 SOLVE_ALWAYS, SOLVE_EVERY = 32, 8
 """The first observations are solved for one by one, later ones by eights: a step has better things to do."""
 COEFFICIENTS = ("chunk", "per_token", "per_pair", "step", "per_sequence", "per_resident")
@@ -117,9 +122,13 @@ class StepCost:
             return most
         return min(most, max(ALONE_CHUNK, self.fits(limit_s * MARGIN - self.chunk, cached_tokens, most)))
 
-    def worth_computing(self, fixed_s: float, most: int) -> int:
-        """Prompt tokens from which on `fixed_s` is no more than `FIXED_SHARE` of a step; at most `most`."""
-        wanted = fixed_s * (1 / FIXED_SHARE - 1)
+    def making_way(self, most: int) -> int:
+        """Tokens of a step of a prompt that is late."""
+        return min(most, max(ALONE_CHUNK, self.worth_computing(self.chunk, most, LATE_SHARE)))
+
+    def worth_computing(self, fixed_s: float, most: int, share: float = FIXED_SHARE) -> int:
+        """Prompt tokens from which on `fixed_s` is no more than that share of a step; at most `most`."""
+        wanted = fixed_s * (1 / share - 1)
         return most if wanted >= self.per_token * most else math.ceil(wanted / self.per_token)
 
     def _adds(self, shape: StepShape) -> float:

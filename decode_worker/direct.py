@@ -91,9 +91,8 @@ class DirectPrompts:
 
     def start_waiting(self) -> None:
         """Starts prompts in turn, while there is room and the engine has less than two chunks of them ahead."""
-        while (prompt := self._queue.first(time.monotonic())) is not None and self._has_slot():
-            ahead = sum(resident.uncomputed for resident in self._residents if resident.rank <= prompt.rank)
-            if ahead >= 2 * self._chunk_tokens:
+        while (prompt := self._queue.first(time.monotonic(), self._ahead_s)) is not None and self._has_slot():
+            if self._ahead(prompt) >= 2 * self._chunk_tokens:
                 break
             room = self._admission.reserve(prompt.spec, prompt.digests, prompt.spec.kv_tokens)
             if room is None:
@@ -115,13 +114,21 @@ class DirectPrompts:
         """What waits for that router."""
         return [prompt.key for prompt in self._waiting.values() if prompt.router is router]
 
+    def _ahead(self, prompt: WaitingPrompt) -> int:
+        """Prompt tokens in the engine that go first."""
+        return sum(resident.uncomputed for resident in self._residents if resident.rank <= prompt.rank)
+
+    def _ahead_s(self, prompt: WaitingPrompt) -> float:
+        work_s = self._cost().prefill(self._ahead(prompt), 0, self._chunk_tokens)
+        return max(0.0, work_s - self._residents.runner.under_way_s)
+
     def _start(self, prompt: WaitingPrompt, here: PromptHere) -> None:
         spec, cached = prompt.spec, here.room.cached_tokens
-        known = [*spec.prompt, *spec.output]
+        known, blocks = [*spec.prompt, *spec.output], list(here.room.blocks)
         key = HandoffKey(spec.attempt, 0)
         resident = Resident(key, spec, prompt.router, known, here.started_at, cached, prompt=here, rank=prompt.rank)
         prompt.router.send(started=wire.Started(attempt=spec.attempt, queue_ms=here.queue_ms, cached_tokens=cached))
-        self._residents.add(resident, Sequence.from_spec(spec, list(here.room.blocks), cached, prompt.rank))
+        self._residents.add(resident, Sequence.from_spec(spec, blocks, cached, prompt.rank, prompt.late))
 
     def _forget(self, prompt: WaitingPrompt) -> None:
         del self._waiting[prompt.key]

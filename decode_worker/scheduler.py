@@ -3,12 +3,15 @@ of the prompts that are computed here, as large as the residents' objectives lea
 
 A chunk makes every resident wait, so it may take what the strictest objective among them leaves of a step: then none
 is missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
-time, from the worker's own cost, in place of a number of tokens. Where nobody is resident, somebody may come in before
+time, from the worker's own cost, in place of a number of tokens. An objective is for the mean: whoever has waited, as
+a sequence that was handed over in the middle of a long step has, gets shorter steps until that is made good. Where
+nobody is resident, somebody may come in before
 the chunk ends: then the prompts' own objectives stand for theirs.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from baton.cost import LEAST_CHUNK, StepCost
@@ -24,16 +27,18 @@ class DecodeScheduler:
         chunk_tokens: int = 512,
         cost: Callable[[], StepCost] = StepCost,
         tpot_budget_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`tpot_budget_s` bounds every step that has residents, whatever their objectives are."""
-        self._chunk_tokens, self._cost, self._budget_s = chunk_tokens, cost, tpot_budget_s
+        self._chunk_tokens, self._cost, self._budget_s, self._clock = chunk_tokens, cost, tpot_budget_s, clock
         self._residents: dict[AttemptKey, Sequence] = {}
+        self._at_first: dict[AttemptKey, int] = {}  # a resident's output tokens at `first_token_at`
         self._prompts: dict[AttemptKey, Sequence] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Joins from the next step on. With more than its last token left to compute it is a prompt, until that is."""
         if sequence.remaining == 1 and sequence.output_tokens > 0:
-            self._residents[sequence.key] = sequence
+            self._settle(sequence)
             return
         self._prompts[sequence.key] = sequence
         self._prompts = dict(sorted(self._prompts.items(), key=lambda entry: entry[1].rank))  # stable
@@ -41,12 +46,13 @@ class DecodeScheduler:
     def remove(self, key: AttemptKey) -> None:
         """See `Scheduler`."""
         self._residents.pop(key, None)
+        self._at_first.pop(key, None)
         self._prompts.pop(key, None)
 
     def pick(self) -> list[Work]:
         """Every resident with its last token, then prompts in order of rank."""
         for key in [key for key, prompt in self._prompts.items() if self._is_computed(prompt)]:
-            self._residents[key] = self._prompts.pop(key)
+            self._settle(self._prompts.pop(key))
         batch = [Work(sequence, sequence.remaining) for sequence in self._residents.values()]
         if not self._prompts:
             return batch
@@ -59,25 +65,41 @@ class DecodeScheduler:
             left -= count
         return batch
 
+    def _settle(self, sequence: Sequence) -> None:
+        """It is resident from now on."""
+        self._residents[sequence.key] = sequence
+        self._at_first[sequence.key] = sequence.output_tokens
+        if sequence.first_token_at is None:
+            sequence.first_token_at = self._clock()
+
     def _chunk(self) -> int:
         """Prompt tokens of this step. Residents give way to no more than their objectives allow; and the first prompt
         waits for others with it only where the step's fixed cost would weigh too much otherwise."""
         cost, first = self._cost(), next(iter(self._prompts.values()))
         if not self._residents:
             fixed = cost.chunk
-            most = cost.fits_alone(self._limit_s(self._prompts), first.computed, self._chunk_tokens)
+            largest = cost.making_way(self._chunk_tokens) if first.late else self._chunk_tokens
+            limits = [prompt.tpot_s for prompt in self._prompts.values() if prompt.tpot_s is not None]
+            most = cost.fits_alone(self._strictest(limits), first.computed, largest)
         else:
             fixed = cost.decode(len(self._residents), sum(len(other.tokens) for other in self._residents.values()))
-            fits = cost.fits_beside(fixed, self._limit_s(self._residents), first.computed, self._chunk_tokens)
+            fits = cost.fits_beside(fixed, self._strictest(self._left_s()), first.computed, self._chunk_tokens)
             most = max(LEAST_CHUNK, fits)
         return min(most, max(cost.worth_computing(fixed, most), first.remaining))
 
-    def _limit_s(self, sequences: dict[AttemptKey, Sequence]) -> float | None:
-        """Of a step, by the strictest objective among some sequences and the worker's own budget."""
-        limits = [other.tpot_s for other in sequences.values() if other.tpot_s is not None]
-        if self._budget_s is not None:
-            limits.append(self._budget_s)
-        return min(limits, default=None)
+    def _left_s(self) -> list[float]:
+        """For this step, of each resident's objective: all of it, or less for one that is behind."""
+        now, left = self._clock(), []
+        for key, resident in self._residents.items():
+            if resident.tpot_s is not None:
+                assert resident.first_token_at is not None, "a resident's steps count from somewhere"
+                gaps = resident.output_tokens - self._at_first[key] + 1
+                left.append(min(resident.tpot_s, resident.first_token_at + gaps * resident.tpot_s - now))
+        return left
+
+    def _strictest(self, limits: list[float]) -> float | None:
+        """Of these, and the worker's own budget."""
+        return min(limits if self._budget_s is None else [*limits, self._budget_s], default=None)
 
     @staticmethod
     def _is_computed(prompt: Sequence) -> bool:

@@ -13,7 +13,7 @@ import time
 
 import structlog
 
-from baton.cost import CostModel
+from baton.cost import HANDOFF_S, CostModel
 from baton.engine.api import Engine, Sequence
 from baton.engine.load_report import load_report
 from baton.rpc.convert import run_to_wire, spec_from_wire
@@ -268,6 +268,7 @@ class DecodeRole:
         sequence = Sequence.from_spec(spec, list(grant.table), computed=known)
         sequence.tokens.append(first.token)
         tokens, now = list(sequence.tokens), time.monotonic()
+        sequence.first_token_at = now - HANDOFF_S
         self.residents.add(Resident(key, spec, pending.router, tokens, resident_at=now, computed=known), sequence)
         if self.writers is not None:
             self.writers.committed(pending.writer, key)

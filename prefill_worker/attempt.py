@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from baton.engine.api import Sequence
 from baton.engine.runner import StepItem
 from baton.rpc.worker_service import RouterSession
 from baton.spec import AttemptKey, FinishReason, HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
+from kvtransfer.delivery import Delivery
 from kvtransfer.handoff import RefusalReason
 from prefill_worker.outbound import Outbound
 from prefill_worker.sender import Sender
@@ -79,6 +82,14 @@ class Attempt:
         """Prompt tokens still to compute."""
         return self.spec.known_tokens - max(self.computed, self.cached_tokens)
 
+    def tokens_ahead(self, started: Iterable[Attempt]) -> int:
+        """Prompt tokens that the engine has to compute first."""
+        return sum(other.uncomputed for other in started if other.in_engine and other.rank <= self.rank)
+
+    def sequence(self) -> Sequence:
+        """What the engine gets."""
+        return Sequence.from_spec(self.spec, self.blocks, self.cached_tokens, self.rank, self.late)
+
     @property
     def queue_ms(self) -> float:
         """From the command to the first chunk."""
@@ -88,6 +99,14 @@ class Attempt:
     def busy(self) -> bool:
         """A step or a write may still touch its blocks."""
         return self.in_engine or (self.outbound is not None and self.outbound.delivery.in_flight > 0)
+
+    def hand_over(self, key: HandoffKey, block_tokens: int) -> Outbound:
+        """Its first handoff, which knows what is computed so far."""
+        deadline = None if self.spec.deadline_s is None else self.received_at + self.spec.deadline_s
+        delivery = Delivery(key, self.blocks, self.spec.known_tokens, block_tokens)
+        self.outbound = Outbound(self.spec, delivery, deadline)
+        self.tell_progress(self.outbound)
+        return self.outbound
 
     def tell_progress(self, outbound: Outbound) -> None:
         """Lets the handoff know what is computed, and the first token once it is drawn."""

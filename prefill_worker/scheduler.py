@@ -3,7 +3,7 @@
 All first tokens of a step come at its end. So a step takes in less urgent prompts only as far as its fixed cost would
 weigh too much otherwise: where computing is what takes the time, two prompts one after the other are both computed no
 later than in one step. A more urgent prompt that starts later goes first from the next step on: that is preemption
-between chunks.
+between chunks, which are short where the prompt can't be in time anyway.
 
 A prompt that is alone ends in a short step, by itself: what the last step computed is what its decode worker still has
 to be sent after the first token, and all before goes while that step computes.
@@ -49,7 +49,7 @@ class PrefillScheduler:
         first = next((sequence for sequence, _ in self._sequences.values()), None)
         if first is not None and first.key == self._ending:
             return [Work(first, first.remaining)]
-        if first is not None and len(self._sequences) == 1 and self._is_worth_cutting(first):
+        if first is not None and len(self._sequences) == 1 and self._is_worth_cutting(first) and not first.late:
             self._ending = first.key
             return [Work(first, first.remaining - LAST_TOKENS)]
         batch: list[Work] = []
@@ -68,8 +68,10 @@ class PrefillScheduler:
     def _budget(self) -> int:
         """Tokens of the next step."""
         cost, first = self._cost(), next(iter(self._sequences.values()), None)
-        least = cost.worth_computing(cost.chunk, self._chunk_tokens)
-        return min(self._chunk_tokens, max(least, first[0].remaining if first else 0))
+        if first is None:
+            return 0
+        most = cost.making_way(self._chunk_tokens) if first[0].late else self._chunk_tokens
+        return min(most, max(cost.worth_computing(cost.chunk, most), first[0].remaining))
 
     def _drop_computed(self) -> None:
         """Steps complete prompts from the front, apart from short ones behind a long one that were batched with it."""

@@ -13,7 +13,7 @@ import structlog
 
 from baton import errors
 from baton.cost import CostModel
-from baton.engine.api import Engine, Sequence
+from baton.engine.api import Engine
 from baton.engine.load_report import load_report
 from baton.engine.prompt_queue import PromptQueue
 from baton.engine.runner import Runner, StepItem, StepReport
@@ -26,7 +26,6 @@ from baton.telemetry import Counts
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
 from kvtransfer.admission import Admission
-from kvtransfer.delivery import Delivery
 from kvtransfer.handoff import RefusalReason
 from kvtransfer.pool import BlockPool
 from kvtransfer.transports.base import Transport
@@ -131,13 +130,7 @@ class PrefillRole:
             return
         outbound = attempt.outbound
         if outbound is None:
-            deadline = attempt.spec.deadline_s
-            outbound = attempt.outbound = Outbound(
-                attempt.spec,
-                Delivery(key, attempt.blocks, attempt.spec.known_tokens, self.layout.block_tokens),
-                None if deadline is None else attempt.received_at + deadline,
-            )
-            attempt.tell_progress(outbound)
+            outbound = attempt.hand_over(key, self.layout.block_tokens)
         elif not self._rebind(attempt, outbound, key):
             return
         attempt.hold_until = None
@@ -168,10 +161,9 @@ class PrefillRole:
 
     def _start_waiting(self) -> None:
         """Starts prompts in turn while the engine has less than two chunks ahead of them and decode workers keep up."""
-        while (attempt := self._waiting.first(time.monotonic())) is not None:
-            started = self._started.values()
-            ahead = sum(other.uncomputed for other in started if other.in_engine and other.rank <= attempt.rank)
-            ungranted = sum(not other.granted for other in started)
+        while (attempt := self._waiting.first(time.monotonic(), self._ahead_s)) is not None:
+            ahead = attempt.tokens_ahead(self._started.values())
+            ungranted = sum(not other.granted for other in self._started.values())
             if ahead >= 2 * self._chunk_tokens or ungranted >= self._max_ungranted:
                 break
             room = self._admission.reserve(attempt.spec, attempt.digests, attempt.spec.known_tokens)
@@ -182,13 +174,17 @@ class PrefillRole:
             self._start(attempt)
         self._load.changed()
 
+    def _ahead_s(self, attempt: Attempt) -> float:
+        ahead = attempt.tokens_ahead(self._started.values())
+        return max(0.0, self.runner.cost.prefill(ahead, 0, self._chunk_tokens) - self.runner.under_way_s)
+
     def _start(self, attempt: Attempt) -> None:
         self._started[attempt.key] = attempt
         attempt.state = State.COMPUTING
         attempt.started_at = time.monotonic()
         attempt.in_engine = True
         attempt.computed = attempt.cached_tokens
-        self.runner.add(Sequence.from_spec(attempt.spec, attempt.blocks, attempt.cached_tokens, attempt.rank))
+        self.runner.add(attempt.sequence())
         attempt.router.send(
             started=wire.Started(attempt=attempt.key, queue_ms=attempt.queue_ms, cached_tokens=attempt.cached_tokens)
         )
@@ -279,8 +275,8 @@ class PrefillRole:
         if attempt is None or attempt.over:
             return
         self._counts.add("handoffs_failed")
-        request = outbound.spec.request_id
-        log.info("handoff failed", request=request, handoff=str(outbound.key), reason=reason.name, message=message)
+        about = {"request": outbound.spec.request_id, "handoff": str(outbound.key)}
+        log.info("handoff failed", **about, reason=reason.name, message=message)
         attempt.granted = False
         attempt.hold_until = time.monotonic() + HOLD_S
         attempt.router.send(handoff_failed=handoff_failed(outbound.key, reason, message, retry_after_s))

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from baton.cost import LEAST_CHUNK, MARGIN, STRETCH, StepCost, pairs
-from baton.engine.prompt_queue import AGEING_S, PRIORITY_S
+from baton.cost import HANDOFF_S, LEAST_CHUNK, MARGIN, STRETCH, StepCost, pairs
+from baton.engine.prompt_queue import AGEING_S, PRIORITY_S, SURELY
 from router.snapshot import Ask, DecodeLoad, PrefillLoad, Queued
 
 TRIP_S = 0.004
 """What lies outside a worker's own time: messages and their handling."""
-HANDOFF_S = 0.005
-"""What the first gap between tokens is longer for blocks that are still on their way when the first token is drawn."""
 
 
 class Forecast(NamedTuple):
@@ -40,9 +38,7 @@ def prefill(worker: PrefillLoad, ask: Ask) -> Forecast:
     assert cost is not None, "a worker that has told its cost"
     new = ask.tokens - worker.cached_tokens
     work = cost.prefill(new, worker.cached_tokens, worker.chunk_tokens)
-    chunk_s = work / -(-new // worker.chunk_tokens)
-    queued = Queued(rank_of(ask), work, ask.ttft_s is not None, chunk_s)
-    ahead, breaks = _queue(worker.queue, queued, ask.now)
+    queued, ahead, breaks = _placed(worker, ask, cost, work, work / -(-new // worker.chunk_tokens))
     raw = ahead + work + TRIP_S
     return Forecast(raw * worker.promise, breaks, raw, queued)
 
@@ -53,8 +49,7 @@ def direct(worker: DecodeLoad, ask: Ask) -> Forecast:
     assert cost is not None, "a worker that has told its cost"
     new, cached = ask.tokens - worker.cached_tokens, worker.cached_tokens
     seconds, chunk_s, misses = _beside(worker, cost, new, cached, ask.tpot_s)
-    queued = Queued(rank_of(ask), seconds, ask.ttft_s is not None, chunk_s)
-    ahead, breaks = _queue(worker.queue, queued, ask.now)
+    queued, ahead, breaks = _placed(worker, ask, cost, seconds, chunk_s)
     if worker.sequences and not ahead:
         ahead = cost.decode(worker.sequences, worker.tokens) / 2  # of the step under way
     raw = ahead + seconds + TRIP_S
@@ -84,6 +79,20 @@ def drain(worker: DecodeLoad) -> float:
         return 0.0
     step_s = worker.cost.decode(worker.sequences, worker.tokens)
     return worker.mean_tokens * step_s / 2 / worker.sequences
+
+
+def _placed(
+    worker: PrefillLoad | DecodeLoad, ask: Ask, cost: StepCost, work_s: float, chunk_s: float
+) -> tuple[Queued, float, bool]:
+    """The prompt in the worker's queue, what is ahead of it, and whether others would become late by it. One that can't
+    be in time makes way there, so it does here: else it would seem to be in the way of all that come after it."""
+    queued = Queued(rank_of(ask), work_s, ask.ttft_s is not None, chunk_s)
+    ahead, breaks = _queue(worker.queue, queued, ask.now)
+    if ask.ttft_s is not None and ahead + SURELY * work_s > ask.ttft_s:
+        chunk_s = min(chunk_s, cost.prefill(cost.making_way(worker.chunk_tokens), 0, worker.chunk_tokens))
+        queued = Queued(queued.rank + AGEING_S, work_s, False, chunk_s)
+        ahead, breaks = _queue(worker.queue, queued, ask.now)
+    return queued, ahead, breaks
 
 
 def _queue(queue: Sequence[Queued], ours: Queued, now: float) -> tuple[float, bool]:

@@ -20,7 +20,9 @@ class Sequence:
     """A sequence on this worker. Owned by the engine thread between `Runner.submit(add)` and its removal.
 
     `tokens` is prompt followed by output; `tokens[:computed]` have their KV in `blocks`. `rank` orders prompts, the
-    smallest first; `tpot_s` is the objective for a step. `engine_state` is the engine's own (a block table tensor,
+    smallest first, and a `late` one makes way for others between short steps; `tpot_s` is the objective for the
+    mean of its steps, which count from `first_token_at` (monotonic seconds; None: from when a scheduler sees it).
+    `engine_state` is the engine's own (a block table tensor,
     penalty counts), and nobody else's.
     """
 
@@ -32,16 +34,20 @@ class Sequence:
     sampling: Sampling
     rule: StopRule = NEVER_STOP
     rank: float = 0.0
+    late: bool = False
     tpot_s: float | None = None
+    first_token_at: float | None = None
     engine_state: object = field(default=None, repr=False)
 
     @classmethod
-    def from_spec(cls, spec: SequenceSpec, blocks: list[int], computed: int = 0, rank: float = 0.0) -> Sequence:
+    def from_spec(
+        cls, spec: SequenceSpec, blocks: list[int], computed: int = 0, rank: float = 0.0, late: bool = False
+    ) -> Sequence:
         """`blocks` cover at least the positions that will be computed here, in order of position."""
         tokens = [*spec.prompt, *spec.output]
         tpot = None if spec.objectives.tpot_ms is None else spec.objectives.tpot_ms / 1e3
         return cls(
-            spec.attempt, tokens, len(spec.prompt), blocks, computed, spec.sampling, StopRule.of(spec), rank, tpot
+            spec.attempt, tokens, len(spec.prompt), blocks, computed, spec.sampling, StopRule.of(spec), rank, late, tpot
         )
 
     @property

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from baton.spec import AttemptKey, SequenceSpec
 
 AGEING_S = 10.0
 PRIORITY_S = 1.0
+SURELY = 0.8
+"""Of its predicted work, what must be too much for a prompt to count as late: predictions err, and it loses its
+turn."""
 SLACK = 64
 """Entries of prompts that left early, beyond as many as still wait, before they are swept out."""
 
@@ -65,13 +69,13 @@ class PromptQueue(Generic[W]):
         self.tokens += prompt.spec.known_tokens
         self._put(prompt)
 
-    def first(self, now: float) -> W | None:
-        """Whose turn it is; it stays until removed."""
+    def first(self, now: float, ahead_s: Callable[[W], float] = lambda _: 0.0) -> W | None:
+        """Whose turn it is; it stays until removed. `ahead_s` is the work that has started and goes before it."""
         while self._heap:
             rank, _, prompt = self._heap[0]
             if prompt.key not in self._waiting:
                 heapq.heappop(self._heap)
-            elif self._is_late(prompt, rank, now):
+            elif self._is_late(prompt, rank, now + ahead_s(prompt)):
                 heapq.heappop(self._heap)
                 prompt.late = True
                 prompt.rank += AGEING_S
@@ -92,8 +96,8 @@ class PromptQueue(Generic[W]):
     def _put(self, prompt: W) -> None:
         heapq.heappush(self._heap, (prompt.rank, next(self._order), prompt))
 
-    def _is_late(self, prompt: W, rank: float, now: float) -> bool:
-        """Whether it just lost its chance to be in time. Without an objective there is none to lose."""
+    def _is_late(self, prompt: W, rank: float, start: float) -> bool:
+        """Whether it has lost its chance if that is when it starts. Without an objective there is none to lose."""
         if prompt.late or prompt.spec.ttft_left_s is None:
             return False
-        return rank + PRIORITY_S * prompt.spec.priority - prompt.work_s < now
+        return rank + PRIORITY_S * prompt.spec.priority - SURELY * prompt.work_s < start

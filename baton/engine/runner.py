@@ -84,6 +84,7 @@ class Runner:
         self.model = model or CostModel()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._step_began: float | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -92,6 +93,12 @@ class Runner:
     def cost(self) -> StepCost:
         """What steps cost, as learned so far. May be read from any thread."""
         return self.model.cost
+
+    @property
+    def under_way_s(self) -> float:
+        """How long the present step has been computed; 0 between two. May be read from any thread."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in; its blocks must stay held until it is out again."""
@@ -140,6 +147,7 @@ class Runner:
 
     def _step(self, batch: list[Work]) -> StepReport:
         shape, started = shape_of(batch), time.monotonic()
+        self._step_began = started
         try:
             sampled = self._engine.step(batch)
         except Exception as error:  # a boundary: these sequences fail, the worker lives on
@@ -148,6 +156,8 @@ class Runner:
                 self._scheduler.remove(work.sequence.key)
             items = tuple(StepItem(work.sequence.key, 0, 0, (), (), None) for work in batch)
             return StepReport(started, time.monotonic() - started, items, f"{type(error).__name__}: {error}")
+        finally:
+            self._step_began = None
         self.model.observe(shape, time.monotonic() - started)
         items = tuple(self._advance(work.sequence, drawn) for work, drawn in zip(batch, sampled, strict=True))
         return StepReport(started, time.monotonic() - started, items)

@@ -36,6 +36,11 @@ def test_joins_and_leaves_between_steps() -> None:
     assert [work.sequence for work in scheduler.pick()] == [second]
 
 
+def still() -> float:
+    """No time passes."""
+    return 50.0
+
+
 COST = StepCost(0.002, 0.001, 0.0, 0.005, 0.001, 0.0)
 
 
@@ -57,13 +62,13 @@ def counts(scheduler: DecodeScheduler) -> list[int]:
 
 
 def test_without_residents_a_prompt_gets_whole_chunks() -> None:
-    scheduler = DecodeScheduler(32, lambda: COST)
+    scheduler = DecodeScheduler(32, lambda: COST, clock=still)
     scheduler.add(prompt(70))
     assert [counts(scheduler) for _ in range(4)] == [[32], [32], [6], [1]]
 
 
 def test_without_residents_its_own_objective_stands_for_those_who_may_come() -> None:
-    scheduler = DecodeScheduler(512, lambda: COST)
+    scheduler = DecodeScheduler(512, lambda: COST, clock=still)
     long = prompt(600)
     long.tpot_s = 0.150
     scheduler.add(long)
@@ -73,7 +78,7 @@ def test_without_residents_its_own_objective_stands_for_those_who_may_come() -> 
 
 
 def test_a_chunk_is_smaller_where_such_steps_take_longer_than_their_parts() -> None:
-    scheduler = DecodeScheduler(512, lambda: replace(COST, mixed=1.5))
+    scheduler = DecodeScheduler(512, lambda: replace(COST, mixed=1.5), clock=still)
     strict = resident(5)
     strict.tpot_s = 0.050
     scheduler.add(strict)
@@ -83,7 +88,7 @@ def test_a_chunk_is_smaller_where_such_steps_take_longer_than_their_parts() -> N
 
 
 def test_a_chunk_takes_what_the_strictest_objective_leaves() -> None:
-    scheduler = DecodeScheduler(512, lambda: COST)
+    scheduler = DecodeScheduler(512, lambda: COST, clock=still)
     strict, loose = resident(5), resident(5)
     strict.tpot_s, loose.tpot_s = 0.050, 1.0
     for each in (strict, loose, prompt(300)):
@@ -92,8 +97,31 @@ def test_a_chunk_takes_what_the_strictest_objective_leaves() -> None:
     assert counts(scheduler) in ([1, 1, 37], [1, 1, 38])
 
 
+def test_who_is_behind_its_objective_gets_shorter_steps_until_that_is_made_good() -> None:
+    """A sequence waited 20 of its 50 ms for the step that was under way when it was handed over."""
+    now = 50.0
+    scheduler = DecodeScheduler(512, lambda: COST, clock=lambda: now)
+    late, other = resident(5), resident(5)
+    late.tpot_s, late.first_token_at, other.tpot_s = 0.050, now - 0.020, 0.050
+    for each in (late, other, prompt(300)):
+        scheduler.add(each)
+    assert counts(scheduler)[2] in (19, 20), "0.9 * 30 ms less a step of 7 ms"
+    now += 0.027
+    assert counts(scheduler)[2] in (37, 38), "47 of 100 ms are gone: there is room for a whole step"
+    now += 0.140
+    assert counts(scheduler) == [1, 1, LEAST_CHUNK], "187 of 150 ms"
+
+
+def test_a_late_prompt_is_computed_in_short_steps() -> None:
+    scheduler = DecodeScheduler(512, lambda: replace(COST, chunk=0.005), clock=still)
+    late = prompt(600)
+    late.late = True
+    scheduler.add(late)
+    assert counts(scheduler) == [95], "19 times the 5 ms that a chunk costs anyway"
+
+
 def test_a_prompt_goes_on_however_tight_the_objectives() -> None:
-    scheduler = DecodeScheduler(512, lambda: COST)
+    scheduler = DecodeScheduler(512, lambda: COST, clock=still)
     strict = resident(5)
     strict.tpot_s = 0.001
     scheduler.add(strict)
@@ -102,21 +130,21 @@ def test_a_prompt_goes_on_however_tight_the_objectives() -> None:
 
 
 def test_a_fixed_budget_bounds_what_objectives_allow() -> None:
-    scheduler = DecodeScheduler(512, lambda: COST, 0.030)
+    scheduler = DecodeScheduler(512, lambda: COST, 0.030, clock=still)
     scheduler.add(resident(5))
     scheduler.add(prompt(100))
     assert counts(scheduler)[1] in (20, 21)
 
 
 def test_without_objectives_a_step_is_stretched_by_a_factor() -> None:
-    scheduler = DecodeScheduler(512, lambda: StepCost(0.0, 0.001, 0.0, 0.019, 0.001, 0.0))
+    scheduler = DecodeScheduler(512, lambda: StepCost(0.0, 0.001, 0.0, 0.019, 0.001, 0.0), clock=still)
     scheduler.add(resident(5))
     scheduler.add(prompt(100))
     assert counts(scheduler)[1] in (39, 40)
 
 
 def test_prompts_go_by_rank_and_share_the_chunk() -> None:
-    scheduler = DecodeScheduler(32, lambda: COST)
+    scheduler = DecodeScheduler(32, lambda: COST, clock=still)
     long, urgent = prompt(100, 2.0), prompt(5, 1.0)
     scheduler.add(long)
     scheduler.add(urgent)

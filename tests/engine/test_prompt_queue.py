@@ -104,7 +104,21 @@ def test_of_equal_objectives_the_first_to_come_goes_first_however_long_the_next_
 
 def test_work_is_taken_off_the_time_that_is_left() -> None:
     hopeless, kept = waiting(1.0), waiting(1.5)
-    assert drain(queue_of((hopeless, 1.2), (kept, 1.2)), NOW) == [kept, hopeless]
+    assert drain(queue_of((hopeless, 1.4), (kept, 1.4)), NOW) == [kept, hopeless]
+
+
+def test_what_has_started_is_taken_off_too() -> None:
+    """Two seconds of work have started before them: the first one can't be in time behind that."""
+    hopeless, kept = waiting(2.5), waiting(5.0)
+    queue = queue_of((hopeless, 1.0), (kept, 1.0))
+    assert queue.first(NOW, lambda _: 1.0) is hopeless
+    assert queue.first(NOW, lambda _: 2.0) is kept
+
+
+def test_who_may_still_be_in_time_keeps_its_turn() -> None:
+    """Its work may take less than predicted."""
+    close = waiting(1.0)
+    assert drain(queue_of((close, 1.2), (waiting(2.0), 0.1)), NOW)[0] is close
 
 
 def test_what_is_late_makes_way_once_and_not_for_ever() -> None:

@@ -46,6 +46,17 @@ def test_a_cached_prefix_is_not_computed() -> None:
     assert run(scheduler) == []
 
 
+def test_a_late_prompt_is_computed_in_short_steps_and_lets_others_in_between() -> None:
+    scheduler = PrefillScheduler(512, lambda: StepCost(0.005, 0.001))
+    late, urgent = sequence(300), sequence(100)
+    late.late, late.rank, urgent.rank = True, 9.0, 1.0
+    scheduler.add(late)
+    assert run(scheduler) == [(late, 95)], "19 times the 5 ms that a chunk costs anyway"
+    scheduler.add(urgent)
+    assert run(scheduler) == [(urgent, 100)]
+    assert run(scheduler) == [(late, 95)]
+
+
 def test_removed_between_steps() -> None:
     scheduler = PrefillScheduler(8)
     first, second = sequence(20), sequence(20)

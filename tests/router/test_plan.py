@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.cost import StepCost
+from baton.cost import HANDOFF_S, StepCost
+from baton.engine.prompt_queue import AGEING_S
 from router import prediction
 from router.placement import Plan, Way, pick_decode, plan
 from router.snapshot import Ask, DecodeLoad, Demand, PrefillLoad, Queued
@@ -67,6 +68,17 @@ def test_only_what_is_more_urgent_is_ahead() -> None:
     behind = P._replace(queue=(Queued(NOW + 9.0, 3.0, True),))
     assert planned(ask(ttft=1.0), behind, D).ttft_s == pytest.approx(0.102 + TRIP)
     assert planned(ask(ttft=20.0), behind, D, direct=False).ttft_s == pytest.approx(3.102 + TRIP)
+
+
+def test_who_cannot_be_in_time_is_behind_those_who_can() -> None:
+    """A prompt of a second's work is due in half a second: it makes way, and a later one does not see it ahead."""
+    hopeless = prediction.prefill(P, ask(1000, ttft=0.5)).queued
+    assert (hopeless.rank, hopeless.due) == (NOW + 0.5 + AGEING_S, False)
+    assert hopeless.chunk_s < 0.1, "it is computed in short steps"
+    after = prediction.prefill(P._replace(queue=(hopeless,)), ask(100, ttft=1.0))
+    assert after.raw_s == pytest.approx(hopeless.chunk_s + 0.102 + TRIP)
+    close = prediction.prefill(P, ask(100, ttft=0.1)).queued
+    assert close.rank == NOW + 0.1, "predictions err"
 
 
 def test_in_place_where_only_that_keeps_the_first_token() -> None:
@@ -152,7 +164,7 @@ def test_what_a_handoff_adds_weighs_the_more_the_fewer_tokens_there_are() -> Non
     assert planned(many, P, residents, direct=False).tpot_s == pytest.approx(0.015, rel=0.02)
     assert planned(many, P, residents).way is Way.PREFILL
     refused = planned(few, P, residents, direct=False)
-    assert refused.tpot_s == pytest.approx(0.015 + 0.0075 + prediction.HANDOFF_S)
+    assert refused.tpot_s == pytest.approx(0.015 + 0.0075 + HANDOFF_S)
     assert (refused.meets, refused.constraint) == (False, "tpot")
     assert planned(few, P, residents).way is Way.DIRECT, "in place it comes with the next step"
 
