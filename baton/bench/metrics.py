@@ -136,7 +136,7 @@ def summarize(records: Sequence[Record], window_s: float, begin_s: float = 0.0) 
         ttft_promise=_promise(chosen, _promised_ttft, lambda record: record.ttft_ms),
         tpot_promise=_promise(chosen, _promised_tpot, lambda record: record.tpot_ms),
         cross_check=_cross_check(chosen),
-        cached_prompt_share=_cached(chosen),
+        cached_prompt_share=cached_prompt_share(chosen),
     )
 
 
@@ -201,7 +201,8 @@ def _cross_check(records: list[Record]) -> CrossCheck:
     return CrossCheck(distribution(ttft), distribution(tpot), disagreements)
 
 
-def _cached(records: list[Record]) -> float | None:
+def cached_prompt_share(records: Sequence[Record]) -> float | None:
+    """Of the prompt tokens of finished requests, those that the server found in a prefix cache."""
     usages = [record.finished.usage for record in records if record.finished is not None]
     prompts = sum(usage.prompt_tokens for usage in usages)
     return sum(usage.cached_prompt_tokens for usage in usages) / prompts if prompts else None

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from baton.bench.config import LoadConfig
 from baton.bench.driver import Run
-from baton.bench.metrics import CrossCheck, Distribution, distribution
+from baton.bench.metrics import CrossCheck, Distribution, cached_prompt_share, distribution
 
 WARN_LATE_MS = 5.0
 WARN_LOOP_SHARE, MOST_LOOP_SHARE = 0.7, 0.95
 WARN_DIFFERENCE_MS = 20.0
+WARN_CACHED = 0.01
+"""Of the tokens of prompts that have nothing in common."""
 CLOCK_NOISE_MS = 2.0
 
 
@@ -74,6 +76,11 @@ def _notes(run: Run, check: CrossCheck) -> list[str]:
     if difference is not None and difference.p50 < -CLOCK_NOISE_MS:
         notes.append(
             f"the router reports first tokens {-difference.p50:.1f} ms later than the client saw them (median)"
+        )
+    cached = cached_prompt_share(run.records)
+    if cached is not None and cached > WARN_CACHED and not any(record.planned.blocks for record in run.records):
+        notes.append(
+            f"{cached:.0%} of the prompts' tokens were in a prefix cache, from a run with the same --seed: use another"
         )
     if check.disagreements:
         notes.append(f"client and server disagree on {check.disagreements} kept objectives")

@@ -21,7 +21,7 @@ import uvloop
 
 from baton.bench.config import LoadConfig
 from baton.bench.driver import run_plan
-from baton.bench.measuring import measure_once
+from baton.bench.measuring import measure_on
 from baton.bench.plan import Plan, Planned, make_plan
 from baton.bench.target import Target, connect
 from tests.bench.modes import ADAPTIVE, DISAGGREGATED, Mode, colocated
@@ -113,11 +113,11 @@ def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> float:
 
 
 async def attainment(mode: Mode, load: LoadConfig, rates: Sequence[float], seed: int) -> dict[float, float]:
-    """Share of the requests that keep their objectives, at each rate."""
+    """Share of the requests that keep their objectives, at each rate, with prompts that no other rate has."""
     found: dict[float, float] = {}
-    async with mode.start() as address:
-        for rate in rates:
-            measured, _ = await measure_once(address, replace(load, rate=rate, seed=seed))
+    async with mode.start() as address, connect(address, load) as target:
+        for part, rate in enumerate(rates):
+            measured, _ = await measure_on(target, replace(load, rate=rate, seed=seed), part=part)
             if not measured.verdict.valid:
                 raise RuntimeError(f"{mode.name} at {rate}/s: {measured.verdict.warnings[0]}")
             found[rate] = measured.summary.attainment

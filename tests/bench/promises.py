@@ -2,8 +2,7 @@
 
 Adaptive mode, one cluster for all runs of an engine, requests that would rather be refused than late. First the
 capacity: the highest rate at which 90 % of the requests keep their objectives, of those whose prompt an idle system
-computes in time. Then 80 % of it and 150 % of it, in
-bursts; promises and refusals by the client's clock.
+computes in time. Then 80 % of it and 150 % of it, in bursts; promises and refusals by the client's clock.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from dataclasses import dataclass, replace
 import uvloop
 
 from baton.bench.config import LoadConfig
-from baton.bench.driver import run_plan
+from baton.bench.measuring import measure_on
 from baton.bench.metrics import Summary
-from baton.bench.plan import make_plan
-from baton.bench.results import measure
 from baton.bench.sweep import Point, best, next_rate
 from baton.bench.target import Target, connect
 from tests.bench.goodput import WANTED, WORKLOADS, attainable, idle_of, load_of
@@ -56,10 +53,7 @@ SUBJECTS = {
 async def at_rate(target: Target, load: LoadConfig, rate: float) -> Summary:
     """One run, of prompts that no other run has: nothing is cached. Raises RuntimeError where the client was the
     bottleneck."""
-    asked = replace(load, rate=rate)
-    prompts = replace(asked, seed=1000 + next(RUNS))
-    run = await run_plan(target, make_plan(asked, target.model.context_tokens), prompts)
-    found = measure(run, asked, target.address, target.model.name)
+    found, _ = await measure_on(target, replace(load, rate=rate), part=next(RUNS))
     if not found.verdict.valid:
         raise RuntimeError(f"at {rate:g}/s: {found.verdict.warnings[0]}")
     summary, promise = found.summary, found.summary.ttft_promise

@@ -73,3 +73,17 @@ async def test_short_prompts_share_a_step(cluster: Cluster) -> None:
     assert sum(map(len, cluster.p.engine.batches)) <= 6
     assert max(map(len, cluster.p.engine.batches)) >= 3
     assert all(sum(count for _, count in batch) <= 32 for batch in cluster.p.engine.batches)
+
+
+async def test_it_is_known_how_long_the_step_under_way_has_taken(cluster: Cluster) -> None:
+    """What has passed of it is no work ahead of those who wait."""
+    await cluster.add_prefill()
+    runner = cluster.p.role.runner
+    assert runner.under_way_s == 0
+    cluster.p.engine.gate.clear()
+    spec = cluster.router.spec(10, max_tokens=1)
+    await cluster.started(spec)
+    await until(lambda: runner.under_way_s > 0.01, "a step is under way")
+    cluster.p.engine.gate.set()
+    await cluster.router.hears(cluster.p, "ended", spec)
+    await until(lambda: runner.under_way_s == 0, "it is done")
