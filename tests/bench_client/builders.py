@@ -16,7 +16,9 @@ from baton.client.types import Accepted, Finished, FinishReason, Path, SloOutcom
 TTFT_ONLY = TrafficClass("all", ttft_ms=100.0)
 
 
-def finished(ttft_ms: float = 50.0, tpot_ms: float | None = 10.0, slo: SloOutcome | None = None) -> Finished:
+def finished(
+    ttft_ms: float = 50.0, tpot_ms: float | None = 10.0, slo: SloOutcome | None = None, cached: int = 0
+) -> Finished:
     """As the router tells it."""
     timeline = Timeline(
         ttft_ms=ttft_ms, tpot_ms=tpot_ms, total_ms=100.0, router_ms=1.0, queue_ms=2.0, prefill_ms=40.0,
@@ -24,7 +26,7 @@ def finished(ttft_ms: float = 50.0, tpot_ms: float | None = 10.0, slo: SloOutcom
         prefill_worker="prefill-0", decode_worker="decode-0", path=Path.DISAGGREGATED, transport="shm",
         transfer_bytes=1, transfer_blocks=1, transfer_cached_blocks=0,
     )  # fmt: skip
-    return Finished(FinishReason.LENGTH, Usage(100, 3, 25), timeline, slo)
+    return Finished(FinishReason.LENGTH, Usage(100, 3, cached), timeline, slo)
 
 
 def record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,14 @@ def test_a_lagging_or_full_loop_makes_a_run_invalid() -> None:
 def test_clocks_that_do_not_agree_are_told() -> None:
     assert "later than the router" in verdict([record(0.0, [0.2], finished=finished(50.0, None))]).warnings[0]
     assert "than the client saw them" in verdict([record(0.0, [0.02], finished=finished(50.0, None))]).warnings[0]
+
+
+def test_prompts_that_were_cached_already_are_told() -> None:
+    """They have nothing in common, unless a trace says which blocks they share."""
+    served = record(0.0, [0.051, 0.061], finished=finished(cached=25))
+    assert "25% of the prompts' tokens were in a prefix cache" in verdict([served]).warnings[0]
+    served.planned = replace(served.planned, blocks=(1,), block_tokens=512)
+    assert verdict([served]) == Verdict(True, ())
 
 
 def test_a_result_is_written_read_and_compared(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_throughput_counts_to_the_last_event() -> None:
-    found = summarize([record(2.0, [3.0, 4.0, 6.0])], window_s=2.0, begin_s=1.0)
+    found = summarize([record(2.0, [3.0, 4.0, 6.0], finished=finished(cached=25))], window_s=2.0, begin_s=1.0)
     assert found.output_tokens_per_s == pytest.approx(3 / 5)
     assert found.prompt_tokens_per_s == pytest.approx(100 / 5)
     assert found.cached_prompt_share == 0.25

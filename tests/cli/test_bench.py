@@ -109,6 +109,8 @@ async def test_a_sweep_finds_what_the_server_can_keep(server: Paced, tmp_path: P
     assert min(point["attainment"] for point in found["sweep"]) < 0.9
     assert "highest rate found" in result.out
     assert result.err.count("kept, goodput") == len(found["sweep"])
+    prompts = [tuple(request.token_ids.ids) for request in server.requests]
+    assert len(set(prompts)) == len(prompts), "what one rate sent is in the caches when the next one is tried"
 
 
 async def test_a_run_without_a_token_fails(server: Paced) -> None:
