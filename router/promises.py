@@ -7,7 +7,7 @@ from collections import deque
 WINDOW = 64
 TOLERANCE = 1.2
 """A promise is kept when no more than so many times as long was needed."""
-KEPT_SHARE = 0.93
+KEPT_SHARE = 0.95
 MEDIAN_LIMIT = 1.2
 """A promise is at most so many times what is usual."""
 MOST = 5.0
