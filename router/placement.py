@@ -188,7 +188,7 @@ def _best_step(ask: Ask, workers: Sequence[DecodeLoad]) -> tuple[float, bool] | 
     best: tuple[bool, float] | None = None
     for worker in workers:
         step_s = prediction.step(worker, ask)
-        seconds = prediction.handed_over(step_s, ask)
+        seconds = prediction.handed_over(worker, ask)
         late = ask.tpot_s is not None and seconds > ask.tpot_s
         misses = late or _misses_tpot(ask, worker, step_s) or not has_room(worker, ask.demand)
         if best is None or (misses, seconds) < best:

@@ -60,17 +60,24 @@ def step(worker: DecodeLoad, ask: Ask) -> float:
     """Seconds per token with this sequence resident, and with its share of those that are on their way."""
     cost = worker.cost
     assert cost is not None, "a worker that has told its cost"
-    seconds = cost.decode(worker.sequences + 1 + ask.unbound, worker.tokens + ask.demand.tokens + ask.unbound_tokens)
+    seconds = _bare_step(worker, cost, ask)
     if worker.queue:  # prompts are computed beside: each step takes what the objectives leave
         limit = min((s for s in (worker.strictest_s, ask.tpot_s) if s is not None), default=STRETCH * seconds)
         seconds = max(seconds, MARGIN * limit)
     return seconds
 
 
-def handed_over(step_s: float, ask: Ask) -> float:
+def handed_over(worker: DecodeLoad, ask: Ask) -> float:
     """Seconds per token of a sequence that comes in over a handoff: it waits for half a step under way at first, which
-    weighs the more the fewer tokens there are."""
-    return step_s + (step_s / 2 + HANDOFF_S) / max(ask.gaps, 1)
+    weighs the more the fewer tokens there are. Chunks beside it are smaller until that is made good, so its own steps
+    may be as short as they are without any."""
+    assert worker.cost is not None, "a worker that has told its cost"
+    step_s = step(worker, ask)
+    return max(step_s, _bare_step(worker, worker.cost, ask) + (step_s / 2 + HANDOFF_S) / max(ask.gaps, 1))
+
+
+def _bare_step(worker: DecodeLoad, cost: StepCost, ask: Ask) -> float:
+    return cost.decode(worker.sequences + 1 + ask.unbound, worker.tokens + ask.demand.tokens + ask.unbound_tokens)
 
 
 def drain(worker: DecodeLoad) -> float:

@@ -129,6 +129,16 @@ def test_the_step_must_keep_this_objective_and_everybody_elses() -> None:
     assert (others.meets, others.constraint) == (False, "tpot")
 
 
+def test_a_handoff_beside_prompts_is_made_good_by_smaller_chunks() -> None:
+    """Steps of 0.9 * 50 ms, half of one until it is in; then 11 ms, until its mean is within the objective again."""
+    computing = D._replace(queue=busy(2.0), sequences=0)
+    one_gap = ask(200, tpot=0.05)._replace(gaps=1)
+    assert prediction.handed_over(computing, one_gap) == pytest.approx(0.045)
+    tight = ask(200, tpot=0.03)._replace(gaps=1)
+    assert prediction.handed_over(computing, tight) == pytest.approx(0.011 + 0.0135 + HANDOFF_S)
+    assert prediction.handed_over(computing, tight._replace(gaps=20)) == pytest.approx(0.027)
+
+
 def test_what_is_admitted_but_not_bound_yet_counts() -> None:
     assert planned(ask(tpot=0.02), P, D).meets
     assert not planned(ask(tpot=0.02, unbound=12), P, D).meets
