@@ -11,6 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.bench.peers import end_session
+
 SCRIPT = """
 import json, os, random, sys, time
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="2", VLLM_CPU_OMP_THREADS_BIND=sys.argv[2], HF_HUB_OFFLINE="1",
@@ -69,8 +71,9 @@ class VllmBurst:
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         command = [str(folder / "vllm/bin/python"), "-c", SCRIPT, str(folder / "model-hf"), cores]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         self._answer("ready")
 
     def round(self) -> tuple[Gaps, Gaps, list[float]]:
@@ -83,8 +86,7 @@ class VllmBurst:
 
     def close(self) -> None:
         """Ends it."""
-        self._process.kill()
-        self._process.wait()
+        end_session(self._process)
 
     def _answer(self, key: str) -> dict[str, Any]:
         assert self._process.stdout is not None, "opened as a pipe"

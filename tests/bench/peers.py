@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,13 @@ for line in sys.stdin:
 NAMES = ("vllm", "llama.cpp", "llama.cpp native")
 
 
+def end_session(leader: subprocess.Popen[str]) -> None:
+    """Kills a process that was started with a session of its own, and all in it: vLLM's engine outlives its parent."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
+
+
 class Peer:
     """A running peer, asked case by case so that its runs lie between ours."""
 
@@ -141,7 +150,7 @@ class Peer:
         self._process = subprocess.Popen(
             ["taskset", "-c", str(cpu), str(python), "-c", script, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
         self.ready_s = float(self._answer("ready"))
         self.about = str(self._answer("about"))
@@ -156,8 +165,7 @@ class Peer:
         return None if rate is None else float(rate)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        end_session(self._process)
 
     def _answer(self, name: str) -> Any:
         assert self._process.stdout is not None, "opened as a pipe"
