@@ -93,8 +93,7 @@ async def subject_rows(subject: Subject, scale: float) -> list[Row]:
         longer = replace(load, seconds=2 * load.seconds, seed=1)
         below = await at_rate(target, longer, BELOW * rate)
         above = await at_rate(target, longer, ABOVE * rate)
-    # Goodput that is still higher at a higher rate than this one has not collapsed here.
-    peak = max(*(point.goodput for point in points if point.rate <= ABOVE * rate), below.goodput)
+    peak = max(*(point.goodput for point in points), below.goodput)
     return rows_of(name, rate, peak, below, above)
 
 
