@@ -13,6 +13,7 @@ from baton.config import RouterConfig
 from baton.errors import Unavailable
 from baton.identity import mint_process
 from baton.rpc import collector, net
+from baton.rpc.poller import Poller, running
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
@@ -39,8 +40,11 @@ class Router:
         self.config, self.counts = config, Counts()
         self.process = mint_process("router", config.listen, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
+        self._poller = Poller()
         self.placer = Placer(config.path)
-        self.requests = Requests(config.max_requests, self.counts, self.placer, config.prefix_index_blocks)
+        self.requests = Requests(
+            config.max_requests, self.counts, self.placer, config.prefix_index_blocks, self._poller
+        )
         self.registry = Registry(
             self._identity,
             config.lease_s,
@@ -66,6 +70,7 @@ class Router:
         generation = GenerationService(self.config, self._identity, self.registry, self.requests, self.executor)
         registry = RegistryService(self.registry, self._identity)
         admin = AdminService(self._identity, self.registry, self.requests, self.counts, self.placer.explanations)
+        threads = running()
         try:
             self._server = await net.start_server(
                 self.config.listen,
@@ -78,6 +83,7 @@ class Router:
         except BaseException:
             self.executor.shutdown(wait=False)
             raise
+        self._poller.find(threads)
         self.process = replace(self.process, address=self._server.address)
         self._readiness = asyncio.create_task(self._follow_readiness(self._server), name="readiness")
 

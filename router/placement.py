@@ -124,10 +124,15 @@ def plan(
         worker.cost is not None and worker.cost.knows_decode for worker in fitting
     ):
         return _by_tokens(ask, prefills, fitting, blocks, direct)
-    tpot = _best_step(ask, fitting)
+    steps = [prediction.step(worker, ask) for worker in fitting]
+    tpot = _best_step(ask, fitting, steps)
     offers = [_over_both(ask, worker, tpot) for worker in able] if fitting or ask.single_token else []
     if direct:
-        offers += [_in_place(ask, worker) for worker in fitting if worker.cost and worker.cost.knows_prefill]
+        offers += [
+            _in_place(ask, worker, step_s)
+            for worker, step_s in zip(fitting, steps, strict=True)
+            if worker.cost and worker.cost.knows_prefill
+        ]
     if not offers:
         return None
     found = _choose(ask, tuple(offer for offer, _ in offers), fitting)
@@ -183,12 +188,12 @@ def _by_tokens(
     return here and Plan(here.chosen, Way.DIRECT, True, here.reason, here.candidates)
 
 
-def _best_step(ask: Ask, workers: Sequence[DecodeLoad]) -> tuple[float, bool] | None:
-    """Seconds per token on the decode worker that will suit best, handed over, and whether all objectives are kept."""
+def _best_step(ask: Ask, workers: Sequence[DecodeLoad], steps: Sequence[float]) -> tuple[float, bool] | None:
+    """Seconds per token on the decode worker that will suit best, handed over, and whether all objectives are kept.
+    `steps` are what one would take with the sequence in it, on each."""
     best: tuple[bool, float] | None = None
-    for worker in workers:
-        step_s = prediction.step(worker, ask)
-        seconds = prediction.handed_over(worker, ask)
+    for worker, step_s in zip(workers, steps, strict=True):
+        seconds = prediction.handed_over(worker, ask, step_s)
         late = ask.tpot_s is not None and seconds > ask.tpot_s
         misses = late or _misses_tpot(ask, worker, step_s) or not has_room(worker, ask.demand)
         if best is None or (misses, seconds) < best:
@@ -207,8 +212,8 @@ def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -
     return _offer(ask, worker, Way.PREFILL, worker.queued_tokens, forecast, seconds, kept, light=False), forecast
 
 
-def _in_place(ask: Ask, worker: DecodeLoad) -> tuple[Candidate, Forecast]:
-    forecast, seconds = prediction.direct(worker, ask), prediction.step(worker, ask)
+def _in_place(ask: Ask, worker: DecodeLoad, seconds: float) -> tuple[Candidate, Forecast]:
+    forecast = prediction.direct(worker, ask)
     kept = has_room(worker, ask.demand) and not _misses_tpot(ask, worker, seconds)
     idle = not worker.sequences and not ask.unbound  # who is on the way would wait for its chunks
     light = idle or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS

@@ -67,12 +67,11 @@ def step(worker: DecodeLoad, ask: Ask) -> float:
     return seconds
 
 
-def handed_over(worker: DecodeLoad, ask: Ask) -> float:
-    """Seconds per token of a sequence that comes in over a handoff: it waits for half a step under way at first, which
-    weighs the more the fewer tokens there are. Chunks beside it are smaller until that is made good, so its own steps
-    may be as short as they are without any."""
+def handed_over(worker: DecodeLoad, ask: Ask, step_s: float) -> float:
+    """Seconds per token of a sequence that comes in over a handoff, where a step with it takes `step_s`: it waits for
+    half a step under way at first, which weighs the more the fewer tokens there are. Chunks beside it are smaller until
+    that is made good, so its own steps may be as short as they are without any."""
     assert worker.cost is not None, "a worker that has told its cost"
-    step_s = step(worker, ask)
     return max(step_s, _bare_step(worker, worker.cost, ask) + (step_s / 2 + HANDOFF_S) / max(ask.gaps, 1))
 
 

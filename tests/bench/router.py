@@ -2,15 +2,16 @@
 
 Placements: a router with 64 workers around it, each behind a real gRPC server, that have told their costs and 10,000
 cached blocks, and the time inside the two calls that place requests with objectives, half of them with a cached prefix.
-Tokens: a cluster of simulated workers, one token event for each sequence and step, none of them merged; the
-router's user and system time over the tokens that reached the client. Requests: so many, from few connections, and
-every one of them must end.
+Tokens: a cluster of simulated workers, the router on a core of its own, one token event for each sequence and step,
+none of them merged; the router's user and system time over the tokens that reached the client. Requests: so many, from
+few connections, and every one of them must end.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import sys
@@ -31,7 +32,7 @@ from kvtransfer.prefix import block_digests
 from router.app import Router
 from router.worker import Worker
 from tests.bench.report import Row, publish, spread
-from tests.bench.streaming import Flow, cpu_s, pid_of, simulated, steady
+from tests.bench.streaming import Flow, alone, cpu_s, pid_of, simulated, steady
 from tests.router.crowd import crowd
 from tests.router.doubles import EOS
 
@@ -121,12 +122,15 @@ def _fill(router: Router, chance: random.Random) -> list[list[int]]:
 
 
 async def flows() -> list[Row]:
-    """Interleaved rounds of steady streams, few and many."""
+    """Interleaved rounds of steady streams, few and many; the router has a core for itself."""
     found: dict[int, list[Flow]] = {streams: [] for streams, _ in FLOWS}
     for _ in range(ROUNDS):
         for streams, step_ms in FLOWS:
             async with simulated(step_ms, streams) as cluster:
-                found[streams].append(await steady(cluster, streams, step_ms, WINDOW_S))
+                router = pid_of(cluster, "router")
+                others = [child.pid for child in cluster.processes if child.pid != router]
+                with alone(router, [*others, os.getpid()]):
+                    found[streams].append(await steady(cluster, streams, step_ms, WINDOW_S))
     rows = []
     for streams, runs in found.items():
         assert not any(run.merged for run in runs), f"{streams} streams: tokens were merged; this measures nothing"

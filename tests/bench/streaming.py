@@ -10,8 +10,8 @@ import asyncio
 import json
 import os
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,26 @@ async def steady(cluster: LocalCluster, streams: int, step_ms: float, window_s: 
                 call.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
     return Flow(streams, tokens, merged, seconds, spent, sockets)
+
+
+@contextmanager
+def alone(pid: int, others: Sequence[int]) -> Iterator[None]:
+    """That process on the first core, and the others on the last, as `taskset -a` would put them."""
+    free = os.sched_getaffinity(0)
+    for process, core in ((pid, min(free)), *((other, max(free)) for other in others)):
+        _pin(process, {core})
+    try:
+        yield
+    finally:
+        for process in (pid, *others):
+            _pin(process, free)
+
+
+def _pin(pid: int, cores: set[int]) -> None:
+    """All its threads; later ones are where the thread was that started them."""
+    for thread in psutil.Process(pid).threads():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(thread.id, cores)
 
 
 def pid_of(cluster: LocalCluster, role: str) -> int:

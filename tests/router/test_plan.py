@@ -25,6 +25,10 @@ def ask(tokens: int = 100, ttft: float | None = None, tpot: float | None = None,
     return made if not more else Ask(**{name: more.get(name, getattr(made, name)) for name in made._fields})  # type: ignore[arg-type]
 
 
+def handed_over(worker: DecodeLoad, request: Ask) -> float:
+    return prediction.handed_over(worker, request, prediction.step(worker, request))
+
+
 def planned(request: Ask, *workers: PrefillLoad | DecodeLoad, direct: bool = True) -> Plan:
     prefills = [worker for worker in workers if isinstance(worker, PrefillLoad)]
     decodes = [worker for worker in workers if isinstance(worker, DecodeLoad)]
@@ -133,10 +137,10 @@ def test_a_handoff_beside_prompts_is_made_good_by_smaller_chunks() -> None:
     """Steps of 0.9 * 50 ms, half of one until it is in; then 11 ms, until its mean is within the objective again."""
     computing = D._replace(queue=busy(2.0), sequences=0)
     one_gap = ask(200, tpot=0.05)._replace(gaps=1)
-    assert prediction.handed_over(computing, one_gap) == pytest.approx(0.045)
+    assert handed_over(computing, one_gap) == pytest.approx(0.045)
     tight = ask(200, tpot=0.03)._replace(gaps=1)
-    assert prediction.handed_over(computing, tight) == pytest.approx(0.011 + 0.0135 + HANDOFF_S)
-    assert prediction.handed_over(computing, tight._replace(gaps=20)) == pytest.approx(0.027)
+    assert handed_over(computing, tight) == pytest.approx(0.011 + 0.0135 + HANDOFF_S)
+    assert handed_over(computing, tight._replace(gaps=20)) == pytest.approx(0.027)
 
 
 def test_what_is_admitted_but_not_bound_yet_counts() -> None:
