@@ -13,12 +13,16 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from kvtransfer.layout import BLOCK_TOKENS
 
 DIGEST_BYTES = 16
+ROOTS = 1024
+"""Kept, of as many tenants."""
 
 
+@lru_cache(ROOTS)
 def prefix_root(salt: str, fingerprint: str) -> bytes:
     """The parent of every first block. The salt's length goes in, so that no two pairs share a root."""
     raw = salt.encode()

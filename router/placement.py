@@ -255,20 +255,23 @@ def _offer(
 
 
 def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoad]) -> Plan:
-    both = [offer for offer in offers if offer.way is Way.PREFILL]
-    here = [offer for offer in offers if offer.way is Way.DIRECT]
-    good_both = _best([offer for offer in both if offer.feasible])
-    good_here = _best([offer for offer in here if offer.feasible])
+    kept = [offer for offer in offers if offer.feasible]
+    good_both = _best([offer for offer in kept if offer.way is Way.PREFILL])
+    here = [offer for offer in kept if offer.way is Way.DIRECT]
     if good_both is not None:
-        light = _best([offer for offer in here if offer.feasible and offer.light])
+        light = _best([offer for offer in here if offer.light])
         if light is not None and _seconds(light) < DIRECT_GAIN * _seconds(good_both):
             return _planned(light, offers, "in place: light work in less than half the time")
-        tight = ask.ttft_s is not None and _seconds(good_both) > COMFORT * ask.ttft_s
-        if tight and good_here is not None and _seconds(good_here) < _seconds(good_both):
-            return _planned(good_here, offers, "in place: sooner, and over both pools little time would be left")
+        if ask.ttft_s is not None and _seconds(good_both) > COMFORT * ask.ttft_s:
+            good_here = _best(here)
+            if good_here is not None and _seconds(good_here) < _seconds(good_both):
+                return _planned(good_here, offers, "in place: sooner, and over both pools little time would be left")
         return _planned(good_both, offers, "over both pools: soonest that keeps all objectives")
-    if good_here is not None:
-        return _planned(good_here, offers, "in place: only so are all objectives kept" if both else "in place: soonest")
+    if (good_here := _best(here)) is not None:
+        alone = all(offer.way is Way.DIRECT for offer in offers)
+        return _planned(
+            good_here, offers, "in place: soonest" if alone else "in place: only so are all objectives kept"
+        )
     best = min(offers, key=lambda offer: (offer.breaks, offer.miss, _soonest(offer)))  # at least it costs nobody else
     made = _planned(best, offers, f"nobody keeps all objectives; misses by the least factor ({best.note})")
     return made._replace(meets=False, constraint=best.note, retry_s=_retry(ask, best, decodes))
@@ -281,8 +284,8 @@ def _planned(offer: Candidate, offers: tuple[Candidate, ...], reason: str) -> Pl
 
 def _best(offers: Sequence[Candidate]) -> Candidate | None:
     """The soonest; of those that are as good, the one chosen longest ago."""
-    if not offers:
-        return None
+    if len(offers) < 2:
+        return offers[0] if offers else None
     limit = min(map(_seconds, offers)) * NEAR + NEAR_S
     near = (offer for offer in offers if _seconds(offer) <= limit)
     return min(near, key=lambda offer: (offer.chosen_at, _soonest(offer)))
