@@ -11,6 +11,8 @@ KEPT_SHARE = 0.95
 MEDIAN_LIMIT = 1.2
 """A promise is at most so many times what is usual."""
 MOST = 5.0
+PRIOR = (1.0,) * 8
+"""What a worker begins with: one short prompt that something disturbed says nothing of a long one."""
 
 
 class Accuracy:
@@ -39,7 +41,7 @@ class Accuracy:
             self.promised += 1
             self.kept += achieved_s <= TOLERANCE * promised_s
         self._ratios.append(achieved_s / predicted_s)
-        ordered = sorted(self._ratios)
+        ordered = sorted((*self._ratios, *PRIOR[: WINDOW - len(self._ratios)]))
         high = ordered[min(int(KEPT_SHARE * len(ordered)), len(ordered) - 1)] / TOLERANCE
         usual = ordered[len(ordered) // 2]
         self.factor = min(max(min(high, MEDIAN_LIMIT * usual), usual, 1 / MOST), MOST)
