@@ -112,7 +112,7 @@ class StepCost:
     def fits_beside(self, step_s: float, limit_s: float | None, cached_tokens: int, most: int) -> int:
         """The largest chunk that a step of `step_s` has room for within the strictest objective among its sequences, or
         within `STRETCH` of itself where there is none; 0 to `most` tokens. Whoever sizes chunks takes `LEAST_CHUNK` at
-        the least; whoever places prompts takes less than that for a missed objective."""
+        the least, every other step; whoever places prompts takes less than half of that for a missed objective."""
         spare = (STRETCH - 1) * step_s if limit_s is None else limit_s * MARGIN / self.mixed - step_s
         return self.fits(spare, cached_tokens, most)
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from baton.rpc.worker_service import RouterSession
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec, TokenLogprobs
 from baton.v1 import worker_pb2 as wire
+from decode_worker.scheduler import Expected
 from kvtransfer.admission import Room
 from kvtransfer.handoff import Aborted
 
@@ -28,6 +29,13 @@ class Pending:
     router: RouterSession
     transport: str
     writer: str
+
+    @property
+    def expected(self) -> Expected | None:
+        """What the scheduler has to know of it; None where nothing hangs on when it comes."""
+        gaps = self.spec.max_tokens - len(self.spec.output) - 1
+        tpot_ms = self.spec.objectives.tpot_ms
+        return None if tpot_ms is None or gaps < 1 else Expected(gaps, tpot_ms / 1e3)
 
 
 @dataclass(slots=True)

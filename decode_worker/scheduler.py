@@ -4,19 +4,28 @@ of the prompts that are computed here, as large as the residents' objectives lea
 A chunk makes every resident wait, so it may take what the strictest objective among them leaves of a step: then none
 is missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
 time, from the worker's own cost, in place of a number of tokens. An objective is for the mean: whoever has waited, as
-a sequence that was handed over in the middle of a long step has, gets shorter steps until that is made good. Where
-nobody is resident, somebody may come in before
-the chunk ends: then the prompts' own objectives stand for theirs.
+a sequence that was handed over in the middle of a long step has, gets shorter steps until that is made good; where
+even the least chunk is too long for it, every other step goes without. Where nobody is resident, somebody may come in
+before the chunk ends: then the prompts' own objectives stand for theirs. Whoever is known to be on the way, and has
+only few tokens to make a wait good with, gets chunks that are over in time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from baton.cost import LEAST_CHUNK, StepCost
+from baton.cost import HANDOFF_S, LEAST_CHUNK, MARGIN, StepCost
 from baton.engine.api import Sequence, Work
 from baton.spec import AttemptKey
+
+
+class Expected(NamedTuple):
+    """A sequence on its way here: the gaps between its tokens, at the most, and its objective for their mean."""
+
+    gaps: int
+    tpot_s: float
 
 
 class DecodeScheduler:
@@ -34,6 +43,9 @@ class DecodeScheduler:
         self._residents: dict[AttemptKey, Sequence] = {}
         self._at_first: dict[AttemptKey, int] = {}  # a resident's output tokens at `first_token_at`
         self._prompts: dict[AttemptKey, Sequence] = {}
+        self._gave_way = False  # the last step had no chunk, for a resident's sake
+        self.expected: tuple[Expected, ...] = ()
+        """Whoever is on the way. Replaced as a whole, from any thread."""
 
     def add(self, sequence: Sequence) -> None:
         """Joins from the next step on. With more than its last token left to compute it is a prompt, until that is."""
@@ -76,15 +88,27 @@ class DecodeScheduler:
         """Prompt tokens of this step. Residents give way to no more than their objectives allow; and the first prompt
         waits for others with it only where the step's fixed cost would weigh too much otherwise."""
         cost, first = self._cost(), next(iter(self._prompts.values()))
+        resident_tokens = sum(len(other.tokens) for other in self._residents.values())
         if not self._residents:
             fixed = cost.chunk
             largest = cost.making_way(self._chunk_tokens) if first.late else self._chunk_tokens
             limits = [prompt.tpot_s for prompt in self._prompts.values() if prompt.tpot_s is not None]
             most = cost.fits_alone(self._strictest(limits), first.computed, largest)
         else:
-            fixed = cost.decode(len(self._residents), sum(len(other.tokens) for other in self._residents.values()))
-            fits = cost.fits_beside(fixed, self._strictest(self._left_s()), first.computed, self._chunk_tokens)
+            fixed = cost.decode(len(self._residents), resident_tokens)
+            limit = self._strictest(self._left_s())
+            fits = cost.fits_beside(fixed, limit, first.computed, self._chunk_tokens)
+            # A resident that can still be in time goes alone; but a prompt that has started must end.
+            self._gave_way = not self._gave_way and limit is not None and fits < LEAST_CHUNK and fixed <= MARGIN * limit
+            if self._gave_way:
+                return 0
             most = max(LEAST_CHUNK, fits)
+        if self.expected:
+            step_s = cost.decode(len(self._residents) + 1, resident_tokens)
+            spare = [gaps * (MARGIN * tpot_s - step_s) - HANDOFF_S for gaps, tpot_s in self.expected]
+            if in_time := [seconds for seconds in spare if seconds > 0]:
+                fits = cost.fits(min(in_time) - fixed, first.computed, most)
+                most = min(most, max(LEAST_CHUNK, fits))
         return min(most, max(cost.worth_computing(fixed, most), first.remaining))
 
     def _left_s(self) -> list[float]:

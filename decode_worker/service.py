@@ -72,7 +72,7 @@ class DecodeRole:
         self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
         self._model = model or CostModel()
         self._admission = Admission(pool, self.layout, fingerprint)
-        scheduler = DecodeScheduler(chunk_tokens, lambda: self._model.cost, tpot_budget_s)
+        self._scheduler = scheduler = DecodeScheduler(chunk_tokens, lambda: self._model.cost, tpot_budget_s)
         self.residents = Residents(
             engine, scheduler, self._model, self.ledger, pool, self._admission, fingerprint, counts, self._changed
         )
@@ -119,6 +119,7 @@ class DecodeRole:
             self._counts.add("handoffs_refused")
         elif self.ledger.state(key) is not GrantState.RESIDENT:
             self._pending[key] = Pending(spec, router, transport, writer)
+            self._expect()
             self.transports[transport].admit(answer.ticket)
             self._wake(answer)
         self._load.changed()
@@ -251,6 +252,14 @@ class DecodeRole:
             self.ledger.abort(key, RefusalReason.MISMATCH, time.monotonic(), "a message contradicts the grant")
         return outcome
 
+    def _expect(self) -> None:
+        """Those on their way, as the scheduler may know them. O(their number), which slots bound."""
+        self._scheduler.expected = tuple(
+            pending.expected
+            for key, pending in self._pending.items()
+            if pending.expected is not None and self.ledger.state(key) is not GrantState.ABORTING
+        )
+
     def _wake(self, grant: Grant) -> None:
         """A sequence is on its way to an engine that may have rested for long."""
         now = time.monotonic()
@@ -260,6 +269,7 @@ class DecodeRole:
 
     def _start(self, key: HandoffKey) -> None:
         grant, first, pending = self.ledger.grant(key), self.ledger.payload(key), self._pending.pop(key)
+        self._expect()
         assert grant is not None, "a resident has a grant"
         assert isinstance(first, FirstToken), "a commit carries the first token"
         self.transports[pending.transport].revoke(key)
@@ -287,6 +297,7 @@ class DecodeRole:
         reason = aborted.reason.name
         log.info("handoff given up", request=request, handoff=str(key), reason=reason, message=aborted.message)
         self._counts.add("handoffs_aborted")
+        self._expect()
         if pending is None:
             return
         self.transports[pending.transport].revoke(key)
@@ -300,6 +311,7 @@ class DecodeRole:
         if self.ledger.state(key) is not None:
             return
         self._pending.pop(key, None)
+        self._expect()
         router = self._awaiting_proof.pop(key, None)
         if router is not None and not any(other.attempt == key.attempt for other in self._awaiting_proof):
             router.send(freed=wire.Freed(attempt=key.attempt))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from baton.cost import ALONE_CHUNK, LEAST_CHUNK, StepCost
 from baton.engine.api import Sequence
-from decode_worker.scheduler import DecodeScheduler
+from decode_worker.scheduler import DecodeScheduler, Expected
 from tests.prefill_worker.builders import sequence
 
 
@@ -110,6 +110,32 @@ def test_who_is_behind_its_objective_gets_shorter_steps_until_that_is_made_good(
     assert counts(scheduler)[2] in (37, 38), "47 of 100 ms are gone: there is room for a whole step"
     now += 0.140
     assert counts(scheduler) == [1, 1, LEAST_CHUNK], "187 of 150 ms"
+
+
+def test_who_would_be_late_by_the_least_chunk_goes_alone_every_other_step() -> None:
+    scheduler = DecodeScheduler(512, lambda: COST, clock=still)
+    strict = resident(5)
+    strict.tpot_s = 0.015  # 13.5 less 6 ms leave less than the least chunk
+    scheduler.add(strict)
+    scheduler.add(prompt(300))
+    assert [counts(scheduler) for _ in range(4)] == [[1], [1, LEAST_CHUNK], [1], [1, LEAST_CHUNK]]
+
+
+def test_who_is_on_the_way_with_few_tokens_finds_a_short_chunk() -> None:
+    """A wait of 64 tokens' time is nothing over 100 gaps, and the end of an objective for one."""
+    scheduler = DecodeScheduler(512, lambda: COST, clock=still)
+    long = prompt(600)
+    long.tpot_s = 0.080
+    scheduler.add(long)
+    assert counts(scheduler)[0] in (69, 70), "nobody"
+    scheduler.expected = (Expected(100, 0.040),)
+    assert counts(scheduler)[0] in (69, 70)
+    scheduler.expected = (Expected(100, 0.040), Expected(1, 0.040))
+    assert counts(scheduler)[0] in (22, 23), "36 ms less 6 for its step, 5 for the handoff and 2 that a chunk costs"
+    scheduler.expected = (Expected(1, 0.020),)
+    assert counts(scheduler) == [LEAST_CHUNK]
+    scheduler.expected = (Expected(1, 0.010),)
+    assert counts(scheduler)[0] in (69, 70), "it can't be in time: nobody has to wait for that"
 
 
 def test_a_late_prompt_is_computed_in_short_steps() -> None:
