@@ -23,7 +23,7 @@ differ says nothing of one with 300. With 1e-5 such a prompt was predicted at a 
 after steps that took 0 to 80 % longer; so it is within a tenth mostly."""
 OUTLIER = 3.0
 """A residual counts for no more than so many times the usual one."""
-LEAST_CHUNK = 16
+LEAST_CHUNK = 4
 """Tokens of a chunk beside residents where their objectives leave less: a prompt that has started must end."""
 ALONE_CHUNK = 64
 """Tokens of a chunk beside nobody: with fewer, reading the weights would take a good part of the step."""
@@ -112,7 +112,7 @@ class StepCost:
     def fits_beside(self, step_s: float, limit_s: float | None, cached_tokens: int, most: int) -> int:
         """The largest chunk that a step of `step_s` has room for within the strictest objective among its sequences, or
         within `STRETCH` of itself where there is none; 0 to `most` tokens. Whoever sizes chunks takes `LEAST_CHUNK` at
-        the least, every other step; whoever places prompts takes less than half of that for a missed objective."""
+        the least; whoever places prompts takes less for a missed objective."""
         spare = (STRETCH - 1) * step_s if limit_s is None else limit_s * MARGIN / self.mixed - step_s
         return self.fits(spare, cached_tokens, most)
 

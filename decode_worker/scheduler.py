@@ -4,10 +4,10 @@ of the prompts that are computed here, as large as the residents' objectives lea
 A chunk makes every resident wait, so it may take what the strictest objective among them leaves of a step: then none
 is missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
 time, from the worker's own cost, in place of a number of tokens. An objective is for the mean: whoever has waited, as
-a sequence that was handed over in the middle of a long step has, gets shorter steps until that is made good; where
-even the least chunk is too long for it, every other step goes without. Where nobody is resident, somebody may come in
-before the chunk ends: then the prompts' own objectives stand for theirs. Whoever is known to be on the way, and has
-only few tokens to make a wait good with, gets chunks that are over in time.
+a sequence that was handed over in the middle of a long step has, gets shorter steps until that is made good, unless it
+can't be any more. Where nobody is resident, somebody may come in before the chunk ends: then the prompts' own
+objectives stand for theirs. Whoever is known to be on the way, and has only few tokens to make a wait good with, gets
+chunks that are over in time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class DecodeScheduler:
         self._residents: dict[AttemptKey, Sequence] = {}
         self._at_first: dict[AttemptKey, int] = {}  # a resident's output tokens at `first_token_at`
         self._prompts: dict[AttemptKey, Sequence] = {}
-        self._gave_way = False  # the last step had no chunk, for a resident's sake
         self.expected: tuple[Expected, ...] = ()
         """Whoever is on the way. Replaced as a whole, from any thread."""
 
@@ -96,29 +95,28 @@ class DecodeScheduler:
             most = cost.fits_alone(self._strictest(limits), first.computed, largest)
         else:
             fixed = cost.decode(len(self._residents), resident_tokens)
-            limit = self._strictest(self._left_s())
-            fits = cost.fits_beside(fixed, limit, first.computed, self._chunk_tokens)
-            # A resident that can still be in time goes alone; but a prompt that has started must end.
-            self._gave_way = not self._gave_way and limit is not None and fits < LEAST_CHUNK and fixed <= MARGIN * limit
-            if self._gave_way:
-                return 0
-            most = max(LEAST_CHUNK, fits)
+            limit = self._strictest(self._left_s(fixed))
+            most = max(LEAST_CHUNK, cost.fits_beside(fixed, limit, first.computed, self._chunk_tokens))
         if self.expected:
-            step_s = cost.decode(len(self._residents) + 1, resident_tokens)
+            step_s = cost.decode(len(self._residents) + 1, resident_tokens) + LEAST_CHUNK * cost.per_token
             spare = [gaps * (MARGIN * tpot_s - step_s) - HANDOFF_S for gaps, tpot_s in self.expected]
             if in_time := [seconds for seconds in spare if seconds > 0]:
-                fits = cost.fits(min(in_time) - fixed, first.computed, most)
-                most = min(most, max(LEAST_CHUNK, fits))
+                fits = cost.fits(min(in_time) / cost.mixed - fixed, first.computed, most)
+                return min(most, max(LEAST_CHUNK, fits))
         return min(most, max(cost.worth_computing(fixed, most), first.remaining))
 
-    def _left_s(self) -> list[float]:
-        """For this step, of each resident's objective: all of it, or less for one that is behind."""
+    def _left_s(self, alone_s: float) -> list[float]:
+        """For this step, of each resident's objective: all of it, or less for one that is behind and can still be in
+        time where its steps take `alone_s`."""
         now, left = self._clock(), []
         for key, resident in self._residents.items():
-            if resident.tpot_s is not None:
-                assert resident.first_token_at is not None, "a resident's steps count from somewhere"
-                gaps = resident.output_tokens - self._at_first[key] + 1
-                left.append(min(resident.tpot_s, resident.first_token_at + gaps * resident.tpot_s - now))
+            if resident.tpot_s is None:
+                continue
+            assert resident.first_token_at is not None, "a resident's steps count from somewhere"
+            passed, at_first = now - resident.first_token_at, self._at_first[key]
+            done, most = resident.output_tokens - at_first, resident.rule.max_tokens - at_first
+            lost = passed + (most - done) * alone_s > most * resident.tpot_s
+            left.append(resident.tpot_s if lost else min(resident.tpot_s, (done + 1) * resident.tpot_s - passed))
         return left
 
     def _strictest(self, limits: list[float]) -> float | None:

@@ -129,8 +129,7 @@ def _beside(
     base = cost.decode(worker.sequences, worker.tokens)
     limit = worker.strictest_s
     fits = cost.fits_beside(base, limit, cached + new // 2, worker.chunk_tokens)
-    least = LEAST_CHUNK // 2  # where no more fits, every other step has none
-    chunk = min(max(fits, least), new)
+    chunk = min(max(fits, LEAST_CHUNK), new)
     chunks = -(-new // chunk)
     seconds = max(cost.mixed * (chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached)), work)
-    return seconds, seconds / chunks, limit is not None and fits < least
+    return seconds, seconds / chunks, limit is not None and fits < LEAST_CHUNK

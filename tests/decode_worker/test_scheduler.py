@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from baton.cost import ALONE_CHUNK, LEAST_CHUNK, StepCost
 from baton.engine.api import Sequence
+from baton.spec import NEVER_STOP
 from decode_worker.scheduler import DecodeScheduler, Expected
 from tests.prefill_worker.builders import sequence
 
@@ -103,6 +104,7 @@ def test_who_is_behind_its_objective_gets_shorter_steps_until_that_is_made_good(
     scheduler = DecodeScheduler(512, lambda: COST, clock=lambda: now)
     late, other = resident(5), resident(5)
     late.tpot_s, late.first_token_at, other.tpot_s = 0.050, now - 0.020, 0.050
+    late.rule = NEVER_STOP
     for each in (late, other, prompt(300)):
         scheduler.add(each)
     assert counts(scheduler)[2] in (19, 20), "0.9 * 30 ms less a step of 7 ms"
@@ -112,13 +114,19 @@ def test_who_is_behind_its_objective_gets_shorter_steps_until_that_is_made_good(
     assert counts(scheduler) == [1, 1, LEAST_CHUNK], "187 of 150 ms"
 
 
-def test_who_would_be_late_by_the_least_chunk_goes_alone_every_other_step() -> None:
-    scheduler = DecodeScheduler(512, lambda: COST, clock=still)
-    strict = resident(5)
-    strict.tpot_s = 0.015  # 13.5 less 6 ms leave less than the least chunk
-    scheduler.add(strict)
+def test_nobody_waits_for_whoever_can_not_be_in_time_any_more() -> None:
+    """Two tokens, one gap: once it is over, shorter steps are no help."""
+    now = 50.0
+    scheduler = DecodeScheduler(512, lambda: COST, clock=lambda: now)
+    lost = resident(5)
+    lost.tpot_s, lost.first_token_at, lost.rule = 0.050, now - 0.046, replace(NEVER_STOP, max_tokens=2)
+    scheduler.add(lost)
     scheduler.add(prompt(300))
-    assert [counts(scheduler) for _ in range(4)] == [[1], [1, LEAST_CHUNK], [1], [1, LEAST_CHUNK]]
+    assert counts(scheduler)[1] in (38, 39), "4 of 50 ms are left for a step of 6: it is as if it had just come"
+    behind = resident(5)
+    behind.tpot_s, behind.first_token_at, behind.rule = 0.050, now - 0.090, replace(NEVER_STOP, max_tokens=4)
+    scheduler.add(behind)
+    assert counts(scheduler)[2] == LEAST_CHUNK, "its three gaps may take 150 ms"
 
 
 def test_who_is_on_the_way_with_few_tokens_finds_a_short_chunk() -> None:
@@ -131,7 +139,7 @@ def test_who_is_on_the_way_with_few_tokens_finds_a_short_chunk() -> None:
     scheduler.expected = (Expected(100, 0.040),)
     assert counts(scheduler)[0] in (69, 70)
     scheduler.expected = (Expected(100, 0.040), Expected(1, 0.040))
-    assert counts(scheduler)[0] in (22, 23), "36 ms less 6 for its step, 5 for the handoff and 2 that a chunk costs"
+    assert counts(scheduler)[0] in (18, 19), "36 ms less 10 for its step, 5 for the handoff and 2 that a chunk costs"
     scheduler.expected = (Expected(1, 0.020),)
     assert counts(scheduler) == [LEAST_CHUNK]
     scheduler.expected = (Expected(1, 0.010),)
