@@ -42,6 +42,24 @@ def each_digest(
         yield parent
 
 
+class Digests:
+    """`each_digest` that can be gone through again and again: what was made is kept, what nobody asked for is not made.
+
+    For one event loop. Holds the tokens, and 16 bytes a block of those that were asked for.
+    """
+
+    def __init__(self, tokens: Sequence[int], block_tokens: int, salt: str, fingerprint: str) -> None:
+        self._made: list[bytes] = []
+        self._rest = each_digest(tokens, block_tokens, salt, fingerprint)
+
+    def __iter__(self) -> Iterator[bytes]:
+        made = self._made
+        yield from made
+        for digest in self._rest:
+            made.append(digest)
+            yield digest
+
+
 def block_digests(
     tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS, salt: str = "", fingerprint: str = ""
 ) -> list[bytes]:

@@ -14,7 +14,7 @@ import structlog
 from baton.spec import SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
-from kvtransfer.prefix import DIGEST_BYTES, each_digest, usable_prefix
+from kvtransfer.prefix import DIGEST_BYTES, Digests, usable_prefix
 from router.prefix_index import PrefixIndex
 from router.worker import ModelCard, Worker
 
@@ -27,6 +27,11 @@ class Expected:
 
     sync: int = 0
     sequence: int = 0
+
+
+def digests_of(card: ModelCard, spec: SequenceSpec) -> Digests:
+    """Of what is known of a sequence; whoever looks it up more than once keeps them."""
+    return Digests(spec.prompt + spec.output, card.kv_layout.block_tokens, spec.tenant_salt, card.fingerprint)
 
 
 class Prefixes:
@@ -49,17 +54,18 @@ class Prefixes:
         """The digests that a worker is known to hold. O(their number)."""
         return frozenset() if self._index is None else self._index.held_by(worker)
 
-    def cached_tokens(self, card: ModelCard, spec: SequenceSpec) -> dict[Worker, int]:
+    def cached_tokens(self, card: ModelCard, spec: SequenceSpec, digests: Digests | None = None) -> dict[Worker, int]:
         """Tokens of `spec` that each worker need not compute, a multiple of the block; workers without any are left
         out. The last known token never counts: it is always computed.
 
-        O(tokens of the longest cached prefix + workers): digests are made only as far as some worker holds them.
+        O(tokens of the longest cached prefix + workers): digests are made only as far as some worker holds them, and
+        not again where the sequence's own are given.
         """
         if self._index is None or not len(self._index):
             return {}
-        known, block = spec.prompt + spec.output, card.kv_layout.block_tokens
-        usable = usable_prefix(len(known), len(known) // block, block) // block
-        digests = each_digest(known, block, spec.tenant_salt, card.fingerprint)
+        known, block = spec.known_tokens, card.kv_layout.block_tokens
+        usable = usable_prefix(known, known // block, block) // block
+        digests = digests_of(card, spec) if digests is None else digests
         return {worker: run * block for worker, run in self._index.runs(islice(digests, usable)).items()}
 
     def on_joined(self, worker: Worker) -> None:

@@ -21,11 +21,12 @@ from baton.rpc.poller import Poller
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
+from kvtransfer.prefix import Digests
 from router.frames import read_end, read_refusal, read_times
 from router.order import Choice, Order
 from router.placement import Way
 from router.placing import Placer
-from router.prefixes import Prefixes
+from router.prefixes import Prefixes, digests_of
 from router.registry import ServedModel
 from router.request import Request
 from router.streams import ClientStream
@@ -45,7 +46,7 @@ class Requests:
         self._max, self._counts, self._placer, self._poller = max_requests, counts, placer, poller
         self.prefixes = Prefixes(prefix_blocks, counts)
         self._labels: set[tuple[str, str]] = set()
-        self._live: dict[AttemptKey, tuple[Request, ServedModel]] = {}
+        self._live: dict[AttemptKey, tuple[Request, ServedModel, Digests]] = {}
         self._cancelling: OrderedDict[AttemptKey, set[Worker]] = OrderedDict()
         self._all_freed = asyncio.Event()
         self._refusing: BatonError | None = None
@@ -94,15 +95,17 @@ class Requests:
         """Places the prompt and sends it. Raises as `Placer.place`, at once."""
         if self._refusing is not None:
             raise self._refusing
+        digests = digests_of(model.card, order.spec)
         try:
-            worker, plan = self._placer.place(order, model, self.prefixes.cached_tokens(model.card, order.spec))
+            cached = self.prefixes.cached_tokens(model.card, order.spec, digests)
+            worker, plan = self._placer.place(order, model, cached)
         except BatonError:
             self._counts.add("requests_refused")
             raise
         request = Request(order, worker, stream, self, self._counts, plan)
         if plan.way is not Way.DIRECT and order.spec.max_tokens > 1:
             self._placer.placed(request.key, len(order.spec.prompt))
-        self._live[request.key] = (request, model)
+        self._live[request.key] = (request, model, digests)
         self._counts.add("requests")
         request.start()
         return request
@@ -110,7 +113,7 @@ class Requests:
     def refuse_all(self, error: BatonError) -> None:
         """Ends what runs, and refuses what comes, with this error."""
         self._refusing = error
-        for request, _ in list(self._live.values()):
+        for request, *_ in list(self._live.values()):
             request.fail(error)
 
     async def wait_freed(self, timeout: float) -> bool:
@@ -138,7 +141,7 @@ class Requests:
     def on_lost(self, worker: Worker, reason: str) -> None:
         """Ends or rebinds what was on it."""
         self.prefixes.on_lost(worker)
-        for request, _ in list(self._live.values()):
+        for request, *_ in list(self._live.values()):
             with self._guarded(request):
                 request.on_lost(worker, reason)
         for attempt in list(self._cancelling):
@@ -214,9 +217,11 @@ class Requests:
 
     def choose_decode(self, request: Request, avoid: str) -> Choice | None:
         """See `Port`."""
-        _, model = self._live[request.key]
-        cached = self.prefixes.cached_tokens(model.card, request.order.spec) if len(model.usable("decode")) > 1 else {}
-        return self._placer.choose_decode(model, request.order, cached, request.attempt.handoffs.excluded, avoid)
+        _, model, digests = self._live[request.key]
+        cached, order = {}, request.order
+        if len(model.usable("decode")) > 1:
+            cached = self.prefixes.cached_tokens(model.card, order.spec, digests)
+        return self._placer.choose_decode(model, order, cached, request.attempt.handoffs.excluded, avoid)
 
     def send_prompt(
         self, worker: Worker, spec: SequenceSpec, deadline_s: float, ttft_left_s: float | None, direct: bool

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.prefix import block_digests, each_digest, prefix_root, usable_prefix
+from kvtransfer.prefix import Digests, block_digests, each_digest, prefix_root, usable_prefix
 
 VECTORS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("prefix_vectors.json").read_text())
 
@@ -45,6 +45,23 @@ def test_a_token_beyond_32_bits_is_an_error() -> None:
     with pytest.raises(struct.error):
         block_digests([2**32] * 16)
     assert len(list(islice(each_digest([0] * 16 + [2**32] * 16), 1))) == 1, "what is not taken is not computed"
+
+
+def test_digests_are_made_once_and_only_as_far_as_they_are_asked_for() -> None:
+    class Counted(list[int]):
+        """Tokens that count how many blocks of them were looked at."""
+
+        looked = 0
+
+        def __getitem__(self, key: Any) -> Any:
+            self.looked += 1
+            return super().__getitem__(key)
+
+    tokens = Counted(range(64))
+    digests, all_of_them = Digests(tokens, 16, "salt", "print"), block_digests(list(range(64)), 16, "salt", "print")
+    for wanted, looked in ((0, 0), (2, 2), (1, 2), (3, 3), (9, 4), (9, 4)):
+        assert list(islice(digests, wanted)) == all_of_them[:wanted]
+        assert tokens.looked == looked
 
 
 @pytest.mark.parametrize(("tokens", "blocks", "usable"), [(33, 2, 32), (32, 2, 31), (1, 0, 0), (17, 0, 0), (40, 1, 16)])

@@ -16,7 +16,7 @@ from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from kvtransfer.pool import BlockPool, CacheChange
 from kvtransfer.prefix import block_digests
-from router.prefixes import Prefixes
+from router.prefixes import Prefixes, digests_of
 from router.worker import Layout, ModelCard, Registration, Worker
 from router.worker_link import WorkerLink
 
@@ -113,6 +113,9 @@ def test_tokens_that_need_no_computing() -> None:
         prefixes.on_joined(worker)
         prefixes.on_frame(worker, events(1, 1, *block_digests(prompt, 16, "tenant", CARD.fingerprint)[:blocks]))
     assert prefixes.cached_tokens(CARD, spec((*prompt, 1), "tenant")) == {near: 64, far: 32}
+    kept = digests_of(CARD, spec((*prompt, 1), "tenant"))
+    for _ in range(2):
+        assert prefixes.cached_tokens(CARD, spec((*prompt, 1), "tenant"), kept) == {near: 64, far: 32}
     assert prefixes.cached_tokens(CARD, spec(prompt, "tenant")) == {near: 48, far: 32}, "the last one is computed"
     assert prefixes.cached_tokens(CARD, spec(prompt[:20], "tenant", prompt[20:50])) == {near: 48, far: 32}
     assert prefixes.cached_tokens(CARD, spec((*prompt, 1), "another")) == {}
