@@ -105,17 +105,19 @@ def pid_of(cluster: Running, name: str) -> int:
     return next(child.pid for child in cluster.cluster.processes if child.name == name)
 
 
-async def decoding(cluster: Running, streams: int) -> None:
-    """Until so many sequences are resident on the decode workers."""
+async def decoding(cluster: Running, streams: list[asyncio.Task[Completion | BatonError]]) -> None:
+    """Until every stream's sequence is resident on a decode worker, all at the same time."""
     async with asyncio.timeout(60):
-        while sum(status.live.get("residents", 0) for status in await cluster.statuses()) < streams:
+        while sum(status.live.get("residents", 0) for status in await cluster.statuses()) < len(streams):
+            early = [stream.result() for stream in streams if stream.done()]
+            assert not early, f"streams ended before the last was decoding: {early}"
             await asyncio.sleep(0.02)
 
 
 async def test_a_killed_decode_worker_ends_its_streams_and_no_other() -> None:
     async with running(prefill=1, decode=2) as pair:
         streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(6)]
-        await decoding(pair, 6)
+        await decoding(pair, streams)
         killed_at = asyncio.get_running_loop().time()
         os.kill(pid_of(pair, "decode-0"), signal.SIGKILL)
         done, _ = await asyncio.wait(streams, timeout=2.0, return_when=asyncio.FIRST_COMPLETED)
@@ -124,7 +126,7 @@ async def test_a_killed_decode_worker_ends_its_streams_and_no_other() -> None:
         results = await asyncio.gather(*streams)
         lost = [result for result in results if isinstance(result, BatonError)]
         kept = [result for result in results if isinstance(result, Completion)]
-        assert len(lost) == 3
+        assert len(lost) == 3, results
         assert all(isinstance(error, Unavailable) and "decode-0" in str(error) for error in lost)
         assert all(len(completion.token_ids) == OUTPUT for completion in kept)
         assert {completion.finished.timeline.decode_worker for completion in kept} == {"decode-1"}
@@ -135,7 +137,7 @@ async def test_a_killed_decode_worker_ends_its_streams_and_no_other() -> None:
 async def test_a_killed_prefill_worker_leaves_decoding_streams_alone() -> None:
     async with running(prefill=2, decode=1) as pair:
         streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(4)]
-        await decoding(pair, 4)
+        await decoding(pair, streams)
         os.kill(pid_of(pair, "prefill-0"), signal.SIGKILL)
         results = await asyncio.gather(*streams)
         assert all(isinstance(result, Completion) and len(result.token_ids) == OUTPUT for result in results)
@@ -166,7 +168,7 @@ async def test_a_killed_prefill_worker_ends_what_it_computes() -> None:
 async def test_a_router_that_dies_frees_the_workers() -> None:
     async with running(prefill=1, decode=1) as pair:
         stream = asyncio.create_task(outcome(pair, 1))
-        await decoding(pair, 1)
+        await decoding(pair, [stream])
         os.kill(pid_of(pair, "router"), signal.SIGKILL)
         assert isinstance(await stream, Unavailable)
         async with asyncio.timeout(20):
