@@ -15,7 +15,7 @@ from baton.cli.exits import DEBUG
 from baton.client.types import OnDisconnect, RequestOptions, WhenUnmet
 from baton.config import DEFAULT_LISTEN
 from baton.launch.cluster import LogFormat, LogLevel
-from baton.launch.lifetime import die_with_parent
+from baton.launch.lifetime import die_with_parent, leave_terminal
 from baton.telemetry import configure_logs
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class ProcessFlags:
     def prepare(self, role: str) -> None:
         """To be called first thing: ties the process to its parent and sets up its logs."""
         if self.parent_pid is not None:
+            leave_terminal()
             die_with_parent(self.parent_pid)
         debug_errors(self.log_level)
         configure_logs(role, level=self.log_level, json={"json": True, "console": False}.get(self.log_format))

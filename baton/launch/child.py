@@ -47,10 +47,7 @@ class Child:
     async def start(
         cls, name: str, role: str, command: Sequence[str], environment: Mapping[str, str], sink: Sink
     ) -> Child:
-        """Starts `command` with `--ready-fd N` appended, in a session of its own.
-
-        The session keeps a terminal's Ctrl-C from reaching it, whose parent decides when it stops.
-        """
+        """Starts `command` with `--ready-fd N` appended. It leaves the process group by itself (`leave_terminal`)."""
         read_end, write_end = os.pipe()
         ready = await _open_pipe(read_end)
         try:
@@ -62,7 +59,6 @@ class Child:
                 stderr=STDOUT,
                 env=dict(environment),
                 pass_fds=(write_end,),
-                start_new_session=True,
             )
         except BaseException:
             ready.transport.close()

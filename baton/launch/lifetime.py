@@ -71,3 +71,15 @@ def die_with_parent(parent_pid: int) -> None:
         raise ConfigError(f"parent-pid: prctl failed: {os.strerror(ctypes.get_errno()).lower()}")
     if os.getppid() != parent_pid:
         raise Unavailable(f"the parent process {parent_pid} is gone")
+
+
+def leave_terminal() -> None:
+    """Out of the parent's process group, so that a terminal's Ctrl-C reaches the parent alone, who decides when this
+    process stops.
+
+    Not a session of its own, which would do the same: Linux shares the cores fairly among sessions before it does among
+    threads (see autogroup in sched(7)), and where there are more sessions than cores, one of them is at times left
+    without any for seconds.
+    """
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)

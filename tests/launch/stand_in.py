@@ -6,7 +6,7 @@ crash      ends with a signal before it is ready
 silent     is never ready
 stubborn   is ready and ignores SIGTERM
 chatty     writes a lot, then is ready
-parent     is ready, and prints whether it has a session of its own
+parent     is ready, and prints whether it has a process group of its own, and its parent's session
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from baton.launch.lifetime import announce, die_with_parent
+from baton.launch.lifetime import announce, die_with_parent, leave_terminal
 
 LONG_S = 600.0
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--name")
     parser.add_argument("--model", default="good")
     flags, rest = parser.parse_known_args()
+    leave_terminal()
     die_with_parent(flags.parent_pid)
     behaviour = flags.model
     signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else lambda *_: sys.exit(0))
@@ -43,7 +44,8 @@ def main() -> None:
         for index in range(20_000):
             print(f"line {index}", file=sys.stderr)
     if behaviour == "parent":
-        print(f"own session: {os.getsid(0) == os.getpid()}; flags: {' '.join(rest)}", flush=True)
+        own_group, parents_session = os.getpgrp() == os.getpid(), os.getsid(0) == os.getsid(os.getppid())
+        print(f"own group: {own_group}; parent's session: {parents_session}; flags: {' '.join(rest)}", flush=True)
     if behaviour != "silent":
         announce(f"127.0.0.1:{os.getpid() % 50_000 + 1}", flags.role, flags.ready_fd)
     time.sleep(LONG_S)

@@ -150,12 +150,12 @@ async def test_much_output_blocks_nobody_and_arrives() -> None:
     assert lines.count("(decode-0) line 19999") == 1
 
 
-async def test_children_have_their_own_session_and_flags() -> None:
+async def test_children_have_their_own_group_and_flags() -> None:
     lines: list[str] = []
     async with cluster_of("parent", lines, pin=True, chunk_tokens=33) as cluster:
         router = cluster.address
     (said,) = [line for line in lines if line.startswith("(decode-0)")]
-    assert "own session: True" in said
+    assert "own group: True; parent's session: True" in said
     assert f"--router {router}" in said
     assert "--chunk-tokens 33" in said
     assert f"--pin {max(os.sched_getaffinity(0))}" in said

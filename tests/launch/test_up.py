@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -30,8 +31,9 @@ def up(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str, list[int]]]:
     """The process, its address and the process ids of its children; killed at the end if it still runs."""
     command = [*COMMAND, "up", "--listen", "127.0.0.1:0", *flags]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+        process_group=0,
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -53,7 +55,7 @@ def cluster() -> Iterator[str]:
 def test_ctrl_c_stops_it_cleanly() -> None:
     with up() as (process, _, children):
         assert len(children) == 3
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         out, err = process.communicate(timeout=STOP_S)
         assert (process.returncode, out) == (0, "")
         assert "Traceback" not in err
