@@ -2,7 +2,12 @@
 
 The gaps of the process are gamma distributed with mean 1 and variance `burstiness` (shape 1 / burstiness): 1 makes it
 Poisson, 0 even. Mapping it through the inverse of the cumulated rate keeps that at every rate, so the same seed gives
-the same pattern, stretched, at another rate: runs of a sweep differ in nothing else.
+the same pattern, stretched, at another rate.
+
+A bursty process of some hundred requests is off its rate by a tenth or more, and by another tenth at another rate,
+which would be taken for a difference between rates. So a window gets the number of requests that its rate stands for:
+the process, given that so many fall into it. For Poisson that is the textbook's way to draw arrivals given their
+number; for the others too, since gamma gaps over their sum do not depend on the sum.
 """
 
 from __future__ import annotations
@@ -32,6 +37,16 @@ class Profile:
         """Of all pieces; infinite when cyclic."""
         return float("inf") if self.cyclic else sum(seconds for seconds, _ in self.pieces)
 
+    def expected(self, seconds: float) -> float:
+        """Requests in the first so many seconds, on average."""
+        cycle_s = sum(length for length, _ in self.pieces)
+        cycles, left = divmod(seconds, cycle_s) if self.cyclic else (0.0, min(seconds, cycle_s))
+        total = cycles * sum(length * rate for length, rate in self.pieces)
+        for length, rate in self.pieces:
+            total += min(length, left) * rate
+            left = max(0.0, left - length)
+        return total
+
 
 def profile_of(config: LoadConfig) -> Profile:
     """The rate over time that a configuration without a trace's times asks for."""
@@ -45,9 +60,13 @@ def profile_of(config: LoadConfig) -> Profile:
     return Profile(((1e9, rate),), cyclic=True)
 
 
-def arrival_times(profile: Profile, burstiness: float, seed: int) -> Iterator[float]:
-    """Seconds from the start, ascending; ends only with the profile."""
+def arrival_times(profile: Profile, burstiness: float, seed: int, seconds: float | None = None) -> Iterator[float]:
+    """Seconds from the start, ascending; ends only with the profile, or, where `seconds` are given, with as many as the
+    rate has them expect by then."""
     gaps = _unit_gaps(burstiness, np.random.default_rng([seed, ARRIVALS_STREAM]))
+    if seconds is not None and burstiness >= EVEN:
+        expected = profile.expected(seconds)
+        gaps = _exactly(round(expected), expected, gaps)
     left = next(gaps)  # of the gap under way, in the process's own time
     begin = 0.0
     for seconds, rate in itertools.cycle(profile.pieces) if profile.cyclic else profile.pieces:
@@ -58,6 +77,15 @@ def arrival_times(profile: Profile, burstiness: float, seed: int) -> Iterator[fl
             spent += next(gaps)
         left = spent - room
         begin += seconds
+
+
+def _exactly(count: int, span: float, gaps: Iterator[float]) -> Iterator[float]:
+    """The first `count` + 1 gaps, shrunk or stretched to fill the span: `count` arrivals fall into it. Then the rest.
+    The last gap is no less than a millionth of the span: rounding must not put the arrival at its end inside."""
+    first = list(itertools.islice(gaps, count + 1))
+    first[-1] = max(first[-1], EVEN * sum(first))
+    scale = span / sum(first)
+    return itertools.chain((gap * scale for gap in first[:-1]), [first[-1] * scale + EVEN * span], gaps)
 
 
 def _unit_gaps(burstiness: float, rng: np.random.Generator) -> Iterator[float]:

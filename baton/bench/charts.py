@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,26 +16,32 @@ from baton.bench.sweep import Point
 SHARES = np.concatenate([np.linspace(0, 0.9, 91), np.linspace(0.91, 1.0, 46)])
 
 
-def charts_of(found: Measurement, records: Sequence[Record], attainment: float) -> list[Chart]:
-    """In the order in which a reader asks; `attainment` is what a sweep wants."""
+def charts_of(found: Measurement, records: Sequence[Record]) -> list[Chart]:
+    """In the order in which a reader asks."""
     chosen = counted(records, found.config.warmup_s)
     charts = [
-        _cdf("Time to first token", chosen, lambda record: _one(record.ttft_ms), _marks(found, "ttft_ms")),
-        _cdf("Time per output token", chosen, lambda record: _one(record.tpot_ms), _marks(found, "tpot_ms")),
-        _cdf("Inter-token latency", chosen, lambda record: record.gaps_ms, ()),
+        _cdf("Time to first token", "% of all requests", chosen, _first_tokens, _marks(found, "ttft_ms")),
+        _cdf("Time per output token", "% at most", chosen, _mean_gaps, _marks(found, "tpot_ms")),
+        _cdf("Inter-token latency", "% at most", chosen, lambda record: record.gaps_ms, ()),
         _itl(found),
         _traffic(found),
         _over_rate(found.sweep or (_point(found),)),
     ]
-    return [*charts, _attained(found.sweep, attainment)] if found.sweep else charts
+    return [*charts, _attained(found.sweep, found.search.attainment)] if found.search else charts
 
 
-def _one(value: float | None) -> list[float]:
-    return [] if value is None else [value]
+def _first_tokens(record: Record) -> list[float]:
+    """One without a first token has waited for ever: its class's curve ends below 100 %."""
+    return [math.inf if record.ttft_ms is None else record.ttft_ms]
+
+
+def _mean_gaps(record: Record) -> list[float]:
+    return [] if record.tpot_ms is None else [record.tpot_ms]
 
 
 def _cdf(
     title: str,
+    y_label: str,
     records: Sequence[Record],
     of: Callable[[Record], list[float]],
     marks: Sequence[tuple[float, str]],
@@ -43,11 +50,12 @@ def _cdf(
     names = sorted({record.planned.traffic.name for record in records})
     lines = []
     for name in names:
-        found = [value for record in records if record.planned.traffic.name == name for value in of(record)]
-        if found:
-            quantiles = np.quantile(found, SHARES).tolist()
-            lines.append(Line(name, list(zip(quantiles, (SHARES * 100).tolist(), strict=True))))
-    return Chart(title, "milliseconds (log)", "% at most", lines, x_log=True, y_most=100.0, marks=marks)
+        values = [value for record in records if record.planned.traffic.name == name for value in of(record)]
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            quantiles, shares = np.quantile(finite, SHARES).tolist(), SHARES * 100 * len(finite) / len(values)
+            lines.append(Line(name, list(zip(quantiles, shares.tolist(), strict=True))))
+    return Chart(title, "milliseconds (log)", y_label, lines, x_log=True, y_most=100.0, marks=marks)
 
 
 def _marks(found: Measurement, objective: str) -> list[tuple[float, str]]:
@@ -86,6 +94,8 @@ def _over_rate(points: Sequence[Point]) -> Chart:
     known = sorted(points, key=lambda point: point.rate)
     goodput = [(point.rate, point.goodput) for point in known]
     lines = [Line("goodput", goodput, dots=True), Line("all kept", [(0.0, 0.0), (known[-1].rate, known[-1].rate)])]
+    if invalid := [(point.rate, point.goodput) for point in known if not point.valid]:
+        lines.append(Line("the client was the bottleneck", invalid, dots=True))
     return Chart("Goodput over rate", "requests / s sent", "requests / s that kept all", lines)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from baton.bench.records import OK
+
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "total_ms")
 PERCENTILES = ("p50", "p90", "p95", "p99")
 RATES = ("rate", "attainment", "attainment_admitted", "goodput", "output_tokens_per_s", "prompt_tokens_per_s")
@@ -13,7 +15,7 @@ RATES = ("rate", "attainment", "attainment_admitted", "goodput", "output_tokens_
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`ratio` is B over A; None where either is missing, or A is 0. `better` says which side B is on."""
+    """`ratio` is B over A; None where either is missing, or A is 0."""
 
     metric: str
     a: float | None
@@ -28,11 +30,11 @@ class Compared:
     @property
     def verdict(self) -> str:
         """`better`, `worse`, `same` (to four digits), or nothing where it can't be said."""
-        if self.ratio is None or self.higher_is_better is None:
+        if self.a is None or self.b is None or self.higher_is_better is None:
             return ""
-        if abs(self.ratio - 1) < 1e-4:
+        if abs(self.b - self.a) <= 1e-4 * abs(self.a):
             return "same"
-        return "better" if (self.ratio > 1) == self.higher_is_better else "worse"
+        return "better" if (self.b > self.a) == self.higher_is_better else "worse"
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Compared]:
@@ -45,9 +47,10 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Compared]:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Settings of the load in which the two differ, as `rate: 1.0, 2.0`."""
+    """What was loaded, for how long, and the settings of the load in which the two differ, as `rate: 1.0, 2.0`."""
+    pairs = [(name, a[name], b[name]) for name in ("model", "address", "window_s")]
     names = sorted(a["config"].keys() | b["config"].keys())
-    pairs = [(name, a["config"].get(name), b["config"].get(name)) for name in names]
+    pairs += [(name, a["config"].get(name), b["config"].get(name)) for name in names if name != "model"]
     return [f"{name}: {before}, {after}" for name, before, after in pairs if before != after]
 
 
@@ -58,4 +61,14 @@ def _rows(prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[C
         for percentile in PERCENTILES:
             before, after = (side[name][percentile] if side[name] else None for side in (a, b))
             yield Compared(f"{prefix}{name} {percentile}", before, after, higher_is_better=False)
-    yield Compared(f"{prefix}refused", a["refusals"]["count"], b["refusals"]["count"], False)
+    for name, of in (("refused", _refused), ("failed", _failed)):
+        yield Compared(f"{prefix}{name} (share)", of(a), of(b), False)
+
+
+def _refused(summary: Mapping[str, Any]) -> float:
+    return float(summary["refusals"]["count"] / summary["requests"])
+
+
+def _failed(summary: Mapping[str, Any]) -> float:
+    """Of all requests; neither served nor turned away."""
+    return float(1 - summary["statuses"].get(OK, 0) / summary["requests"]) - _refused(summary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
+from math import isfinite, log
 from typing import TYPE_CHECKING
 
 from baton.errors import ConfigError
@@ -47,7 +47,7 @@ class Lognormal:
 
     def draw(self, rng: np.random.Generator) -> int:
         """At least 1."""
-        return min(self.most, max(1, round(float(rng.lognormal(log(self.median), self.sigma)))))
+        return max(1, round(min(float(self.most), float(rng.lognormal(log(self.median), self.sigma)))))
 
 
 Lengths = Fixed | Uniform | Lognormal
@@ -72,7 +72,7 @@ def _parse(kind: str, numbers: list[str]) -> Lengths | None:
             return Uniform(int(low), int(high)) if 1 <= int(low) <= int(high) else None
         case "lognormal", [median, sigma, *rest] if len(rest) <= 1:
             most = int(rest[0]) if rest else UNBOUNDED
-            good = float(median) >= 1 and 0 <= float(sigma) < 10 and most >= 1
+            good = float(median) >= 1 and isfinite(float(median)) and 0 <= float(sigma) < 10 and most >= 1
             return Lognormal(float(median), float(sigma), most) if good else None
         case _, []:
             return Fixed(int(kind)) if int(kind) >= 1 else None

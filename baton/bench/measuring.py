@@ -10,7 +10,7 @@ from baton.bench.driver import Run, Watcher, run_plan
 from baton.bench.lengths import UNBOUNDED
 from baton.bench.plan import make_plan
 from baton.bench.results import Measurement, measure
-from baton.bench.sweep import Point, best, next_rate
+from baton.bench.sweep import Point, best, next_rate, shortfall
 from baton.bench.target import Target, connect
 from baton.bench.traces import mean_rate, read_trace
 from baton.config import require
@@ -60,14 +60,10 @@ async def measure_sweep(
             told(points[-1])
     top = best(points, sweep.attainment)
     measured, run = found[top.rate if top else min(found)]
-    measured = replace(measured, sweep=tuple(points), found=top)
-    return measured if top else _without_rate(measured, sweep.attainment), run
-
-
-def _without_rate(measured: Measurement, attainment: float) -> Measurement:
-    text = f"no rate that was tried reached {attainment:.0%}; the figures are those of the lowest"
-    verdict = replace(measured.verdict, warnings=(*measured.verdict.warnings, text))
-    return replace(measured, verdict=verdict)
+    verdict, why = measured.verdict, shortfall(points, sweep.attainment, sweep.tolerance)
+    if why:
+        verdict = replace(verdict, warnings=(*verdict.warnings, why))
+    return replace(measured, verdict=verdict, search=sweep, sweep=tuple(points), found=top), run
 
 
 def _first_rate(config: LoadConfig) -> float:

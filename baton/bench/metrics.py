@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baton.bench.records import Record, values
+from baton.bench.records import OK, Record, values
 
 PROMISE_SLACK = 1.2
 """A promise counts as kept up to this factor."""
@@ -44,7 +44,8 @@ class Refusals:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """A prediction of `Accepted` against what was achieved, over the requests that had one and got there."""
+    """A prediction of `Accepted` against what was achieved. A request that was to get a first token and got none has
+    not kept its promise; the ratio and the errors are over those that got there."""
 
     count: int
     kept_share: float
@@ -133,8 +134,10 @@ def summarize(records: Sequence[Record], window_s: float, begin_s: float = 0.0) 
         itl_ms=distribution([gap for record in chosen for gap in record.gaps_ms]),
         total_ms=distribution([record.total_ms for record in chosen if record.finished is not None]),
         refusals=_refusals([record for record in chosen if record.refused]),
-        ttft_promise=_promise(chosen, _promised_ttft, lambda record: record.ttft_ms),
-        tpot_promise=_promise(chosen, _promised_tpot, lambda record: record.tpot_ms),
+        ttft_promise=_promise(chosen, _promised_ttft, lambda record: record.ttft_ms, lambda record: not record.stamps),
+        tpot_promise=_promise(
+            chosen, _promised_tpot, lambda record: record.tpot_ms, lambda record: record.status != OK
+        ),
         cross_check=_cross_check(chosen),
         cached_prompt_share=cached_prompt_share(chosen),
     )
@@ -170,16 +173,18 @@ def _promise(
     records: list[Record],
     promised_of: Callable[[Record], float | None],
     achieved_of: Callable[[Record], float | None],
+    is_broken: Callable[[Record], bool],
 ) -> Promise | None:
-    pairs = [(promised_of(record), achieved_of(record)) for record in records]
-    known = np.array([(a, b) for a, b in pairs if a is not None and b is not None and a > 0 and b > 0], dtype=float)
+    made = [(promise, achieved_of(record), is_broken(record)) for record in records if (promise := promised_of(record))]
+    known = np.array([(a, b) for a, b, broken in made if b is not None and b > 0 and not broken], dtype=float)
     if not len(known):
         return None
     promised, achieved = known[:, 0], known[:, 1]
     error = np.abs(achieved - promised) / promised
+    count = len(known) + sum(broken for _, _, broken in made)
     return Promise(
-        len(known),
-        float(np.mean(achieved <= PROMISE_SLACK * promised)),
+        count,
+        float(np.sum(achieved <= PROMISE_SLACK * promised)) / count,
         float(np.median(promised / achieved)),
         float(np.median(error)),
         float(np.percentile(error, 90)),

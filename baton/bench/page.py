@@ -49,14 +49,14 @@ NOTES = (
 )
 
 
-def write_page(found: Measurement, records: Sequence[Record], path: Path, attainment: float) -> None:
+def write_page(found: Measurement, records: Sequence[Record], path: Path) -> None:
     """Raises OSError."""
-    path.write_text(page(found, records, attainment), encoding="utf-8")
+    path.write_text(page(found, records), encoding="utf-8")
 
 
-def page(found: Measurement, records: Sequence[Record], attainment: float) -> str:
+def page(found: Measurement, records: Sequence[Record]) -> str:
     """The whole document."""
-    plots = "".join(render(chart) for chart in charts_of(found, records, attainment))
+    plots = "".join(render(chart) for chart in charts_of(found, records))
     tables = [latency_table(found.summary), class_table(found.classes), promise_table(found.summary)]
     tables.append(client_table(found.health))
     body = (
@@ -94,5 +94,6 @@ def _errors(summary: Summary) -> str:
 
 
 def _settings(found: Measurement) -> str:
-    given = {name: value for name, value in asdict(found.config).items() if value not in (None, "", [])}
+    settings = asdict(found.config) | (asdict(found.search) if found.search else {})
+    given = {name: value for name, value in settings.items() if value not in (None, "", [])}
     return "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in given.items())

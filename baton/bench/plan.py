@@ -60,7 +60,7 @@ def make_plan(config: LoadConfig, context_tokens: int) -> Plan:
     # One more than is sent: the window of a run that --requests cut off ends when the next would have been due.
     due = list(itertools.islice(times, (config.requests or MOST_REQUESTS) + 1))
     limit = config.requests or MOST_REQUESTS
-    end_s = due[limit] if len(due) > limit else _duration(config, entries, due)
+    end_s = due[limit] if len(due) > limit and due[limit] > due[limit - 1] else _duration(config, entries, due[:limit])
     lengths = _lengths(config, entries)
     requests = [
         _planned(index, at_s, entry, traffic)
@@ -76,7 +76,9 @@ def make_plan(config: LoadConfig, context_tokens: int) -> Plan:
 
 
 def _drawn_times(config: LoadConfig) -> Iterator[float]:
-    times = arrival_times(profile_of(config), config.burstiness, config.seed)
+    """A limit on the number leaves the time open, and the other way round."""
+    window_s = None if config.requests is not None else config.seconds
+    times = arrival_times(profile_of(config), config.burstiness, config.seed, window_s)
     return itertools.takewhile(lambda at_s: at_s < config.seconds, times)
 
 
@@ -90,11 +92,13 @@ def _trace_times(config: LoadConfig, entries: Sequence[Entry]) -> Iterator[float
 
 
 def _duration(config: LoadConfig, entries: Sequence[Entry], due: Sequence[float]) -> float:
-    """Of a run that no limit on requests cut off: a trace or steps may end before the time is up."""
+    """Of a run that the next request does not end: a trace or steps may end before the time is up. A trace's last one
+    stands for as much time as the others do on average; where all come at once there is no such time."""
     if config.arrival_kind == "steps":
         return min(config.seconds, profile_of(config).seconds)
-    if config.arrival_kind == "trace" and len(due) == len(entries):
-        return min(config.seconds, due[-1] + 1e-3) if due else config.seconds
+    is_over = len(due) in (len(entries), config.requests)
+    if config.arrival_kind == "trace" and is_over and due[-1] > 0:
+        return min(config.seconds, due[-1] * len(due) / (len(due) - 1))
     return config.seconds
 
 

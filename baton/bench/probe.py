@@ -11,15 +11,23 @@ TICK_S = 0.02
 CPU_WINDOW_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Second:
+    """About a second of the client, until `until` by `time.perf_counter`. Shares of one core: the loop's thread, which
+    is full at 1, and the whole process, with gRPC's own threads."""
+
+    until: float
+    loop_share: float
+    process_share: float
+
+
 @dataclass(slots=True)
 class ClientLoad:
-    """`lags_ms`: how much later than due the loop ran a timer, 50 times a second. CPU as shares of one core."""
+    """`lags_ms`: how much later than due the loop ran a timer, 50 times a second, also those that fell due while it
+    stood still."""
 
     lags_ms: list[float] = field(default_factory=list)
-    loop_shares: list[float] = field(default_factory=list)
-    """Of the loop's thread, second by second: at 1 it is full."""
-    process_share: float = 0.0
-    """Of the whole process over the run; gRPC's own threads included."""
+    seconds: list[Second] = field(default_factory=list)
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
 
@@ -31,17 +39,17 @@ class Probe:
 
     async def run(self) -> None:
         """Ends by cancellation only."""
-        began, used = time.perf_counter(), time.process_time()
-        window, spent = began, time.thread_time()
+        began, loop, process = time.perf_counter(), time.thread_time(), time.process_time()
         due = began + TICK_S
-        try:
-            while True:
-                await asyncio.sleep(due - time.perf_counter())
-                now = time.perf_counter()
-                self.load.lags_ms.append(max(0.0, now - due) * 1e3)  # timers have whole milliseconds: early is on time
-                due = max(due, now) + TICK_S
-                if now - window >= CPU_WINDOW_S:
-                    self.load.loop_shares.append((time.thread_time() - spent) / (now - window))
-                    window, spent = now, time.thread_time()
-        finally:
-            self.load.process_share = (time.process_time() - used) / max(time.perf_counter() - began, 1e-9)
+        while True:
+            await asyncio.sleep(due - time.perf_counter())
+            now = time.perf_counter()
+            self.load.lags_ms.append(max(0.0, now - due) * 1e3)  # timers have whole milliseconds: early is on time
+            due += TICK_S
+            while due <= now:  # each of these would have been late too: one lag would hide how long the loop stood
+                self.load.lags_ms.append((now - due) * 1e3)
+                due += TICK_S
+            if now - began >= CPU_WINDOW_S:
+                used = time.thread_time() - loop, time.process_time() - process
+                self.load.seconds.append(Second(now, *(share / (now - began) for share in used)))
+                began, loop, process = now, time.thread_time(), time.process_time()

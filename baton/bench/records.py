@@ -56,9 +56,14 @@ class Record:
         return (self.stamps[-1] - self.stamps[0]) * 1e3 / later if later else None
 
     @property
+    def heard_s(self) -> list[float]:
+        """When something came that somebody who reads along had waited for: tokens, and behind tokens a bad end."""
+        return [*self.stamps, self.end_s] if self.status != OK and self.stamps else self.stamps
+
+    @property
     def gaps_ms(self) -> list[float]:
-        """Between one event with tokens and the next: what somebody who reads along waits."""
-        return [(after - before) * 1e3 for before, after in pairwise(self.stamps)]
+        """Between one such moment and the next."""
+        return [(after - before) * 1e3 for before, after in pairwise(self.heard_s)]
 
     @property
     def total_ms(self) -> float:

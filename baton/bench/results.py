@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from baton.bench.config import LoadConfig
+from baton.bench.config import LoadConfig, SweepConfig
 from baton.bench.driver import Run
 from baton.bench.metrics import Summary, by_class, counted, summarize
 from baton.bench.records import Record
@@ -30,7 +30,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One run and what it says. `sweep` has the points that a sweep tried, `found` the best of them, if any."""
+    """One run and what it says. Of a sweep: what it looked for, the points that it tried, and the best, if any."""
 
     address: str
     model: str
@@ -42,6 +42,7 @@ class Measurement:
     health: ClientHealth
     verdict: Verdict
     series: Series
+    search: SweepConfig | None = None
     sweep: tuple[Point, ...] = ()
     found: Point | None = None
 
@@ -87,6 +88,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"compare: {path} is not JSON") from None
     if not isinstance(found, dict) or found.get("baton_bench") != FORMAT:
         raise ConfigError(f"compare: {path} is not a result of `baton bench --json` of this version")
+    if missing := [name.name for name in fields(Measurement) if name.name not in found]:
+        raise ConfigError(f"compare: {path} lacks {', '.join(missing)}")
     return found
 
 

@@ -32,7 +32,7 @@ def series_of(records: Sequence[Record], end_s: float) -> Series:
     """Over the time from the first arrival that was planned to the last event."""
     last_s = max([end_s, *(record.end_s for record in records)])
     width = max(LEAST_BIN_S, last_s / BINS)
-    count = max(1, math.ceil(last_s / width))
+    count = math.floor(last_s / width) + 1  # the last event is within, not at the edge
     edges = np.arange(count + 1) * width
     due = np.array([record.planned.at_s for record in records])
     arrivals, _ = np.histogram(due, edges)
@@ -69,7 +69,7 @@ Gaps = tuple[float | None, ...]
 
 
 def _gaps(records: Sequence[Record], edges: np.ndarray) -> tuple[Gaps, Gaps, Gaps]:
-    ends = np.array([stamp for record in records for stamp in record.stamps[1:]])
+    ends = np.array([moment for record in records for moment in record.heard_s[1:]])
     gaps = np.array([gap for record in records for gap in record.gaps_ms])
     order = np.argsort(ends, kind="stable")
     ends, gaps = ends[order], gaps[order]

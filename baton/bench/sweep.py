@@ -19,10 +19,27 @@ class Point:
     valid: bool = True
 
 
+def shortfall(points: Sequence[Point], attainment: float, tolerance: float) -> str:
+    """Why the search ended before the answer was known to within `tolerance`; empty when it is known."""
+    found, failed = best(points, attainment), _lowest_failed(points, attainment)
+    if found is None:
+        return f"no rate that was tried reached {attainment:.0%}; the figures are those of the lowest"
+    if failed is not None and failed / found.rate <= 1 + tolerance:
+        return ""
+    span = f"at least {found.rate:.4g} requests/s" + (f", less than {failed:.4g}" if failed is not None else "")
+    if invalid := [point.rate for point in points if not point.valid]:
+        return f"the highest rate is {span}: at {min(invalid):.4g} the client was the bottleneck"
+    return f"the highest rate is {span}: the search ended after {len(points)} rates"
+
+
 def best(points: Sequence[Point], attainment: float) -> Point | None:
     """The highest rate that reached the attainment, below the lowest that did not: runs are noisy."""
-    ceiling = min((point.rate for point in points if point.attainment < attainment), default=float("inf"))
-    reached = [point for point in points if point.valid and attainment <= point.attainment and point.rate < ceiling]
+    ceiling = _lowest_failed(points, attainment)
+    reached = [
+        point
+        for point in points
+        if point.valid and attainment <= point.attainment and (ceiling is None or point.rate < ceiling)
+    ]
     return max(reached, key=lambda point: point.rate, default=None)
 
 
@@ -35,10 +52,14 @@ def next_rate(points: Sequence[Point], start: float, attainment: float, toleranc
         return start
     if len(points) >= MOST_POINTS or not all(point.valid for point in points):
         return None
-    found = best(points, attainment)
-    failed = min((point.rate for point in points if point.attainment < attainment), default=None)
+    found, failed = best(points, attainment), _lowest_failed(points, attainment)
     if failed is None:
         return 2 * max(point.rate for point in points)
     if found is None:
         return failed / 2 if failed / 2 >= LEAST_RATE else None
     return (found.rate + failed) / 2 if failed / found.rate > 1 + tolerance else None
+
+
+def _lowest_failed(points: Sequence[Point], attainment: float) -> float | None:
+    """Where the client was the bottleneck, a miss says nothing of the server."""
+    return min((point.rate for point in points if point.valid and point.attainment < attainment), default=None)

@@ -98,5 +98,6 @@ def client_table(health: ClientHealth) -> Table:
     rows.append(
         ["its loop's share of a core (mean, max)", f"{health.loop_share_mean:.0%}", "", f"{health.loop_share_max:.0%}"]
     )
-    rows.append([f"its share of a core, all threads ({health.cores} cores)", f"{health.process_share:.0%}", "", ""])
+    busy = f"all its threads' share of a core, of {health.cores} (mean, max)"
+    rows.append([busy, f"{health.process_share_mean:.0%}", "", f"{health.process_share_max:.0%}"])
     return Table("The client", columns, rows)

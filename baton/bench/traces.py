@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -41,7 +43,7 @@ def read_trace(path: Path, form: TraceFormat) -> list[Entry]:
             raise ConfigError(f"trace_format: azure or mooncake? {path.name} ends in neither .csv nor .jsonl")
         form = known[path.suffix]
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin UTF-8 with a mark
             entries = list(_azure(path, file) if form == "azure" else _mooncake(path, file))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
@@ -73,13 +75,20 @@ def _azure(path: Path, file: Any) -> Iterator[Entry]:
     missing = set(AZURE_COLUMNS) - set(rows.fieldnames or ())
     if missing:
         raise ConfigError(f"trace: {path}: no column {', '.join(sorted(missing))}")
-    for row in rows:
+    for row in _readable(path, rows):
         line = rows.line_num
         yield Entry(
             _field(path, line, row, "TIMESTAMP", _seconds),
             _field(path, line, row, "ContextTokens", _count),
             _field(path, line, row, "GeneratedTokens", _count),
         )
+
+
+def _readable(path: Path, rows: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise ConfigError(f"trace: {path}:{rows.line_num}: not CSV: {error}") from None
 
 
 def _mooncake(path: Path, file: Any) -> Iterator[Entry]:
@@ -96,7 +105,7 @@ def _mooncake(path: Path, file: Any) -> Iterator[Entry]:
         blocks = _field(path, line, row, "hash_ids", lambda ids: tuple(_id(entry) for entry in ids))
         if len(blocks) * MOONCAKE_BLOCK < prompt:
             raise ConfigError(f"trace: {path}:{line}: hash_ids: {len(blocks)} blocks are too few for {prompt} tokens")
-        at_s = _field(path, line, row, "timestamp", float) / 1e3
+        at_s = _field(path, line, row, "timestamp", _finite) / 1e3
         yield Entry(at_s, prompt, _field(path, line, row, "output_length", _count), blocks, MOONCAKE_BLOCK)
 
 
@@ -105,12 +114,21 @@ def _field(path: Path, line: int, row: dict[str, Any], name: str, convert: Calla
         return convert(row[name])
     except KeyError:
         raise ConfigError(f"trace: {path}:{line}: no {name}") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ConfigError(f"trace: {path}:{line}: {name}: not {row[name]!r}") from None
 
 
 def _seconds(text: str) -> float:
-    return datetime.fromisoformat(text[:26]).replace(tzinfo=UTC).timestamp()  # microseconds; what follows is dropped
+    """Digits beyond microseconds are dropped; what names no zone is in UTC."""
+    found = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text.strip()))
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _count(value: Any) -> int:

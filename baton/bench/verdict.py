@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from baton.bench.config import LoadConfig
@@ -9,7 +10,8 @@ from baton.bench.driver import Run
 from baton.bench.metrics import CrossCheck, Distribution, cached_prompt_share, distribution
 
 WARN_LATE_MS = 5.0
-WARN_LOOP_SHARE, MOST_LOOP_SHARE = 0.7, 0.95
+WARN_SHARE, MOST_SHARE = 0.7, 0.95
+"""Of a core for the loop, of all cores for the process."""
 WARN_DIFFERENCE_MS = 20.0
 WARN_CACHED = 0.01
 """Of the tokens of prompts that have nothing in common."""
@@ -18,14 +20,17 @@ CLOCK_NOISE_MS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ClientHealth:
-    """How late this client sent, how late its loop ran, and how busy its core was."""
+    """How late this client sent, how late its loop ran, and how busy it was while requests were due.
+
+    Shares are of one core: the loop's thread, and the whole process; on average and in the busiest second.
+    """
 
     late_ms: Distribution | None
     lag_ms: Distribution | None
     loop_share_mean: float
     loop_share_max: float
-    """Of a core, the busiest second of the loop's thread."""
-    process_share: float
+    process_share_mean: float
+    process_share_max: float
     cores: int
 
 
@@ -38,29 +43,38 @@ class Verdict:
 
 
 def health_of(run: Run) -> ClientHealth:
-    """Over the whole run, warm-up included."""
+    """Over the whole run, warm-up included; how busy it was, without the time after the last request was due, in which
+    answers only end."""
     client = run.client
-    shares = client.loop_shares or [0.0]
+    due = [second for second in client.seconds if second.until <= run.zero + run.plan.end_s] or client.seconds
+    loop, process = [second.loop_share for second in due], [second.process_share for second in due]
     return ClientHealth(
         distribution([record.late_ms for record in run.records]),
         distribution(client.lags_ms),
-        sum(shares) / len(shares),
-        max(shares),
-        client.process_share,
+        statistics.fmean(loop or [0.0]),
+        max(loop, default=0.0),
+        statistics.fmean(process or [0.0]),
+        max(process, default=0.0),
         client.cores,
     )
 
 
 def judge(run: Run, health: ClientHealth, check: CrossCheck, config: LoadConfig) -> Verdict:
-    """The bounds: `max_late_ms` at the 99th percentile of sends and of the loop's timers, and a full loop."""
+    """The bounds: `max_late_ms` at the 99th percentile of sends and of the loop's timers; a full loop; full cores."""
     valid, warnings = True, []
     for what, found in (("requests were sent", health.late_ms), ("the event loop ran", health.lag_ms)):
         if found is not None and found.p99 > WARN_LATE_MS:
             warnings.append(f"client: 1 % of the time {what} more than {found.p99:.1f} ms late")
             valid = valid and found.p99 <= config.max_late_ms
-    if health.loop_share_max > WARN_LOOP_SHARE:
+    if health.loop_share_max > WARN_SHARE:
         warnings.append(f"client: its event loop used {health.loop_share_max:.0%} of a core in its busiest second")
-        valid = valid and health.loop_share_mean <= MOST_LOOP_SHARE
+        valid = valid and health.loop_share_mean <= MOST_SHARE
+    if health.process_share_max > WARN_SHARE * health.cores:
+        cores = "its core" if health.cores == 1 else f"its {health.cores} cores"
+        warnings.append(
+            f"client: it used {health.process_share_max / health.cores:.0%} of {cores} in its busiest second"
+        )
+        valid = valid and health.process_share_mean <= MOST_SHARE * health.cores
     if not valid:
         warnings.insert(0, "INVALID: the client was the bottleneck; send less, or give it more of the processor")
     return Verdict(valid, tuple(warnings + _notes(run, check)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,8 +54,15 @@ class Outputs:
     def __post_init__(self) -> None:
         for name in ("json", "csv", "html"):
             path: Path | None = getattr(self, name)
-            if path is not None and not path.absolute().parent.is_dir():  # rather now than after the run
+            if path is None:
+                continue
+            # Rather now than after the run.
+            if not path.absolute().parent.is_dir():
                 raise ConfigError(f"{name}: there is no folder {path.parent}")
+            if path.is_dir():
+                raise ConfigError(f"{name}: {path} is a folder")
+            if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+                raise ConfigError(f"{name}: {path} can't be written")
 
 
 def bench(
@@ -82,10 +92,10 @@ def bench(
         return OK
     with output.watching() as screen:
         found, ran = run(lambda: _measure(server, load, search if sweep else None, screen))
-    _write(found, ran, outputs, search.attainment)
     output.show(found)
+    written = _write(found, ran, outputs)
     good = found.verdict.valid and any(record.stamps for record in ran.records) and not (sweep and found.found is None)
-    return OK if good else FAILURE
+    return OK if good and written else FAILURE
 
 
 async def _measure(server: str, load: LoadConfig, sweep: SweepConfig | None, screen: Screen) -> tuple[Measurement, Run]:
@@ -96,13 +106,23 @@ async def _measure(server: str, load: LoadConfig, sweep: SweepConfig | None, scr
     return await measure_sweep(server, load, sweep, screen.watch, screen.tell)
 
 
-def _write(found: Measurement, ran: Run, outputs: Outputs, attainment: float) -> None:
+def _write(found: Measurement, ran: Run, outputs: Outputs) -> bool:
+    """Each file that was asked for, whatever became of the others; what can't be written is told."""
     from baton.bench.page import write_page
     from baton.bench.results import write_csv, write_json
 
-    if outputs.json is not None:
-        write_json(found, outputs.json)
-    if outputs.csv is not None:
-        write_csv(ran.records, outputs.csv)
-    if outputs.html is not None:
-        write_page(found, ran.records, outputs.html, attainment)
+    writers: dict[str, Callable[[Path], None]] = {
+        "json": lambda path: write_json(found, path),
+        "csv": lambda path: write_csv(ran.records, path),
+        "html": lambda path: write_page(found, ran.records, path),
+    }
+    written = True
+    for name, write in writers.items():
+        path: Path | None = getattr(outputs, name)
+        try:
+            if path is not None:
+                write(path)
+        except OSError as error:
+            written = False
+            print(f"baton: {name}: can't write {path}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+    return written

@@ -9,7 +9,7 @@ from baton.bench.classes import TrafficClass
 from baton.bench.config import LoadConfig
 from baton.bench.driver import Run
 from baton.bench.plan import Plan, Planned
-from baton.bench.probe import ClientLoad
+from baton.bench.probe import ClientLoad, Second
 from baton.bench.records import OK, Record
 from baton.client.types import Accepted, Finished, FinishReason, Path, SloOutcome, Timeline, Usage
 
@@ -56,7 +56,12 @@ def accepted(ttft_ms: float | None = None, tpot_ms: float | None = None) -> Acce
 def run_of(records: Sequence[Record], *, end_s: float = 10.0, client: ClientLoad | None = None) -> Run:
     """A run without a warm-up."""
     plan = Plan(tuple(entry.planned for entry in records), end_s)
-    return Run(plan, tuple(records), client or ClientLoad(lags_ms=[0.1], loop_shares=[0.1]))
+    return Run(plan, tuple(records), client or client_load([0.1], [0.1]))
+
+
+def client_load(lags_ms: Sequence[float], loop: Sequence[float], process: float = 0.2, cores: int = 2) -> ClientLoad:
+    """Of a run that began at 0; a second for each of the loop's shares."""
+    return ClientLoad(list(lags_ms), [Second(1.0 + at, share, process) for at, share in enumerate(loop)], cores)
 
 
 def config(**settings: Any) -> LoadConfig:

@@ -95,6 +95,27 @@ def test_promises_against_what_was_achieved() -> None:
     assert found.tpot_promise is None, "nothing was promised"
 
 
+def test_a_promise_of_a_first_token_that_never_came_is_broken() -> None:
+    good = record(0.0, [0.05, 0.06], accepted=accepted(50.0, 10.0))
+    silent = record(0.0, end_s=120.0, status="DEADLINE_EXCEEDED", accepted=accepted(50.0, 10.0))
+    single = record(0.0, [0.05], accepted=accepted(50.0, 10.0))
+    found = summarize([good, silent, single], 1.0)
+    assert found.ttft_promise is not None
+    assert found.tpot_promise is not None
+    assert (found.ttft_promise.count, found.ttft_promise.kept_share) == pytest.approx((3, 2 / 3))
+    assert (found.tpot_promise.count, found.tpot_promise.kept_share) == (2, 0.5), "one token has no time per token"
+
+
+def test_the_silence_before_a_bad_end_was_waited_for() -> None:
+    stalled = record(0.0, [0.05, 0.06], end_s=120.0, status="DEADLINE_EXCEEDED")
+    assert stalled.gaps_ms == pytest.approx([10.0, 119_940.0])
+    found = summarize([stalled], 1.0)
+    assert found.itl_ms is not None
+    assert found.itl_ms.max == pytest.approx(119_940.0)
+    assert max(most for most in series_of([stalled], 1.0).itl_max_ms if most is not None) == pytest.approx(119_940.0)
+    assert record(0.0, end_s=120.0, status="DEADLINE_EXCEEDED").gaps_ms == []
+
+
 def test_the_cross_check_counts_from_sending_and_finds_disagreement() -> None:
     kept = SloOutcome(True, None)
     fine = record(0.0, [0.052, 0.062], sent_s=0.001, finished=finished(50.0, 10.0, kept), traffic=TTFT_ONLY)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from baton.bench.charts import charts_of
+from baton.bench.config import SweepConfig
 from baton.bench.page import page
 from baton.bench.results import Measurement, measure
 from baton.bench.svg import Chart, Line, log_ticks, nice_ticks, render
@@ -49,8 +51,9 @@ def found() -> tuple[Measurement, str]:
     ]
     run = run_of(records, end_s=5.0)
     load = config(slo="ttft_ms=100", model="<tiny & shiny>")
-    measured = replace(measure(run, load, "here:1", "<tiny & shiny>"), sweep=POINTS, found=POINTS[1])
-    return measured, page(measured, records, 0.9)
+    measured = measure(run, load, "here:1", "<tiny & shiny>")
+    measured = replace(measured, search=SweepConfig(), sweep=POINTS, found=POINTS[1])
+    return measured, page(measured, records)
 
 
 def test_it_names_no_other_file(found: tuple[Measurement, str]) -> None:
@@ -68,10 +71,26 @@ def test_what_came_from_outside_is_escaped(found: tuple[Measurement, str]) -> No
 def test_an_empty_run_has_a_report_too() -> None:
     records = [record(0.0, status="UNAVAILABLE", message="gone")]
     measured = measure(run_of(records), config(), "here:1", "tiny")
-    text = page(measured, records, 0.9)
+    text = page(measured, records)
     assert "No data." in text
     assert "no request got a token" in text
     assert "UNAVAILABLE" in text
+
+
+def test_who_got_no_first_token_is_in_the_curve() -> None:
+    """Half of them were refused: the curve of first tokens ends at 50 %."""
+    records = [record(0.0, [0.05, 0.06]), record(0.0, status="RESOURCE_EXHAUSTED")] * 10
+    charts = charts_of(measure(run_of(records), config(), "here:1", "tiny"), records)
+    assert charts[0].lines[0].points[-1] == pytest.approx((50.0, 50.0))
+
+
+def test_a_point_at_which_the_client_was_the_bottleneck_is_marked() -> None:
+    records = [record(0.0, [0.05, 0.06])]
+    points = (Point(1.0, 1.0, 1.0), Point(2.0, 1.0, 2.0, valid=False))
+    measured = replace(measure(run_of(records), config(), "here:1", "tiny"), search=SweepConfig(), sweep=points)
+    (chart,) = (chart for chart in charts_of(measured, records) if chart.title == "Goodput over rate")
+    assert [(line.name, line.points) for line in chart.lines[2:]] == [("the client was the bottleneck", [(2.0, 2.0)])]
+    assert "<dt>tolerance</dt><dd>0.05</dd>" in page(measured, records)
 
 
 def test_ticks_are_round_and_cover_the_span() -> None:

@@ -46,7 +46,16 @@ def sent(plan: Plan) -> list[tuple[float, int, int]]:
 def test_azure_is_replayed_with_its_times_and_lengths(azure: Path) -> None:
     plan = make_plan(config(trace=azure), 8192)
     assert sent(plan) == [(0.0, 400, 44), (2.0, 800, 109), (4.0, 1600, 1)]
-    assert plan.end_s == pytest.approx(4.0, abs=0.01), "the trace is over before the time is"
+    assert plan.end_s == 6.0, "the trace is over before the time is, and its last request has its share of it"
+
+
+def test_requests_that_all_come_at_once_have_the_time_that_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "at_once.jsonl"
+    rows = [MOONCAKE[0] | {"timestamp": at_ms} for at_ms in (0, 0, 0, 3000)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert make_plan(config(trace=path, requests=2, seconds=9.0), 8192).window_s == 9.0
+    assert make_plan(config(trace=path, requests=3, seconds=9.0), 8192).window_s == 3.0, "when the next is due"
+    assert make_plan(config(trace=path, seconds=9.0), 8192).window_s == 4.0
 
 
 def test_lengths_and_times_scale(azure: Path) -> None:
@@ -146,6 +155,7 @@ def test_lengths_are_what_they_are_called() -> None:
         ({"channels": 0}, "channels"),
         ({"prompt_tokens": "0"}, "prompt_tokens"),
         ({"prompt_tokens": "uniform:5:4"}, "prompt_tokens"),
+        ({"prompt_tokens": "lognormal:inf:1"}, "prompt_tokens"),
         ({"output_tokens": "lognormal:1"}, "output_tokens"),
         ({"arrivals": "trace"}, "trace"),
         ({"arrivals": "steps"}, "steps"),
@@ -173,11 +183,14 @@ def test_a_bad_setting_is_named(settings: dict[str, object], field: str) -> None
         ("a.csv", AZURE.replace("800", "many"), ":3: ContextTokens: not 'many'"),
         ("a.csv", AZURE.replace("2023-11-16 18:15:48", "yesterday"), ":3: TIMESTAMP"),
         ("a.csv", AZURE.split("\r\n")[0], "holds no request"),
+        ("a.csv", AZURE.replace("800", '"' + 200_000 * "8"), ":2: not CSV"),
         ("a.jsonl", "{", ":1: not JSON"),
         ("a.jsonl", "3", ":1: expected an object"),
         ("a.jsonl", '{"timestamp": 1, "input_length": 4, "output_length": 1}', ":1: no hash_ids"),
         ("a.jsonl", json.dumps(MOONCAKE[0] | {"hash_ids": [1]}), ":1: hash_ids: 1 blocks are too few for 1300"),
         ("a.jsonl", json.dumps(MOONCAKE[0] | {"output_length": -1}), ":1: output_length: not -1"),
+        ("a.jsonl", json.dumps(MOONCAKE[0] | {"input_length": float("inf")}), ":1: input_length: not inf"),
+        ("a.jsonl", json.dumps(MOONCAKE[0] | {"timestamp": float("nan")}), ":1: timestamp: not nan"),
         ("a.txt", "", "trace_format"),
         ("absent.csv", None, "can't read"),
     ],
@@ -189,6 +202,13 @@ def test_a_bad_trace_is_told_by_line_and_field(tmp_path: Path, name: str, conten
     with pytest.raises(ConfigError, match=r"^trace") as caught:
         read_trace(path, "auto")
     assert told in str(caught.value)
+
+
+def test_what_spreadsheets_and_other_writers_make_of_times_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    zoned = AZURE.replace("15:46.6805900", "15:46.68+00:00").replace("15:48.6805900", "16:48.68+00:01")
+    path.write_text("\ufeff" + zoned, encoding="utf-8", newline="")
+    assert [round(entry.at_s, 2) for entry in read_trace(path, "auto")] == [0.0, 2.0, 4.0]
 
 
 def test_a_plan_that_would_send_nothing_is_refused() -> None:

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from baton import errors
+from baton.bench import results
 from baton.bench.driver import Progress
 from baton.bench.results import read_json
 from baton.cli import bench_output, main
@@ -113,6 +114,23 @@ async def test_a_sweep_finds_what_the_server_can_keep(server: Paced, tmp_path: P
     assert len(set(prompts)) == len(prompts), "what one rate sent is in the caches when the next one is tried"
 
 
+async def test_what_can_be_written_is_written(
+    server: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that is full in the end: the figures are shown, and the other files are there."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "write_json", full)
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert await asyncio.to_thread(main, ["bench", "--server", server.address, *SHORT, *files]) == 1
+    shown = capsys.readouterr()
+    assert "TTFT" in shown.out
+    assert f"baton: json: can't write {files[1]}: no space left on device" in shown.err
+    assert (tmp_path / "r.html").exists()
+
+
 async def test_a_run_without_a_token_fails(server: Paced) -> None:
     server.error = errors.Unavailable("no worker", 1.0)
     result = await baton("bench", "--server", server.address, *SHORT)
@@ -133,6 +151,7 @@ async def test_a_run_without_a_token_fails(server: Paced) -> None:
         (["--attainment", "2"], "attainment: above 0"),
         (["--sweep", "--arrivals", "steps", "--steps", "1:1"], "sweep: steps"),
         (["--html", "no/such/folder/r.html"], "html: there is no folder"),
+        (["--json", "/tmp"], "json: /tmp is a folder"),
         (["--compare", "a.json"], "--compare"),
         (["--compare", "a.json", "b.json"], "compare: can't read a.json"),
     ],
