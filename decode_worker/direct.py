@@ -46,7 +46,8 @@ class WaitingPrompt:
 
 
 class DirectPrompts:
-    """Those that wait, and how they start. `has_slot` says whether one more sequence may run."""
+    """Those that wait, and how they start. `has_slot` says whether one more sequence may run; `is_cancelled` whether an
+    attempt's cancel has come already, as it may before a prompt that is sent in parts."""
 
     def __init__(
         self,
@@ -55,10 +56,12 @@ class DirectPrompts:
         cost: Callable[[], StepCost],
         chunk_tokens: int,
         has_slot: Callable[[], bool],
+        is_cancelled: Callable[[AttemptKey], bool],
         counts: Counts,
     ) -> None:
         self._residents, self._admission, self._cost = residents, admission, cost
         self._chunk_tokens, self._has_slot, self._counts = chunk_tokens, has_slot, counts
+        self._is_cancelled = is_cancelled
         self._queue: PromptQueue[WaitingPrompt] = PromptQueue()
         self._waiting: dict[AttemptKey, WaitingPrompt] = {}
 
@@ -79,6 +82,9 @@ class DirectPrompts:
             return
         if spec.attempt in self._waiting or spec.attempt in self._residents:
             self._counts.add("duplicate_messages")
+            return
+        if self._is_cancelled(spec.attempt):  # its cancel came first, and was acknowledged
+            self._counts.add("late_messages")
             return
         if obstacle := self._admission.obstacle(spec.kv_tokens):
             router.send(ended=wire.Ended(attempt=spec.attempt, status=EXHAUSTED, message=obstacle))

@@ -78,7 +78,13 @@ class DecodeRole:
         )
         self.runner = self.residents.runner
         self._direct = DirectPrompts(
-            self.residents, self._admission, lambda: self._model.cost, chunk_tokens, self._has_slot, counts
+            self.residents,
+            self._admission,
+            lambda: self._model.cost,
+            chunk_tokens,
+            self._has_slot,
+            self.ledger.is_cancelled,
+            counts,
         )
         self._load = LoadReporter(worker, self._load_report)
         self._woken_at = -math.inf
@@ -205,6 +211,8 @@ class DecodeRole:
         if self.residents.cancel(attempt):
             return
         waited = self._direct.cancel(attempt)
+        if waited:
+            self._changed()  # the next one may fit where this one did not
         waiting = [key for key in self._pending if key.attempt == attempt]
         for key in waiting:
             self._awaiting_proof[key] = router
@@ -315,9 +323,11 @@ class DecodeRole:
         router = self._awaiting_proof.pop(key, None)
         if router is not None and not any(other.attempt == key.attempt for other in self._awaiting_proof):
             router.send(freed=wire.Freed(attempt=key.attempt))
-        self._load.changed()
+        self._changed()
 
     def _load_report(self) -> wire.LoadReport:
+        on_the_way = (GrantState.GRANTED, GrantState.RECEIVING)
+        grants = [self.ledger.grant(key) for key in self._pending if self.ledger.state(key) in on_the_way]
         return load_report(
             self.pool,
             waiting=len(self._pending) + len(self._direct),
@@ -326,4 +336,5 @@ class DecodeRole:
             resident_tokens=sum(len(resident.tokens) for resident in self.residents),
             model=self._model,
             chunk_tokens=self._chunk_tokens,
+            granted_blocks=sum(len(grant.table) for grant in grants if grant is not None),
         )

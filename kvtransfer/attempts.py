@@ -46,6 +46,11 @@ class AttemptMemory:
             return Refusal(key, RefusalReason.EXPIRED, f"handoff {attempt.highest} took its place")
         return attempt.ended if key.handoff == attempt.highest else None
 
+    def is_cancelled(self, attempt: AttemptKey) -> bool:
+        """Whether it was cancelled, and that is not forgotten yet."""
+        known = self._attempts.get(attempt)
+        return known is not None and known.cancelled
+
     def latest(self, attempt: AttemptKey) -> HandoffKey | None:
         """The highest handoff of a known attempt."""
         known = self._attempts.get(attempt)

@@ -192,6 +192,10 @@ class GrantLedger:
         aborted = latest is not None and self.abort(latest, RefusalReason.CANCELLED, now, "the attempt was cancelled")
         return Cancelled(aborted, resident)
 
+    def is_cancelled(self, attempt: AttemptKey) -> bool:
+        """Whether its cancel has come, as far as that is remembered."""
+        return self._attempts.is_cancelled(attempt)
+
     def renew(self, writer: str, now: float) -> bool:
         """Extend all grants of one writer by a lease. False when it has none that is live."""
         return self._writers.renew(writer, now)

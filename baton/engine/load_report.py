@@ -19,6 +19,7 @@ def load_report(
     model: CostModel,
     chunk_tokens: int,
     pairs: Mapping[str, int] | None = None,
+    granted_blocks: int = 0,
 ) -> wire.LoadReport:
     """The pool's books, with what a role knows of its queue and its sequences."""
     statistics = pool.statistics()
@@ -33,6 +34,7 @@ def load_report(
         resident_tokens=resident_tokens,
         cost=cost_to_wire(model, chunk_tokens),
         pairs=pairs,
+        granted_blocks=granted_blocks,
     )
 
 

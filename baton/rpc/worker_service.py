@@ -197,9 +197,11 @@ class WorkerService(WorkerServicer):
 
     def _fail(self, record: RouterSession, handler: RoleHandler, frame: wire.RouterFrame, error: Exception) -> None:
         """Ends the attempt that a command failed on, so that nobody waits for it: what it took is given back first."""
-        attempt = {"prefill": frame.prefill.spec.attempt, "bind": frame.bind.attempt}.get(
-            frame.WhichOneof("body") or ""
-        )
+        attempt = {
+            "prefill": frame.prefill.spec.attempt,
+            "direct": frame.direct.spec.attempt,
+            "bind": frame.bind.attempt,
+        }.get(frame.WhichOneof("body") or "")
         if not attempt:
             return
         reason = f"{type(error).__name__}: {error}"

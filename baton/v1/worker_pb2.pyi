@@ -1218,6 +1218,7 @@ class LoadReport(_message.Message):
     RESIDENT_TOKENS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
+    GRANTED_BLOCKS_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     running: _builtins.int
     waiting_tokens: _builtins.int
@@ -1227,6 +1228,8 @@ class LoadReport(_message.Message):
     quarantined_blocks: _builtins.int
     resident_tokens: _builtins.int
     """Tokens in the KV of running sequences."""
+    granted_blocks: _builtins.int
+    """Decode workers: of the held blocks, those of sequences that are on their way."""
     @_builtins.property
     def cost(self) -> Global___StepCost:
         """What its steps cost, learned from their times; absent before the first."""
@@ -1248,10 +1251,11 @@ class LoadReport(_message.Message):
         resident_tokens: _builtins.int = ...,
         cost: Global___StepCost | None = ...,
         pairs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        granted_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "pairs", b"pairs", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "granted_blocks", b"granted_blocks", "held_blocks", b"held_blocks", "pairs", b"pairs", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

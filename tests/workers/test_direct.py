@@ -90,6 +90,52 @@ async def test_what_waits_starts_when_a_slot_comes_free(cluster: Cluster) -> Non
         await ends(cluster, spec)
 
 
+async def test_what_waits_starts_when_a_grant_is_given_back(cluster: Cluster) -> None:
+    """Nobody is resident, so no step ends that would look for room: what was granted comes free, and that has to do."""
+    await cluster.add_prefill()
+    node = await cluster.add_decode(blocks=8)
+    cluster.p.engine.gate.clear()
+    granted, waits = cluster.router.spec(6 * BLOCK, max_tokens=BLOCK), cluster.router.spec(2 * BLOCK, max_tokens=3)
+    await cluster.bound(granted)
+    await until(lambda: node.busy().get("grants") == 1, "the grant")
+    cluster.router.direct(node, waits)
+    await until(lambda: node.busy().get("prompts_waiting") == 1, "the prompt")
+    for each in (node, cluster.p):
+        cluster.router.cancel(each, granted)
+    cluster.p.engine.gate.set()
+    await ends(cluster, waits)
+
+
+async def test_what_waits_behind_a_larger_one_starts_when_that_is_cancelled(cluster: Cluster) -> None:
+    await cluster.add_prefill()
+    node = await cluster.add_decode(blocks=8)
+    cluster.p.engine.gate.clear()
+    granted = cluster.router.spec(4 * BLOCK, max_tokens=BLOCK)
+    large, small = cluster.router.spec(6 * BLOCK, max_tokens=3), cluster.router.spec(BLOCK, max_tokens=3)
+    await cluster.bound(granted)
+    await until(lambda: node.busy().get("grants") == 1, "the grant")
+    for spec in (large, small):
+        cluster.router.direct(node, spec)
+    await until(lambda: node.busy().get("prompts_waiting") == 2, "both")
+    cluster.router.cancel(node, large)
+    await ends(cluster, small)
+    cluster.p.engine.gate.set()
+    await cluster.finished(granted)
+
+
+async def test_a_cancel_that_overtook_its_prompt_is_remembered(cluster: Cluster) -> None:
+    """A prompt that is sent in parts may come behind it."""
+    node = await cluster.add_decode()
+    spec, other = cluster.router.spec(20, max_tokens=100), cluster.router.spec(20, max_tokens=2)
+    cluster.router.cancel(node, spec)
+    await cluster.router.hears(node, "freed", spec)
+    for each in (spec, other):
+        cluster.router.direct(node, each)
+    await ends(cluster, other)
+    assert node.count("late_messages") == 1
+    assert cluster.router.heard(node, "started", spec) == []
+
+
 async def test_an_urgent_prompt_overtakes_what_waits_and_what_computes(cluster: Cluster) -> None:
     node = await cluster.add_decode(chunk_tokens=32)
     node.engine.gate.clear()

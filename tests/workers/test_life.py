@@ -208,3 +208,19 @@ async def test_load_is_reported(pair: Cluster) -> None:
         assert last.free_blocks + last.cached_blocks == 64
         assert last.held_blocks == 0
         assert last.cost.chunk_tokens == 32
+
+
+async def test_what_is_granted_is_reported_until_it_is_resident(pair: Cluster) -> None:
+    """A router has it in its books as bound: it must not take it off once more."""
+    pair.p.engine.gate.clear()
+    spec = pair.router.spec(40, max_tokens=30)
+    blocks = LAYOUT.blocks_for(spec.kv_tokens)
+
+    def granted() -> int:
+        return [frame.load for frame in pair.router.links["d0"].frames if frame.HasField("load")][-1].granted_blocks
+
+    await pair.bound(spec)
+    await until(lambda: granted() == blocks, "the grant in a report")
+    pair.p.engine.gate.set()
+    await pair.finished(spec)
+    await until(lambda: granted() == 0, "none on the way")
