@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from baton.errors import ConfigError
 from baton.spec import Objectives
+
+LEAST_MS, MOST_MS = 1e-3, 1e9
+"""What an objective can be: a microsecond to eleven days. Who has none leaves it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def _parse(entry: str, field: str) -> Rule:
             found[name] = float(value)
         except ValueError:
             raise wrong(f"{value!r} is no number") from None
-        if not (math.isfinite(found[name]) and found[name] > 0):
-            raise wrong(f"{name} must be positive")
+        if not LEAST_MS <= found[name] <= MOST_MS:
+            raise wrong(f"{name} must be from {LEAST_MS:g} to {MOST_MS:g} milliseconds")
     rank = None if priority == "*" else int(priority)
     return Rule(model or None, rank, Objectives(found.get("ttft"), found.get("tpot")))

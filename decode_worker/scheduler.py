@@ -107,7 +107,7 @@ class DecodeScheduler:
 
     def _left_s(self, alone_s: float) -> list[float]:
         """For this step, of each resident's objective: all of it, or less for one that is behind and can still be in
-        time where its steps take `alone_s`."""
+        time where its steps take `alone_s`; nothing of one that is lost and that no step could keep."""
         now, left = self._clock(), []
         for key, resident in self._residents.items():
             if resident.tpot_s is None:
@@ -116,6 +116,8 @@ class DecodeScheduler:
             passed, at_first = now - resident.first_token_at, self._at_first[key]
             done, most = resident.output_tokens - at_first, resident.rule.max_tokens - at_first
             lost = passed + (most - done) * alone_s > most * resident.tpot_s
+            if lost and resident.tpot_s <= alone_s:
+                continue
             left.append(resident.tpot_s if lost else min(resident.tpot_s, (done + 1) * resident.tpot_s - passed))
         return left
 

@@ -86,6 +86,7 @@ def _placement(found: Explanation, now: float) -> admin.Placement:
         reason=found.reason,
         meets=found.meets,
         constraint=found.constraint,
+        refused=found.refused,
         ttft_ms=_ms(found.ttft_s),
         tpot_ms=_ms(found.tpot_s),
         others=found.others,

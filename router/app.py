@@ -41,7 +41,7 @@ class Router:
         self.process = mint_process("router", config.listen, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
         self._poller = Poller()
-        self.placer = Placer(config.path)
+        self.placer = Placer(config.path, self.counts)
         self.requests = Requests(
             config.max_requests, self.counts, self.placer, config.prefix_index_blocks, self._poller
         )

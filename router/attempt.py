@@ -53,14 +53,14 @@ class Attempt:
     def stay(self, demand: Demand, tpot_s: float | None) -> None:
         """The worker that computes the prompt decodes it too."""
         self.decode = self.prefill
-        self.prefill.decode.bind(self.key, demand, tpot_s)
+        self.prefill.decode.bind(self.key, demand, self.prefill.keepable(tpot_s))
 
     def bind(self, worker: Worker, demand: Demand, tpot_s: float | None) -> tuple[HandoffKey, Worker | None]:
         """The next handoff goes to `worker`. Also returns a worker that must be told to forget the attempt."""
         self.unbind()
         self.decode = worker
         self.holding.add(worker)
-        worker.decode.bind(self.key, demand, tpot_s)
+        worker.decode.bind(self.key, demand, worker.keepable(tpot_s))
         leave = self.handoffs.bound(worker.process.incarnation)
         left = None if leave is None else self._left.pop(leave, None)
         self.holding -= {left}
@@ -79,7 +79,7 @@ class Attempt:
         if self._left.pop(worker.process.incarnation, None) is None:
             return False
         self.decode = worker
-        worker.decode.bind(self.key, demand, tpot_s)
+        worker.decode.bind(self.key, demand, worker.keepable(tpot_s))
         return True
 
     def unbind(self) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-from router.placement import Candidate, Decision, Plan
+from router.offers import Candidate
+from router.placement import Decision, Plan
 
 REQUESTS = 4096
 """The oldest is forgotten for the next."""
 DECISIONS = 16
-"""Of one request: its prompt's, and those of its first handoffs."""
+"""Of one request: its prompt's, and the last ones about its handoffs."""
 CANDIDATES = 8
 """The best ones; a decision among a thousand workers is not kept whole."""
 
 
 class Explanation(NamedTuple):
-    """One decision. `step` is prompt or decode; `at` on the router's clock, in seconds; `others` were not kept."""
+    """One decision. `step` is prompt or decode; `at` on the router's clock, in seconds; `others` were not kept. The
+    times were promised, unless the request was `refused`."""
 
     at: float
     step: str
@@ -29,6 +31,7 @@ class Explanation(NamedTuple):
     ttft_s: float | None = None
     tpot_s: float | None = None
     way: str = ""
+    refused: bool = False
 
 
 class Explanations:
@@ -40,7 +43,7 @@ class Explanations:
     def __len__(self) -> int:
         return len(self._found)
 
-    def prompt(self, salt: str, request_id: str, plan: Plan, at: float, unseen: int = 0) -> None:
+    def prompt(self, salt: str, request_id: str, plan: Plan, at: float, unseen: int = 0, refused: bool = False) -> None:
         """Where a prompt goes, or would have gone had it not been refused; `unseen` workers were not looked at."""
         kept, others = _best(plan.candidates, plan.chosen)
         self._add(
@@ -57,6 +60,7 @@ class Explanations:
                 plan.ttft_s,
                 plan.tpot_s,
                 plan.way.value,
+                refused,
             ),
         )
 
@@ -78,8 +82,9 @@ class Explanations:
         if explanation.step == "prompt":
             self._found.pop(key, None)  # the label is used anew
         found = self._found.setdefault(key, [])
-        if len(found) < DECISIONS:
-            found.append(explanation)
+        found.append(explanation)
+        if len(found) > DECISIONS:
+            del found[1]
         while len(self._found) > REQUESTS:
             self._found.popitem(last=False)
 

@@ -51,7 +51,7 @@ class PrefillLedger:
     def place(self, attempt: AttemptKey, tokens: int, queued: Queued | None = None) -> None:
         """A prompt is on its way there; `queued` where its work can be predicted."""
         assert attempt not in self._prompts, "an attempt is placed once"
-        known = queued or Queued(0.0, 0.0, False)
+        known = queued or Queued(0.0, 0.0)
         self._prompts[attempt] = _Prompt(tokens, known, known.seconds)
         bisect.insort(self._order, (known.rank, attempt))
         self._count(tokens)
@@ -80,13 +80,13 @@ class PrefillLedger:
         found, under_way = [], True
         for _, attempt in self._order:
             prompt = self._prompts[attempt]
-            rank, seconds, due, chunk_s = prompt.queued
+            rank, seconds, due_at, chunk_s = prompt.queued
             if prompt.computing:  # nobody can make it start too late any more
                 under_way_s = _left_of_chunk(seconds, prompt.left_s, chunk_s) if under_way else 0.0
-                found.append(Queued(rank, prompt.left_s, False, under_way_s))
+                found.append(Queued(rank, prompt.left_s, None, under_way_s))
                 under_way = False
             else:
-                found.append(Queued(rank, seconds, due))
+                found.append(Queued(rank, seconds, due_at))
         return found
 
     def reported(self, waiting_tokens: int) -> None:
@@ -121,7 +121,8 @@ def _left_of_chunk(seconds: float, left_s: float, chunk_s: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """The part of a decode worker's report that placement needs. `free_blocks` includes what can be evicted."""
+    """The part of a decode worker's report that placement needs. `free_blocks` includes what can be evicted, and what
+    is granted to sequences that are not resident yet."""
 
     free_blocks: int
     resident_tokens: int

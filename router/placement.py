@@ -13,11 +13,10 @@ is offered; the caller refuses it or serves it as well as can be.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from enum import Enum
 from typing import NamedTuple
 
 from router import prediction
-from router.prediction import Forecast
+from router.offers import Candidate, Way, best_landing, has_room, in_place, land, over_both
 from router.snapshot import Ask, DecodeLoad, Demand, PrefillLoad, Queued
 
 DIRECT_GAIN = 0.5
@@ -25,38 +24,10 @@ DIRECT_GAIN = 0.5
 COMFORT = 0.6
 """Of its TTFT objective, what a prompt may take over both pools before it goes in place where that is sooner: waiting
 until only that is left would fill the prefill workers' queues up to where every error of a prediction is a miss."""
-LIGHT_TOKENS = 64
-"""A prompt of at most so many tokens that are not cached is light work."""
 NEAR, NEAR_S = 1.05, 0.001
 """Times within this factor and these seconds of the soonest are as good: then it is whoever was chosen longest ago, or
 one worker's cache would be overwritten by all prompts while the others' lie idle."""
 LEAST_RETRY_S = 0.05
-
-
-class Way(Enum):
-    """Where a prompt is computed."""
-
-    PREFILL = "prefill"
-    DIRECT = "direct"
-
-
-class Candidate(NamedTuple):
-    """One worker that was looked at. `load` in tokens (prefill) or as a share of the pool (decode); times in seconds
-    where they can be predicted. `miss` is the factor by which the worst objective would be missed, at most 1 where all
-    are kept, `breaks` where others would miss theirs; `light` work may be done in place although both pools keep the
-    objectives too."""
-
-    name: str
-    load: float
-    feasible: bool
-    note: str = ""
-    way: Way | None = None
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    miss: float = 0.0
-    light: bool = False
-    breaks: bool = False
-    chosen_at: float = 0.0
 
 
 class Decision(NamedTuple):
@@ -72,8 +43,9 @@ class Plan(NamedTuple):
     """Where the prompt goes. Without a prediction the times are None and `meets` is True. `raw_ttft_s` is what was
     predicted before anything was added to keep the promise; `queued` is the prompt in the worker's queue.
 
-    `constraint` names what is missed: ttft, tpot, or others (somebody who was placed before); `retry_s` is when that
-    may have changed.
+    `constraint` names what is missed: ttft, tpot, others (an objective of somebody who was placed before) or
+    decode_room (no decode worker has the blocks and a slot free); `retry_s` is when that may have changed, None where
+    it can't.
     """
 
     chosen: str
@@ -84,7 +56,7 @@ class Plan(NamedTuple):
     ttft_s: float | None = None
     tpot_s: float | None = None
     constraint: str = ""
-    retry_s: float = 1.0
+    retry_s: float | None = 1.0
     raw_ttft_s: float | None = None
     queued: Queued | None = None
 
@@ -124,18 +96,18 @@ def plan(
         worker.cost is not None and worker.cost.knows_decode for worker in fitting
     ):
         return _by_tokens(ask, prefills, fitting, blocks, direct)
-    steps = [prediction.step(worker, ask) for worker in fitting]
-    tpot = _best_step(ask, fitting, steps)
-    offers = [_over_both(ask, worker, tpot) for worker in able] if fitting or ask.single_token else []
+    landings = [land(worker, ask) for worker in fitting]
+    best = best_landing(ask, fitting, landings)
+    offers = [over_both(ask, worker, best) for worker in able] if fitting or ask.single_token else []
     if direct:
         offers += [
-            _in_place(ask, worker, step_s)
-            for worker, step_s in zip(fitting, steps, strict=True)
+            in_place(ask, worker, landing)
+            for worker, landing in zip(fitting, landings, strict=True)
             if worker.cost and worker.cost.knows_prefill
         ]
     if not offers:
         return None
-    found = _choose(ask, tuple(offer for offer, _ in offers), fitting)
+    found = _choose(ask, tuple(offer for offer, _ in offers), able, fitting)
     forecast = next(forecast for offer, forecast in offers if offer.name == found.chosen and offer.way is found.way)
     return found._replace(raw_ttft_s=forecast.raw_s, queued=forecast.queued)
 
@@ -161,7 +133,8 @@ def pick_decode(
         room = not note and has_room(worker, demand)
         load = (worker.tokens + demand.tokens - worker.cached_tokens) / worker.capacity_blocks
         seconds = prediction.step(worker, ask) if worker.cost is not None and worker.cost.knows_decode else None
-        misses = seconds is not None and _misses_tpot(ask, worker, seconds)
+        late = seconds is not None and tpot_s is not None and seconds > tpot_s
+        misses = late or prediction.breaks_tpot(worker, ask)
         note = note or ("" if room else "no room now") or ("an objective would be missed" if misses else "")
         candidates.append(Candidate(worker.name, load, room, note, tpot_s=seconds))
         key = (worker.name == avoid, not room, misses, load, worker.sequences, worker.name)
@@ -171,11 +144,6 @@ def pick_decode(
         return None
     reason = "least loaded with room" if best_room else "least loaded; none has room"
     return Decision(best.name, reason, tuple(candidates), best_room and not best_misses)
-
-
-def has_room(worker: DecodeLoad, demand: Demand) -> bool:
-    """Whether the whole sequence would fit at once."""
-    return worker.free_blocks >= demand.blocks and worker.sequences < worker.max_sequences
 
 
 def _by_tokens(
@@ -188,73 +156,9 @@ def _by_tokens(
     return here and Plan(here.chosen, Way.DIRECT, True, here.reason, here.candidates)
 
 
-def _best_step(ask: Ask, workers: Sequence[DecodeLoad], steps: Sequence[float]) -> tuple[float, bool] | None:
-    """Seconds per token on the decode worker that will suit best, handed over, and whether all objectives are kept.
-    `steps` are what one would take with the sequence in it, on each."""
-    best: tuple[bool, float] | None = None
-    for worker, step_s in zip(workers, steps, strict=True):
-        seconds = prediction.handed_over(worker, ask, step_s)
-        late = ask.tpot_s is not None and seconds > ask.tpot_s
-        misses = late or _misses_tpot(ask, worker, step_s) or not has_room(worker, ask.demand)
-        if best is None or (misses, seconds) < best:
-            best = misses, seconds
-    return None if best is None else (best[1], not best[0])
-
-
-def _misses_tpot(ask: Ask, worker: DecodeLoad, seconds: float) -> bool:
-    own, others = ask.tpot_s, worker.strictest_s
-    return (own is not None and seconds > own) or (others is not None and seconds > others)
-
-
-def _over_both(ask: Ask, worker: PrefillLoad, tpot: tuple[float, bool] | None) -> tuple[Candidate, Forecast]:
-    forecast = prediction.prefill(worker, ask)
-    seconds, kept = (None, True) if tpot is None or ask.single_token else tpot
-    return _offer(ask, worker, Way.PREFILL, worker.queued_tokens, forecast, seconds, kept, light=False), forecast
-
-
-def _in_place(ask: Ask, worker: DecodeLoad, seconds: float) -> tuple[Candidate, Forecast]:
-    forecast = prediction.direct(worker, ask)
-    kept = has_room(worker, ask.demand) and not _misses_tpot(ask, worker, seconds)
-    idle = not worker.sequences and not ask.unbound  # who is on the way would wait for its chunks
-    light = idle or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS
-    load = worker.tokens / worker.capacity_blocks
-    return _offer(ask, worker, Way.DIRECT, load, forecast, seconds, kept, light), forecast
-
-
-def _offer(
-    ask: Ask,
-    worker: PrefillLoad | DecodeLoad,
-    way: Way,
-    load: float,
-    forecast: Forecast,
-    tpot_s: float | None,
-    kept: bool,
-    light: bool,
-) -> Candidate:
-    ttft = forecast.ttft_s / max(ask.ttft_s, 1e-3) if ask.ttft_s is not None else 0.0
-    tpot = tpot_s / ask.tpot_s if ask.tpot_s is not None and tpot_s is not None else 0.0
-    if ttft > 1:
-        note = "ttft"
-    elif not kept:
-        note = "tpot"
-    else:
-        note = "others" if forecast.breaks else ""
-    return Candidate(
-        worker.name,
-        load,
-        not note,
-        note,
-        way,
-        forecast.ttft_s,
-        tpot_s,
-        max(ttft, tpot),
-        light,
-        forecast.breaks,
-        worker.chosen_at,
-    )
-
-
-def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoad]) -> Plan:
+def _choose(
+    ask: Ask, offers: tuple[Candidate, ...], prefills: Sequence[PrefillLoad], decodes: Sequence[DecodeLoad]
+) -> Plan:
     kept = [offer for offer in offers if offer.feasible]
     good_both = _best([offer for offer in kept if offer.way is Way.PREFILL])
     here = [offer for offer in kept if offer.way is Way.DIRECT]
@@ -274,7 +178,7 @@ def _choose(ask: Ask, offers: tuple[Candidate, ...], decodes: Sequence[DecodeLoa
         )
     best = min(offers, key=lambda offer: (offer.breaks, offer.miss, _soonest(offer)))  # at least it costs nobody else
     made = _planned(best, offers, f"nobody keeps all objectives; misses by the least factor ({best.note})")
-    return made._replace(meets=False, constraint=best.note, retry_s=_retry(ask, best, decodes))
+    return made._replace(meets=False, constraint=best.note, retry_s=_retry(ask, best, prefills, decodes))
 
 
 def _planned(offer: Candidate, offers: tuple[Candidate, ...], reason: str) -> Plan:
@@ -300,11 +204,23 @@ def _seconds(offer: Candidate) -> float:
     return offer.ttft_s
 
 
-def _retry(ask: Ask, offer: Candidate, decodes: Sequence[DecodeLoad]) -> float:
-    """When a backlog will have drained so far, or a sequence will have ended."""
+def _retry(ask: Ask, offer: Candidate, prefills: Sequence[PrefillLoad], decodes: Sequence[DecodeLoad]) -> float | None:
+    """When a backlog will have drained so far, or a sequence will have ended; None where even an idle cluster would
+    miss the objective: who came back would be refused again, for ever."""
     if offer.note == "ttft" and ask.ttft_s is not None:
-        return max(LEAST_RETRY_S, _seconds(offer) - ask.ttft_s)
-    return max(LEAST_RETRY_S, min(map(prediction.drain, decodes), default=1.0))
+        workers: list[PrefillLoad | DecodeLoad] = [*prefills, *decodes]
+        alone = min(prediction.soonest(worker, ask) for worker in workers if _computes(worker))
+        return None if alone > ask.ttft_s else max(LEAST_RETRY_S, _seconds(offer) - ask.ttft_s)
+    if offer.note == "tpot" and ask.tpot_s is not None:
+        alone = min(worker.cost.decode(1, ask.demand.tokens) for worker in decodes if worker.cost is not None)
+        if alone > ask.tpot_s:
+            return None
+    busy = (prediction.drain(worker) for worker in decodes if worker.sequences)
+    return max(LEAST_RETRY_S, min(busy, default=LEAST_RETRY_S))
+
+
+def _computes(worker: PrefillLoad | DecodeLoad) -> bool:
+    return worker.cost is not None and worker.cost.knows_prefill
 
 
 def _obstacle(worker: DecodeLoad, demand: Demand, exclude: Set[str]) -> str:

@@ -7,11 +7,13 @@ of these will do, many are: nobody is refused because the right worker was not l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted, Unavailable
 from baton.spec import AttemptKey
+from baton.telemetry import Counts
 from router.explanations import Explanations
 from router.order import Choice, Order
 from router.placement import Plan, pick_decode, plan
@@ -21,15 +23,37 @@ from router.worker import Worker
 
 FIRST_LOOK, SECOND_LOOK = 2, 64
 """Workers of each role that a decision looks at."""
+COMPUTE_PROMPTS: dict[PathChoice, tuple[RoleName, ...]] = {
+    "adaptive": ("prefill", "decode"), "disaggregated": ("prefill",), "direct": ("decode",)
+}  # fmt: skip
+PROBE_S, PROBE_MOST = 10.0, 3.0
+"""What an idle worker was found to take is doubted after so many seconds without a first token from it: predictions
+are learned from what is served, so a slow minute would have it refuse for ever. Then one request is let in whose
+objective is missed by no more than that factor, whoever was asked to refuse it."""
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Sequences of one model that are admitted and that no decode worker has yet."""
+
+    sequences: int = 0
+    tokens: int = 0
+
+    def add(self, sequences: int, tokens: int) -> None:
+        """More, or less."""
+        self.sequences += sequences
+        self.tokens += tokens
 
 
 class Placer:
     """Plans requests and binds them. `path` fixes the way; adaptive lets each request have its own."""
 
-    def __init__(self, path: PathChoice) -> None:
-        self._path = path
-        self._unbound: dict[AttemptKey, int] = {}
-        self._unbound_tokens = 0
+    def __init__(self, path: PathChoice, counts: Counts, clock: Callable[[], float] | None = None) -> None:
+        """`clock` in seconds; the running event loop's where there is none."""
+        self._path, self._counts = path, counts
+        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self._unbound: dict[AttemptKey, tuple[str, int]] = {}  # -> model, tokens
+        self._on_the_way: dict[str, Waiting] = {}
         self.explanations = Explanations()
 
     @property
@@ -52,41 +76,57 @@ class Placer:
         for role, there in workers.items():
             if not there:
                 raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
-        now = asyncio.get_running_loop().time()
+        now = self._clock()
         blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
         found, seen = self._plan(order, now, model, blocks, cached)
         if found is None:
-            kind = "decode" if self._path == "direct" else "prefill"
-            raise ResourceExhausted(f"no {kind} worker's pool has {blocks} blocks", constraint=f"{kind}_blocks")
-        unseen = sum(map(len, workers.values())) - len(found.candidates)
-        self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now, unseen)
-        if order.refuses and not found.meets:
+            raise _too_large(blocks, order.demand.blocks, workers)
+        chosen, refused = seen[found.chosen], order.refuses and not found.meets
+        if refused and _may_probe(chosen, found, now):
+            chosen.probed_at, refused = now, False
+            chosen.accuracy.forget()
+            found = found._replace(reason=f"{found.reason}; let in to see whether that is still so")
+            self._counts.add("probes")
+        unseen = sum(len(workers[role]) for role in COMPUTE_PROMPTS[self._path]) - len(found.candidates)
+        self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now, unseen, refused)
+        if refused:
+            self._counts.add(f"refused_{found.constraint}")
             raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
-        chosen = seen[found.chosen]
+        if not found.meets:
+            self._counts.add(f"placed_missing_{found.constraint}")
         chosen.chosen_at = now
         return chosen, found
 
-    def placed(self, attempt: AttemptKey, tokens: int) -> None:
+    def placed(self, model: ServedModel, attempt: AttemptKey, tokens: int) -> None:
         """It needs a decode worker, later."""
-        self._unbound[attempt] = tokens
-        self._unbound_tokens += tokens
+        name = model.card.name
+        self._unbound[attempt] = name, tokens
+        self._on_the_way.setdefault(name, Waiting()).add(1, tokens)
 
     def settled(self, attempt: AttemptKey) -> None:
         """It has one, or needs none any more. Idempotent."""
-        self._unbound_tokens -= self._unbound.pop(attempt, 0)
+        name, tokens = self._unbound.pop(attempt, ("", 0))
+        if name:
+            waiting = self._on_the_way[name]
+            waiting.add(-1, -tokens)
+            if not waiting.sequences:
+                del self._on_the_way[name]
 
     def choose_decode(
         self, model: ServedModel, order: Order, cached: Mapping[Worker, int], refused_by: Set[str], avoid: str
     ) -> Choice | None:
         """The decode worker to bind; `cached` are tokens of the prompt that workers hold already, `refused_by`
         incarnations that won't take it. None when nobody is left."""
-        workers, now = model.ranking("decode"), asyncio.get_running_loop().time()
+        workers, now = model.ranking("decode"), self._clock()
+
+        def fits(worker: Worker) -> bool:
+            return worker.registration.blocks >= order.demand.blocks
 
         def may(worker: Worker) -> bool:
-            return worker.name != avoid and worker.process.incarnation not in refused_by
+            return fits(worker) and worker.name != avoid and worker.process.incarnation not in refused_by
 
         for width in (FIRST_LOOK, SECOND_LOOK):
-            some = workers.least(width, cached, may if refused_by or avoid else None) or workers.least(width, cached)
+            some = workers.least(width, cached, may) or workers.least(width, cached, fits)
             excluded = {worker.name for worker in some if worker.process.incarnation in refused_by}
             loads = [worker.decode_load(now, cached.get(worker, 0)) for worker in some]
             decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
@@ -104,12 +144,14 @@ class Placer:
     ) -> tuple[Plan | None, dict[str, Worker]]:
         """Of few workers where that will do, else of many; and those that were looked at, by name."""
         rankings = {role: model.ranking(role) for role in self.roles}
-        ask = self._ask(order, now, len(rankings["decode"]))
+        ask = self._ask(order, now, model.card.name, len(rankings["decode"]))
         for width in (FIRST_LOOK, SECOND_LOOK):
             some = []
             if "prefill" in rankings:
                 some = rankings["prefill"].least(width, cached, lambda worker: worker.registration.blocks >= blocks)
-            others = rankings["decode"].least(width, cached)
+            others = rankings["decode"].least(
+                width, cached, lambda worker: worker.registration.blocks >= order.demand.blocks
+            )
             found = plan(
                 ask,
                 [worker.prefill_load(now, cached.get(worker, 0)) for worker in some],
@@ -121,9 +163,9 @@ class Placer:
                 break
         return found, {worker.name: worker for worker in (*some, *others)}
 
-    def _ask(self, order: Order, now: float, decodes: int) -> Ask:
-        spec = order.spec
-        share = max(decodes, 1)
+    def _ask(self, order: Order, now: float, model: str, decodes: int) -> Ask:
+        spec, share = order.spec, max(decodes, 1)
+        waiting = self._on_the_way.get(model) or Waiting()
         return Ask(
             now,
             len(spec.prompt),
@@ -131,10 +173,29 @@ class Placer:
             order.ttft_left_s(now),
             order.tpot_s,
             spec.priority,
-            len(self._unbound) // share,
-            self._unbound_tokens // share,
+            waiting.sequences / share,
+            waiting.tokens / share,
             spec.max_tokens - len(spec.output) - 1,
         )
+
+
+def _may_probe(worker: Worker, found: Plan, now: float) -> bool:
+    """Whether what is known of an idle worker is so old that it may be wrong, and the request one to find out with."""
+    if found.constraint not in ("ttft", "tpot") or len(worker.prefill) or len(worker.decode):
+        return False
+    if worker.probed_at is None:
+        worker.probed_at = now  # what it measured when it started is fresh
+    miss = next(offer.miss for offer in found.candidates if offer.name == found.chosen and offer.way is found.way)
+    return miss <= PROBE_MOST and now - max(worker.accuracy.observed_at, worker.probed_at) >= PROBE_S
+
+
+def _too_large(prompt: int, whole: int, workers: Mapping[RoleName, Sequence[Worker]]) -> ResourceExhausted:
+    """Why no pool will do: the prompt's blocks on a prefill worker, those of the whole sequence on a decode worker."""
+    needed: dict[RoleName, int] = {"prefill": prompt, "decode": whole}
+    for role, there in workers.items():
+        if all(worker.registration.blocks < needed[role] for worker in there):
+            return ResourceExhausted(f"no {role} worker's pool has {needed[role]} blocks", constraint=f"{role}_blocks")
+    return ResourceExhausted("no worker that was looked at can take it", constraint="decode_blocks")
 
 
 def _refusal(order: Order, found: Plan) -> str:
@@ -148,5 +209,7 @@ def _refusal(order: Order, found: Plan) -> str:
         for name, seconds in (("ttft", found.ttft_s), ("tpot", found.tpot_s))
         if seconds is not None
     ]
+    if found.constraint == "decode_room":
+        return f"no decode worker has {order.demand.blocks} blocks and a sequence slot free now"
     what = "others' objectives" if found.constraint == "others" else f"its objective for {found.constraint}"
     return f"{what} can't be kept now: asked {' and '.join(asked) or 'nothing'}, expected {' and '.join(times)}"

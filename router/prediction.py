@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from baton.cost import HANDOFF_S, LEAST_CHUNK, MARGIN, STRETCH, StepCost, pairs
-from baton.engine.prompt_queue import AGEING_S, PRIORITY_S, SURELY
+from baton.engine.prompt_queue import AGEING_S, PRIORITY_S
 from router.snapshot import Ask, DecodeLoad, PrefillLoad, Queued
 
 TRIP_S = 0.004
@@ -67,6 +67,21 @@ def step(worker: DecodeLoad, ask: Ask) -> float:
     return seconds
 
 
+def breaks_tpot(worker: DecodeLoad, ask: Ask) -> bool:
+    """Whether the strictest objective among its sequences is kept without this one and missed with it."""
+    if worker.strictest_s is None or worker.cost is None or not worker.cost.knows_decode:
+        return False
+    without = worker.cost.decode(worker.sequences + ask.unbound, worker.tokens + ask.unbound_tokens)
+    return without <= worker.strictest_s < _bare_step(worker, worker.cost, ask)
+
+
+def soonest(worker: PrefillLoad | DecodeLoad, ask: Ask) -> float:
+    """Seconds to the first token if nothing else were there."""
+    assert worker.cost is not None, "a worker that has told its cost"
+    cost, cached = worker.cost, worker.cached_tokens
+    return (cost.prefill(ask.tokens - cached, cached, worker.chunk_tokens) + TRIP_S) * worker.promise
+
+
 def handed_over(worker: DecodeLoad, ask: Ask, step_s: float) -> float:
     """Seconds per token of a sequence that comes in over a handoff, where a step with it takes `step_s`: it waits for
     half a step under way at first, which weighs the more the fewer tokens there are. Chunks beside it are smaller until
@@ -92,11 +107,11 @@ def _placed(
 ) -> tuple[Queued, float, bool]:
     """The prompt in the worker's queue, what is ahead of it, and whether others would become late by it. One that can't
     be in time makes way there, so it does here: else it would seem to be in the way of all that come after it."""
-    queued = Queued(rank_of(ask), work_s, ask.ttft_s is not None, chunk_s)
+    queued = Queued(rank_of(ask), work_s, None if ask.ttft_s is None else ask.now + ask.ttft_s, chunk_s)
     ahead, breaks = _queue(worker.queue, queued, ask.now)
-    if ask.ttft_s is not None and ahead + SURELY * work_s > ask.ttft_s:
+    if ask.ttft_s is not None and ahead + work_s > ask.ttft_s:
         chunk_s = min(chunk_s, cost.prefill(cost.making_way(worker.chunk_tokens), 0, worker.chunk_tokens))
-        queued = Queued(queued.rank + AGEING_S, work_s, False, chunk_s)
+        queued = Queued(queued.rank + AGEING_S, work_s, None, chunk_s)
         ahead, breaks = _queue(worker.queue, queued, ask.now)
     return queued, ahead, breaks
 
@@ -112,7 +127,7 @@ def _queue(queue: Sequence[Queued], ours: Queued, now: float) -> tuple[float, bo
             continue
         ahead += other.chunk_s
         ends = now + ahead + behind + other.seconds
-        breaks = breaks or (other.due and ends <= other.rank < ends + ours.seconds)
+        breaks = breaks or (other.due_at is not None and ends <= other.due_at < ends + ours.seconds)
         behind += other.seconds - other.chunk_s
     return ahead, breaks
 
@@ -127,7 +142,7 @@ def _beside(
         return work, work / -(-new // chunk), False
     work = cost.prefill(new, cached, worker.chunk_tokens)
     base = cost.decode(worker.sequences, worker.tokens)
-    limit = worker.strictest_s
+    limit = worker.strictest_s if worker.strictest_s is not None and base <= worker.strictest_s else None
     fits = cost.fits_beside(base, limit, cached + new // 2, worker.chunk_tokens)
     chunk = min(max(fits, LEAST_CHUNK), new)
     chunks = -(-new // chunk)

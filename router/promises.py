@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 WINDOW = 64
@@ -24,6 +25,8 @@ class Accuracy:
         """What a predicted time is multiplied with to be a promise that is kept."""
         self.promised = self.kept = 0
         """Promises made, and those that came within `TOLERANCE`."""
+        self.observed_at = -math.inf
+        """When the last first token came, on the router's clock."""
 
     def __len__(self) -> int:
         return len(self._ratios)
@@ -33,8 +36,16 @@ class Accuracy:
         """Median of |achieved / predicted - 1|; None before the first."""
         return sorted(abs(ratio - 1) for ratio in self._ratios)[len(self._ratios) // 2] if self._ratios else None
 
-    def observe(self, predicted_s: float, achieved_s: float, promised_s: float | None = None) -> None:
-        """A prediction (before any factor), what became of it, and what was promised."""
+    def forget(self) -> None:
+        """Begins anew: what was observed may be true no more."""
+        self._ratios.clear()
+        self.factor = 1.0
+
+    def observe(
+        self, predicted_s: float, achieved_s: float, promised_s: float | None = None, now: float = -math.inf
+    ) -> None:
+        """A prediction (before any factor), what became of it at `now`, and what was promised."""
+        self.observed_at = max(self.observed_at, now)
         if predicted_s <= 0 or achieved_s <= 0:
             return
         if promised_s is not None:

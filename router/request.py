@@ -31,8 +31,9 @@ from baton.telemetry import Counts
 from router.attempt import Attempt, End
 from router.delivery import Delivery
 from router.handoff import Refusal
+from router.offers import Way
 from router.order import OVER, Order, Port, State
-from router.placement import Plan, Way
+from router.placement import Plan
 from router.streams import ClientStream
 from router.timeline import Marks, Outcome, Path, PrefillTimes, Reason
 from router.worker import Worker
@@ -102,7 +103,7 @@ class Request:
         self.state = State.PREFILLING
         worker.prefill.started(self.key, self._loop.time())
         if self.attempt.direct:
-            return None
+            return self.attempt.resident()  # its blocks are held from now on
         if self.order.spec.max_tokens - len(self.order.spec.output) > 1:
             self._bind("")
         return None
@@ -200,7 +201,8 @@ class Request:
         if self._reason is not None:
             self._released(worker)
         elif worker is attempt.prefill and self.state is not State.DECODING:
-            self.fail(Unavailable(f"prefill worker {worker} is lost: {reason}", 1.0, "prefill_workers"))
+            kind = "decode" if attempt.direct else "prefill"
+            self.fail(Unavailable(f"{kind} worker {worker} is lost: {reason}", 1.0, f"{kind}_workers"))
         elif worker is attempt.decode and (self.state is State.DECODING or attempt.times is not None):
             self.fail(Unavailable(f"decode worker {worker} is lost: {reason}", 1.0, "decode_workers"))  # the only copy
         elif worker is attempt.decode:
@@ -229,7 +231,8 @@ class Request:
         self.attempt.computed(self._loop.time())
         if self.plan.raw_ttft_s is not None:
             accuracy = self.attempt.prefill.accuracy
-            accuracy.observe(self.plan.raw_ttft_s, self.marks.ttft_ms / 1e3, self.plan.ttft_s)
+            now = self._loop.time()
+            accuracy.observe(self.plan.raw_ttft_s, self.marks.ttft_ms / 1e3, self.plan.ttft_s, now)
         if self.attempt.direct:
             return self._decoding()
         ends = spec.max_tokens == 1 or token in spec.stop_token_ids or token in spec.eos_token_ids

@@ -23,8 +23,8 @@ from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from kvtransfer.prefix import Digests
 from router.frames import read_end, read_refusal, read_times
+from router.offers import Way
 from router.order import Choice, Order
-from router.placement import Way
 from router.placing import Placer
 from router.prefixes import Prefixes, digests_of
 from router.registry import ServedModel
@@ -104,7 +104,7 @@ class Requests:
             raise
         request = Request(order, worker, stream, self, self._counts, plan)
         if plan.way is not Way.DIRECT and order.spec.max_tokens > 1:
-            self._placer.placed(request.key, len(order.spec.prompt))
+            self._placer.placed(model, request.key, len(order.spec.prompt))
         self._live[request.key] = (request, model, digests)
         self._counts.add("requests")
         request.start()

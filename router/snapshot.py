@@ -18,13 +18,14 @@ class Demand:
 
 
 class Queued(NamedTuple):
-    """A prompt at a worker: when its first token is due (`rank`, on the router's clock), and the work that is
-    left of it. `due` is False where nobody waits for it with an objective. `chunk_s` is how long a more urgent prompt
-    may have to wait for it: one chunk, or what is left of the one under way; 0 while it waits itself."""
+    """A prompt at a worker: its place in the order (`rank`), and the work that is left of it. `due_at` is when its
+    first token is due, on the router's clock, and None where that can't be missed any more or there is no objective.
+    `chunk_s` is how long a more urgent prompt may have to wait for it: one chunk, or what is left of the one under way;
+    0 while it waits itself."""
 
     rank: float
     seconds: float
-    due: bool
+    due_at: float | None = None
     chunk_s: float = 0.0
 
 
@@ -50,8 +51,8 @@ class PrefillLoad(NamedTuple):
 class DecodeLoad(NamedTuple):
     """A decode worker in a snapshot. `free_blocks` is what nobody holds and nobody was promised.
 
-    `strictest_s` is the least objective per token among the sequences bound to it, None without any; `queue` are
-    prompts that it computes itself, `mean_tokens` what its sequences hold or will.
+    `strictest_s` is the least objective per token among the sequences bound to it, of those that could be kept then;
+    None without any. `queue` are prompts that it computes itself, `mean_tokens` what its sequences hold or will.
     """
 
     name: str
@@ -73,8 +74,8 @@ class DecodeLoad(NamedTuple):
 class Ask(NamedTuple):
     """A request that is to be placed at `now`. Objectives are None where there are none; `ttft_s` is what is left.
 
-    `unbound` are sequences admitted before that no decode worker has yet, with their tokens. `gaps` are those between
-    the tokens that it asks for at the most.
+    `unbound` are sequences admitted before that no decode worker has yet, with their tokens: the share of one worker,
+    which need not be whole. `gaps` are those between the tokens that it asks for at the most.
     """
 
     now: float
@@ -83,8 +84,8 @@ class Ask(NamedTuple):
     ttft_s: float | None = None
     tpot_s: float | None = None
     priority: int = 0
-    unbound: int = 0
-    unbound_tokens: int = 0
+    unbound: float = 0.0
+    unbound_tokens: float = 0.0
     gaps: int = 1_000_000
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baton.errors import InvalidArgument, Unimplemented
+from baton.objectives import LEAST_MS, MOST_MS
 from baton.spec import Objectives, Sampling
 from baton.v1 import generation_pb2 as gen
 
@@ -204,8 +205,10 @@ def _check_objectives(slo: gen.Slo) -> Objectives:
         ("ttft_ms", slo.HasField("ttft_ms"), slo.ttft_ms),
         ("tpot_ms", slo.HasField("tpot_ms"), slo.tpot_ms),
     ):
-        if present and not (math.isfinite(value) and value > 0):
-            raise InvalidArgument(f"slo.{name}", f"must be a positive number of milliseconds, not {value:g}")
+        if present and not LEAST_MS <= value <= MOST_MS:  # also what is not a number
+            raise InvalidArgument(
+                f"slo.{name}", f"must be from {LEAST_MS:g} to {MOST_MS:g} milliseconds, not {value:g}"
+            )
     return Objectives(
         slo.ttft_ms if slo.HasField("ttft_ms") else None, slo.tpot_ms if slo.HasField("tpot_ms") else None
     )

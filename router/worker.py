@@ -81,6 +81,8 @@ class Worker:
     chunk_tokens: int = 512
     accuracy: Accuracy = field(default_factory=Accuracy)
     chosen_at: float = 0.0
+    probed_at: float | None = None
+    """When a request was last let in to see what it takes, or could first have been."""
     prefill: PrefillLedger = field(init=False)
     decode: DecodeLedger = field(init=False)
     watchers: dict[RoleName, Callable[[Worker], None]] = field(default_factory=dict)
@@ -116,7 +118,16 @@ class Worker:
         if load.HasField("cost"):
             self.cost, self.chunk_tokens = cost_from_wire(load.cost), load.cost.chunk_tokens or self.chunk_tokens
         self.prefill.reported(load.waiting_tokens)
-        self.decode.reported(Reported(load.free_blocks + load.cached_blocks, load.resident_tokens))
+        # What is granted is in the ledger as bound: it would be taken off twice until it is resident.
+        free = load.free_blocks + load.cached_blocks + load.granted_blocks
+        self.decode.reported(Reported(free, load.resident_tokens))
+
+    def keepable(self, tpot_s: float | None) -> float | None:
+        """An objective per token, if a step with one more sequence could keep it: one that nothing could must not count
+        against those who come later."""
+        if tpot_s is None or self.cost is None or not self.cost.knows_decode:
+            return tpot_s
+        return tpot_s if self.cost.decode(len(self.decode) + 1, self.decode.tokens) <= tpot_s else None
 
     def _changed(self) -> None:
         for watcher in self.watchers.values():

@@ -11,7 +11,7 @@ from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import print_json, print_table, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
-from baton.client.types import Candidate, Predictions
+from baton.client.types import Candidate, Placement, Predictions
 
 T = TypeVar("T")
 
@@ -119,19 +119,27 @@ def explain(request_id: str, /, *, tenant_salt: str = "", server: Server = DEFAU
         print_json([to_dict(placement) for placement in found])
         return
     for placement in found:
-        promise = ", ".join(
-            f"{name} {value:.0f} ms"
-            for name, value in (("ttft", placement.ttft_ms), ("tpot", placement.tpot_ms))
-            if value is not None
-        )
-        print(
-            f"{placement.step}: {placement.chosen}: {placement.reason}" + (f"; promised {promise}" if promise else "")
-        )
+        print(f"{placement.step}: {_verdict(placement)}{placement.chosen}: {placement.reason}{_times(placement)}")
         print_table(
             ("worker", "way", "fits", "ttft", "tpot", "note"), [_candidate_row(c) for c in placement.candidates]
         )
         if placement.others:
             print(f"and {placement.others} others")
+
+
+def _verdict(placement: Placement) -> str:
+    if placement.refused:
+        return f"REFUSED for {placement.constraint}; it would have gone to "
+    return "" if placement.meets else f"not all objectives can be kept ({placement.constraint}); "
+
+
+def _times(placement: Placement) -> str:
+    times = [
+        f"{name} {value:.0f} ms"
+        for name, value in (("ttft", placement.ttft_ms), ("tpot", placement.tpot_ms))
+        if value is not None
+    ]
+    return f"; {'expected' if placement.refused else 'promised'} {', '.join(times)}" if times else ""
 
 
 def _candidate_row(found: Candidate) -> list[str]:

@@ -317,7 +317,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """One decision about a request: its `step` is "prompt" or "decode"; `others` candidates are not listed."""
+    """One decision about a request: its `step` is "prompt" or "decode"; `others` candidates are not listed. Where not
+    all objectives were expected to be kept (`meets`), `constraint` says what was in the way, and `refused` whether the
+    request was turned away for it."""
 
     step: str
     age_ms: float
@@ -329,3 +331,4 @@ class Placement:
     others: int
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    refused: bool = False

@@ -263,6 +263,7 @@ def placement_from_wire(message: admin.Placement) -> types.Placement:
         reason=message.reason,
         meets=message.meets,
         constraint=message.constraint,
+        refused=message.refused,
         others=message.others,
         ttft_ms=_optional(message, "ttft_ms"),
         tpot_ms=_optional(message, "tpot_ms"),

@@ -20,9 +20,6 @@ from baton.spec import AttemptKey, SequenceSpec
 
 AGEING_S = 10.0
 PRIORITY_S = 1.0
-SURELY = 0.8
-"""Of its predicted work, what must be too much for a prompt to count as late: predictions err, and it loses its
-turn."""
 SLACK = 64
 """Entries of prompts that left early, beyond as many as still wait, before they are swept out."""
 
@@ -100,4 +97,4 @@ class PromptQueue(Generic[W]):
         """Whether it has lost its chance if that is when it starts. Without an objective there is none to lose."""
         if prompt.late or prompt.spec.ttft_left_s is None:
             return False
-        return rank + PRIORITY_S * prompt.spec.priority - SURELY * prompt.work_s < start
+        return rank + PRIORITY_S * prompt.spec.priority - prompt.work_s < start

@@ -200,6 +200,7 @@ class Placement(_message.Message):
     TPOT_MS_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     step: _builtins.str
     """"prompt" or "decode"."""
     age_ms: _builtins.float
@@ -209,12 +210,14 @@ class Placement(_message.Message):
     meets: _builtins.bool
     """All objectives were expected to be kept."""
     constraint: _builtins.str
-    """Else what was in the way: "ttft", "tpot" or "others"."""
+    """Else what was in the way: "ttft", "tpot", "others" or "decode_room"."""
     ttft_ms: _builtins.float
-    """What was promised."""
+    """What was expected then; promised, unless it was refused."""
     tpot_ms: _builtins.float
     others: _builtins.int
-    """Workers that were looked at and are not listed."""
+    """Workers that could have been taken and are not listed."""
+    refused: _builtins.bool
+    """The request was turned away."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """The chosen one first, then those that would have done."""
@@ -232,10 +235,11 @@ class Placement(_message.Message):
         tpot_ms: _builtins.float | None = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
         others: _builtins.int = ...,
+        refused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "age_ms", b"age_ms", "candidates", b"candidates", "chosen", b"chosen", "constraint", b"constraint", "meets", b"meets", "others", b"others", "reason", b"reason", "step", b"step", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms", "_ttft_ms", b"_ttft_ms", "age_ms", b"age_ms", "candidates", b"candidates", "chosen", b"chosen", "constraint", b"constraint", "meets", b"meets", "others", b"others", "reason", b"reason", "refused", b"refused", "step", b"step", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tpot_ms: _TypeAlias = _typing.Literal["tpot_ms"]  # noqa: Y015
     _WhichOneofArgType__tpot_ms: _TypeAlias = _typing.Literal["_tpot_ms", b"_tpot_ms"]  # noqa: Y015

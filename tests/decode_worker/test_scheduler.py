@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
-from baton.cost import ALONE_CHUNK, LEAST_CHUNK, StepCost
+import pytest
+
+from baton.cost import ALONE_CHUNK, LATE_CHUNK, LEAST_CHUNK, StepCost
 from baton.engine.api import Sequence
 from baton.spec import NEVER_STOP
 from decode_worker.scheduler import DecodeScheduler, Expected
@@ -151,16 +154,44 @@ def test_a_late_prompt_is_computed_in_short_steps() -> None:
     late = prompt(600)
     late.late = True
     scheduler.add(late)
-    assert counts(scheduler) == [95], "19 times the 5 ms that a chunk costs anyway"
+    assert counts(scheduler) == [LATE_CHUNK]
+    costly = DecodeScheduler(512, lambda: replace(COST, chunk=0.020), clock=still)
+    costly.add(late)
+    assert counts(costly) == [80], "a fifth of such a step is the 20 ms that a chunk costs anyway"
 
 
 def test_a_prompt_goes_on_however_tight_the_objectives() -> None:
     scheduler = DecodeScheduler(512, lambda: COST, clock=still)
     strict = resident(5)
-    strict.tpot_s = 0.001
+    strict.tpot_s = 0.0061
     scheduler.add(strict)
     scheduler.add(prompt(100))
     assert counts(scheduler) == [1, LEAST_CHUNK]
+
+
+def test_nobody_waits_for_an_objective_that_no_step_could_keep() -> None:
+    """A millisecond, where a step takes six: prompts go on as beside somebody without an objective."""
+    scheduler = DecodeScheduler(512, lambda: COST, clock=still)
+    impossible, kept = resident(5), resident(5)
+    impossible.tpot_s, impossible.rule = 0.001, replace(NEVER_STOP, max_tokens=20)
+    scheduler.add(impossible)
+    scheduler.add(prompt(100))
+    assert counts(scheduler)[1] == 12, "three steps of 6 ms less one"
+    kept.tpot_s = 0.050
+    scheduler.add(kept)
+    assert counts(scheduler)[2] in (37, 38), "the other one's objective holds"
+
+
+@pytest.mark.parametrize("per_pair", [COST.per_pair, 0.0, 1e-9])
+def test_an_objective_without_end_is_no_limit(per_pair: float) -> None:
+    """The greatest number that fits the wire's field, in case a worker is asked by somebody who does not check."""
+    scheduler = DecodeScheduler(512, lambda: replace(COST, per_pair=per_pair), clock=still)
+    scheduler.expected = (Expected(1_000_000, sys.float_info.max),)
+    loose = resident(5)
+    loose.tpot_s = sys.float_info.max
+    scheduler.add(loose)
+    scheduler.add(prompt(600))
+    assert counts(scheduler) == [1, 512]
 
 
 def test_a_fixed_budget_bounds_what_objectives_allow() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.cost import StepCost
+from baton.cost import LATE_CHUNK, StepCost
 from baton.engine.api import Sequence
 from prefill_worker.scheduler import LAST_TOKENS, WORTH, PrefillScheduler
 from tests.prefill_worker.builders import sequence
@@ -51,10 +51,10 @@ def test_a_late_prompt_is_computed_in_short_steps_and_lets_others_in_between() -
     late, urgent = sequence(300), sequence(100)
     late.late, late.rank, urgent.rank = True, 9.0, 1.0
     scheduler.add(late)
-    assert run(scheduler) == [(late, 95)], "19 times the 5 ms that a chunk costs anyway"
+    assert run(scheduler) == [(late, LATE_CHUNK)]
     scheduler.add(urgent)
     assert run(scheduler) == [(urgent, 100)]
-    assert run(scheduler) == [(late, 95)]
+    assert run(scheduler) == [(late, LATE_CHUNK)]
 
 
 def test_removed_between_steps() -> None:

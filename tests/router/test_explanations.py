@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from router.explanations import CANDIDATES, DECISIONS, REQUESTS, Explanations
-from router.placement import Candidate, Decision, Plan, Way
+from router.offers import Candidate, Way
+from router.placement import Decision, Plan
 
 
 def plan(chosen: str, *names: str) -> Plan:
@@ -23,9 +24,10 @@ def test_the_chosen_one_comes_first_and_the_rest_is_cut() -> None:
 def test_handoffs_follow_their_prompt_and_tenants_are_apart() -> None:
     explanations = Explanations()
     explanations.prompt("a", "r", plan("p0", "p0"), 1.0)
-    for _ in range(DECISIONS + 3):
-        explanations.decode("a", "r", Decision("d0", "least loaded", (Candidate("d0", 0.5, True),)), 2.0)
+    for index in range(DECISIONS + 3):
+        explanations.decode("a", "r", Decision(f"d{index}", "least loaded", (Candidate("d0", 0.5, True),)), 2.0)
     assert [entry.step for entry in explanations.find("a", "r")] == ["prompt", *["decode"] * (DECISIONS - 1)]
+    assert explanations.find("a", "r")[-1].chosen == f"d{DECISIONS + 2}", "where it really went"
     assert explanations.find("b", "r") == []
     explanations.prompt("a", "r", plan("p1", "p1"), 3.0)
     assert [entry.chosen for entry in explanations.find("a", "r")] == ["p1"]

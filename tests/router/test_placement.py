@@ -101,15 +101,15 @@ def test_prefill_ledger_keeps_ours_and_what_others_added() -> None:
 
 def test_time_goes_into_the_most_urgent_prompt_that_has_started() -> None:
     ledger = PrefillLedger()
-    ledger.place(b"late", 100, Queued(30.0, 4.0, True, 1.0))
-    ledger.place(b"soon", 100, Queued(20.0, 2.0, True, 2.0))
-    ledger.place(b"waits", 100, Queued(40.0, 3.0, True, 1.0))
+    ledger.place(b"late", 100, Queued(30.0, 4.0, 30.0, 1.0))
+    ledger.place(b"soon", 100, Queued(20.0, 2.0, 20.0, 2.0))
+    ledger.place(b"waits", 100, Queued(40.0, 3.0, 40.0, 1.0))
     ledger.started(b"late", 10.0)
-    assert ledger.queue(11.25) == [(20.0, 2.0, True, 0.0), (30.0, 2.75, False, 0.75), (40.0, 3.0, True, 0.0)]
+    assert ledger.queue(11.25) == [(20.0, 2.0, 20.0, 0.0), (30.0, 2.75, None, 0.75), (40.0, 3.0, 40.0, 0.0)]
     ledger.started(b"soon", 11.5)
-    assert ledger.queue(12.5)[:2] == [(20.0, 1.0, False, 1.0), (30.0, 2.5, False, 0.0)]
+    assert ledger.queue(12.5)[:2] == [(20.0, 1.0, None, 1.0), (30.0, 2.5, None, 0.0)]
     ledger.release(b"soon", 13.5)
-    assert ledger.queue(13.5)[0] == (30.0, 2.5, False, 0.5)
+    assert ledger.queue(13.5)[0] == (30.0, 2.5, None, 0.5)
     assert ledger.queue(99.0)[0].seconds == pytest.approx(0.4), "what takes longer is nearly done"
 
 

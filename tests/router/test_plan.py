@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from baton.cost import HANDOFF_S, StepCost
 from baton.engine.prompt_queue import AGEING_S
 from router import prediction
-from router.placement import Plan, Way, pick_decode, plan
+from router.offers import Way
+from router.placement import Plan, pick_decode, plan
 from router.snapshot import Ask, DecodeLoad, Demand, PrefillLoad, Queued
 
 # 1 ms per prompt token; a step of 10 ms and 1 ms per sequence.
@@ -37,9 +38,9 @@ def planned(request: Ask, *workers: PrefillLoad | DecodeLoad, direct: bool = Tru
     return found
 
 
-def busy(seconds: float, due: bool = False, late_by: float = 0.0) -> tuple[Queued, ...]:
+def busy(seconds: float) -> tuple[Queued, ...]:
     """One prompt ahead, which must have started before ours."""
-    return (Queued(NOW - late_by, seconds, due),)
+    return (Queued(NOW, seconds),)
 
 
 def test_an_idle_cluster_takes_both_pools_and_promises_the_work() -> None:
@@ -57,7 +58,7 @@ def test_the_shortest_backlog_is_taken_and_a_cached_prefix_counts() -> None:
 
 
 def test_an_urgent_prompt_waits_for_the_chunk_under_way_and_no_more() -> None:
-    computing = P._replace(queue=(Queued(NOW + 9.0, 3.0, False, 0.4),))
+    computing = P._replace(queue=(Queued(NOW + 9.0, 3.0, None, 0.4),))
     assert planned(ask(100, ttft=1.0), computing, D, direct=False).ttft_s == pytest.approx(0.402 + 0.1 + TRIP)
 
 
@@ -69,7 +70,7 @@ def test_of_equals_the_one_chosen_longest_ago() -> None:
 
 
 def test_only_what_is_more_urgent_is_ahead() -> None:
-    behind = P._replace(queue=(Queued(NOW + 9.0, 3.0, True),))
+    behind = P._replace(queue=(Queued(NOW + 9.0, 3.0, NOW + 9.0),))
     assert planned(ask(ttft=1.0), behind, D).ttft_s == pytest.approx(0.102 + TRIP)
     assert planned(ask(ttft=20.0), behind, D, direct=False).ttft_s == pytest.approx(3.102 + TRIP)
 
@@ -77,12 +78,12 @@ def test_only_what_is_more_urgent_is_ahead() -> None:
 def test_who_cannot_be_in_time_is_behind_those_who_can() -> None:
     """A prompt of a second's work is due in half a second: it makes way, and a later one does not see it ahead."""
     hopeless = prediction.prefill(P, ask(1000, ttft=0.5)).queued
-    assert (hopeless.rank, hopeless.due) == (NOW + 0.5 + AGEING_S, False)
+    assert (hopeless.rank, hopeless.due_at) == (NOW + 0.5 + AGEING_S, None)
     assert hopeless.chunk_s < 0.1, "it is computed in short steps"
     after = prediction.prefill(P._replace(queue=(hopeless,)), ask(100, ttft=1.0))
     assert after.raw_s == pytest.approx(hopeless.chunk_s + 0.102 + TRIP)
-    close = prediction.prefill(P, ask(100, ttft=0.1)).queued
-    assert close.rank == NOW + 0.1, "predictions err"
+    close = prediction.prefill(P, ask(100, ttft=0.103)).queued
+    assert (close.rank, close.due_at) == (NOW + 0.103, NOW + 0.103), "102 ms of work"
 
 
 def test_in_place_where_only_that_keeps_the_first_token() -> None:
@@ -121,6 +122,7 @@ def test_light_work_goes_in_place_when_that_is_twice_as_fast() -> None:
     assert planned(ask(400), queue, residents._replace(cached_tokens=384)).way is Way.DIRECT
     assert planned(ask(400), queue, D).way is Way.DIRECT  # it has nobody to disturb
     assert planned(ask(400, unbound=1), queue, D).way is Way.PREFILL  # it is about to
+    assert planned(ask(400, unbound=0.25), queue, D).way is Way.PREFILL  # or one of four such workers is
     assert planned(ask(40), queue, residents, direct=False).way is Way.PREFILL
 
 
@@ -130,7 +132,33 @@ def test_the_step_must_keep_this_objective_and_everybody_elses() -> None:
     assert (found.meets, found.constraint) == (False, "tpot")
     assert planned(ask(tpot=0.025), P, full, D._replace(name="d1")).meets
     others = planned(ask(tpot=1.0), P, D._replace(sequences=5, strictest_s=0.0155))
-    assert (others.meets, others.constraint) == (False, "tpot")
+    assert (others.meets, others.constraint) == (False, "others")
+
+
+def test_an_objective_that_is_lost_already_is_in_nobodys_way() -> None:
+    """Steps of 15 ms and somebody who wants 1: he misses it with us and without us."""
+    poisoned = D._replace(sequences=4, tokens=400, strictest_s=0.001)
+    assert planned(ask(ttft=2.0, tpot=0.1), P, poisoned).meets
+    assert planned(ask(40, ttft=2.0, tpot=0.1), P._replace(queue=busy(9.0)), poisoned).way is Way.DIRECT
+    choice = pick_decode([poisoned, D._replace(name="full", sequences=8, tokens=9000)], Demand(4, 50), tpot_s=0.1)
+    assert choice is not None
+    assert (choice.chosen, choice.keeps) == ("d0", True)
+
+
+def test_want_of_room_is_not_called_slowness() -> None:
+    found = planned(ask(ttft=2.0), P, D._replace(sequences=2, free_blocks=1, mean_tokens=1000.0))
+    assert (found.meets, found.constraint) == (False, "decode_room")
+    assert found.retry_s == pytest.approx(1000 * 0.012 / 2 / 2), "when one of the two has ended, about"
+
+
+def test_a_priority_does_not_change_when_a_prompt_is_due() -> None:
+    """Due in 2 s, 0.8 s of work, and ahead of others by a second: ours of 0.6 s before it leaves it time enough."""
+    urgent = prediction.prefill(P, ask(800, ttft=2.0, priority=1)).queued
+    assert (urgent.rank, urgent.due_at) == (NOW + 1.0, NOW + 2.0)
+    behind = P._replace(queue=(urgent._replace(chunk_s=0.0),))
+    assert planned(ask(600, ttft=0.7), behind, D, direct=False).meets
+    late = planned(ask(1300, ttft=1.4, priority=2), behind, D, direct=False)
+    assert (late.meets, late.constraint) == (False, "others"), "1.3 and 0.8 s are more than 2"
 
 
 def test_a_handoff_beside_prompts_is_made_good_by_smaller_chunks() -> None:
@@ -150,7 +178,7 @@ def test_what_is_admitted_but_not_bound_yet_counts() -> None:
 
 def test_nobody_placed_before_is_made_late() -> None:
     """The one in the queue can just wait 50 ms; ours takes 100."""
-    tight = P._replace(queue=(Queued(NOW + 0.25, 0.2, True),))
+    tight = P._replace(queue=(Queued(NOW + 0.25, 0.2, NOW + 0.25),))
     found = planned(ask(ttft=0.15), tight, D._replace(sequences=1, strictest_s=0.0121))
     assert (found.meets, found.constraint) == (False, "others")
 
@@ -161,7 +189,10 @@ def test_a_refusal_says_when_to_come_back() -> None:
     assert found.retry_s == pytest.approx(2.102 + TRIP - 0.2)
     drained = planned(ask(tpot=0.005), P, D._replace(sequences=2, mean_tokens=1000.0))
     assert drained.constraint == "tpot"
-    assert drained.retry_s == pytest.approx(1000 * 0.012 / 2 / 2)
+    assert drained.retry_s is None, "an idle step takes 11 ms: coming back is no use"
+    slower = planned(ask(tpot=0.0115), P, D._replace(sequences=2, mean_tokens=1000.0))
+    assert slower.retry_s == pytest.approx(1000 * 0.012 / 2 / 2)
+    assert planned(ask(4000, ttft=1.0), P, D).retry_s is None, "four seconds of work, whoever is there"
 
 
 def test_a_promise_is_more_than_the_prediction_where_those_were_broken() -> None:
@@ -214,7 +245,7 @@ def test_a_plan_that_meets_keeps_every_objective_it_predicts(
     workers: list[tuple[list[float], int, float | None]], tokens: int, ttft: float | None, tpot: float | None
 ) -> None:
     prefills = [
-        P._replace(name=f"p{index}", queue=tuple(Queued(NOW + s, s, True) for s in sorted(queue)))
+        P._replace(name=f"p{index}", queue=tuple(Queued(NOW + s, s, NOW + s) for s in sorted(queue)))
         for index, (queue, _, _) in enumerate(workers)
     ]
     decodes = [
@@ -229,4 +260,4 @@ def test_a_plan_that_meets_keeps_every_objective_it_predicts(
         assert tpot is None or found.tpot_s is None or found.tpot_s <= tpot
     else:
         assert found.constraint in ("ttft", "tpot", "others")
-        assert found.retry_s > 0
+        assert found.retry_s is None or found.retry_s > 0

@@ -33,7 +33,7 @@ def change(chance: random.Random, each: Worker, role: RoleName, placed: list[byt
         if role == "decode":
             each.decode.bind(placed[-1], Demand(chance.randrange(1, 9), chance.randrange(100)))
         else:
-            each.prefill.place(placed[-1], chance.randrange(100), Queued(chance.random(), chance.random(), due=False))
+            each.prefill.place(placed[-1], chance.randrange(100), Queued(chance.random(), chance.random()))
     elif what == 1:
         gone = placed.pop(chance.randrange(len(placed)))
         if role == "decode":
@@ -70,7 +70,7 @@ async def test_after_any_changes_the_least_are_those_that_sorting_finds(role: Ro
 async def test_one_process_may_be_ranked_for_both_roles() -> None:
     both = [worker("prefill", index) for index in range(2)]
     prefill, decode = Ranking(both, "prefill"), Ranking(both, "decode")
-    both[0].prefill.place(os.urandom(16), 10, Queued(0.0, 1.0, due=False))
+    both[0].prefill.place(os.urandom(16), 10, Queued(0.0, 1.0))
     both[1].decode.bind(os.urandom(16), Demand(1, 10))
     assert prefill.least(1, {}) == [both[1]]
     assert decode.least(1, {}) == [both[0]]

@@ -74,6 +74,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"slo": gen.Slo(tpot_ms=-1)}, "slo.tpot_ms"),
     ({"slo": gen.Slo(tpot_ms=math.nan)}, "slo.tpot_ms"),
     ({"slo": gen.Slo(ttft_ms=math.inf)}, "slo.ttft_ms"),
+    ({"slo": gen.Slo(ttft_ms=5e-324)}, "slo.ttft_ms"),
+    ({"slo": gen.Slo(tpot_ms=1.797e308)}, "slo.tpot_ms"),
     ({"when_unmet": 9}, "when_unmet"),
     ({"on_disconnect": 9}, "on_disconnect"),
 ]
