@@ -15,7 +15,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-prefix bench-quality bench-burst bench-goodput bench-promises cost-model profile clean
+.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-prefix bench-quality bench-burst bench-goodput bench-policy bench-promises cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -115,6 +115,9 @@ bench-burst: model ## what a burst of long prompts does to streams in progress; 
 
 bench-goodput: model ## the highest rate that keeps 90 % of requests within CORNER=tpot|ttft|middle; TRACE=FILE replays lengths
 	$(BIN)/python -m tests.bench.goodput --corner $(or $(CORNER),tpot) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+
+bench-policy: model ## the same three ways in simulated time: thousands of requests in seconds, the same every time
+	$(BIN)/python -m tests.bench.policy $(if $(CORNER),--corner $(CORNER)) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 bench-promises: model ## whether promised first tokens come in time, below and above the capacity (8 minutes)
 	$(BIN)/python -m tests.bench.promises $(ARGS)

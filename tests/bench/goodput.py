@@ -99,17 +99,34 @@ def load_of(workload: Workload, trace: Path | None, corner: str, idle: Idle, sec
     )
 
 
-def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> float:
-    """Where the attainment crosses what is wanted, between the first rate that misses it and the one below.
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Requests per second at which the attainment is what is wanted. `bound` says how that can be read where the rates
+    that were tried do not enclose it: at least so much, or at most; else empty."""
 
-    Below the lowest rate it is taken as 1 at a rate of 0. When no rate misses it, the highest: more was not tried.
-    """
-    below, kept = 0.0, 1.0
-    for rate, share in sorted(attained.items()):
-        if share < wanted:
-            return below + (rate - below) * (kept - wanted) / (kept - share)
-        below, kept = rate, share
-    return below
+    rate: float
+    bound: str = ""
+
+    def reaches(self, factor: float, other: Goodput) -> bool | None:
+        """Whether it is at least `factor` times the other; None where the bounds leave that open."""
+        enough = self.rate >= factor * other.rate
+        if enough:
+            return None if self.bound == "at most" or other.bound == "at least" else True
+        return None if self.bound == "at least" or other.bound == "at most" else False
+
+
+def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> Goodput:
+    """Where the attainment crosses what is wanted, between the first rate that misses it and the one below. What lies
+    below the lowest rate or above the highest was not tried."""
+    rates = sorted(attained)
+    missed = next((index for index, rate in enumerate(rates) if attained[rate] < wanted), None)
+    if missed is None:
+        return Goodput(rates[-1], "at least")
+    if missed == 0:
+        return Goodput(rates[0], "at most")
+    below, above = rates[missed - 1], rates[missed]
+    kept, share = attained[below], attained[above]
+    return Goodput(below + (above - below) * (kept - wanted) / (kept - share))
 
 
 async def attainment(mode: Mode, load: LoadConfig, rates: Sequence[float], seed: int) -> dict[float, float]:
@@ -121,7 +138,8 @@ async def attainment(mode: Mode, load: LoadConfig, rates: Sequence[float], seed:
             if not measured.verdict.valid:
                 raise RuntimeError(f"{mode.name} at {rate}/s: {measured.verdict.warnings[0]}")
             found[rate] = measured.summary.attainment
-            print(f"{mode.name}, {rate:g}/s: {found[rate]:.1%} kept", flush=True)
+            told = "; ".join((f"{found[rate]:.1%} of {measured.summary.requests} kept", *measured.verdict.warnings))
+            print(f"{mode.name}, {rate:g}/s: {told}", flush=True)
     return found
 
 
@@ -159,24 +177,24 @@ async def measure(
             spread=spread([share * 100 for share in shares]))
         for (name, rate), shares in found.items()
     ]  # fmt: skip
-    return [_row(corner, mode, goodput) for mode in modes] + detail
+    return [row_of(corner, mode.name, goodput) for mode in modes] + detail
 
 
-def _row(corner: str, mode: Mode, goodput: Mapping[str, float]) -> Row:
+def row_of(corner: str, mode: str, goodput: Mapping[str, Goodput]) -> Row:
     """A mode against the colocated one, or in the middle the best other; the target is the adaptive mode's."""
-    ours = goodput[mode.name]
-    others = [name for name in goodput if name != mode.name and (corner == "middle" or name == "colocated")]
-    best = max(others, key=lambda name: goodput[name], default=None)
+    ours = goodput[mode]
+    others = [name for name in goodput if name != mode and (corner == "middle" or name == "colocated")]
+    best = max(others, key=lambda name: goodput[name].rate, default=None)
     theirs = None if best is None else goodput[best]
     target, met = "", None
-    if mode.name == "adaptive" and theirs:
-        target, met = f"at least {LEAST[corner]} x", ours >= LEAST[corner] * theirs
+    if mode == "adaptive" and theirs is not None:
+        target, met = f"at least {LEAST[corner]} x", ours.reaches(LEAST[corner], theirs)
     return Row(
-        f"{corner}: goodput at 90 % of what is attainable, {mode.name}",
+        f"{corner}: goodput at 90 % of what is attainable, {mode}" + (f", {ours.bound}" if ours.bound else ""),
         "requests/s",
-        ours,
-        best or "",
-        theirs,
+        ours.rate,
+        " ".join(filter(None, (best, theirs.bound))) if best and theirs else "",
+        None if theirs is None else theirs.rate,
         True,
         target,
         met,
@@ -206,12 +224,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corner", choices=CORNERS, default="tpot")
     parser.add_argument("--workload", choices=WORKLOADS, default="conv")
-    parser.add_argument("--trace", type=Path, help="Azure's CSV; without it lengths are drawn from the fit to it")
+    parser.add_argument(
+        "--trace", type=Path, help="Azure's CSV of that workload; without it lengths are drawn from a fit"
+    )
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default="1,2,3,4,5,6")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    sys.exit(0 if publish(f"goodput-{options.corner}", uvloop.run(run(options))) else 1)
+    sys.exit(0 if publish(f"goodput-{options.corner}-{options.workload}", uvloop.run(run(options))) else 1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -50,18 +53,20 @@ class Row:
 
 def spread(values: Sequence[float]) -> str:
     """Quartiles and extremes, in the unit of the values."""
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return f"{min(values):.4g} [{low:.4g} {high:.4g}] {max(values):.4g}"
 
 
 def publish(name: str, rows: Sequence[Row]) -> bool:
-    """Prints the table and writes the file; whether every target is met."""
+    """Prints the table and writes the file, with the arguments and the commit; whether every target is met."""
     Console(width=150).print(_table(name, rows))
     RESULTS.mkdir(exist_ok=True)
     document = {
         "benchmark": name,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
+        "arguments": sys.argv[1:],
+        "commit": _commit(),
         "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -89,6 +94,15 @@ def _cells(row: Row) -> dict[str, str]:
     return dict(
         zip(COLUMNS, (row.case, row.format, row.unit, *figures, shown(row.of_limit, ".0%"), row.spread), strict=True)
     )
+
+
+def _commit() -> str:
+    """With `-dirty` where something else than that commit was measured; empty where there is no git."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    asked = [git, "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
 
 
 def _processor() -> str:

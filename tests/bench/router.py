@@ -65,12 +65,18 @@ async def placements() -> list[Row]:
     """Requests through a router in this process, whose two placing calls are timed."""
     async with crowd(WORKERS, WORKERS, lambda spec: [10, 11, EOS]) as cluster:
         requests = cluster.router.requests
-        start, bind, lookup = (
-            Timed(requests.start),
-            Timed(requests.choose_decode),
-            Timed(requests.prefixes.cached_tokens),
-        )
+        start, lookup = Timed(requests.start), Timed(requests.prefixes.cached_tokens)
         place = Timed(requests._placer.place)
+        choose = requests.choose_decode
+
+        def choose_decode(*given: Any) -> Any:
+            """Its own look-up, of digests that are there already, counts with it and not with the first one."""
+            looked_up = len(lookup.took)
+            chosen = choose(*given)
+            del lookup.took[looked_up:]
+            return chosen
+
+        bind = Timed(choose_decode)
         requests.start = start  # type: ignore[method-assign, assignment]
         requests.choose_decode = bind  # type: ignore[method-assign, assignment]
         requests.prefixes.cached_tokens = lookup  # type: ignore[method-assign, assignment]

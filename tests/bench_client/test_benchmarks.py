@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.burst import round_of
-from tests.bench.goodput import rate_at
+from tests.bench.goodput import Goodput, rate_at
+from tests.bench.report import spread
 
 
 def test_only_gaps_between_the_bursts_arrival_and_its_last_first_token_count() -> None:
@@ -24,6 +25,32 @@ def test_streams_that_end_before_the_burst_are_no_measurement() -> None:
 
 
 def test_the_rate_is_where_the_attainment_crosses_ninety_percent() -> None:
-    assert rate_at({1: 1.0, 2: 0.95, 3: 0.85, 4: 0.99}) == pytest.approx(2.5)
-    assert rate_at({1: 0.8, 2: 0.5}) == pytest.approx(0.5)
-    assert rate_at({1: 1.0, 2: 0.9}) == 2
+    found = rate_at({1: 1.0, 2: 0.95, 3: 0.85, 4: 0.99})
+    assert found.rate == pytest.approx(2.5)
+    assert found.bound == ""
+
+
+def test_what_lies_outside_of_the_rates_that_were_tried_is_a_bound() -> None:
+    assert rate_at({1: 0.8, 2: 0.5}) == Goodput(1, "at most")
+    assert rate_at({1: 1.0, 2: 0.9}) == Goodput(2, "at least")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "reached"),
+    [
+        (Goodput(2.0), Goodput(2.0), True),
+        (Goodput(1.8), Goodput(2.0), False),
+        (Goodput(2.0, "at least"), Goodput(2.0, "at least"), None),
+        (Goodput(2.0, "at least"), Goodput(2.0), True),
+        (Goodput(1.5, "at least"), Goodput(2.0), None),
+        (Goodput(1.5), Goodput(2.0, "at least"), False),
+        (Goodput(1.0, "at most"), Goodput(1.0, "at most"), None),
+        (Goodput(1.0, "at most"), Goodput(3.0), False),
+    ],
+)
+def test_a_bound_decides_only_what_it_can(ours: Goodput, theirs: Goodput, reached: bool | None) -> None:
+    assert ours.reaches(0.95, theirs) is reached
+
+
+def test_the_quartiles_of_two_runs_lie_between_them() -> None:
+    assert spread([1.12, 1.48]) == "1.12 [1.21 1.39] 1.48"
