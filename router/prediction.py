@@ -147,4 +147,6 @@ def _beside(
     chunk = min(max(fits, LEAST_CHUNK), new)
     chunks = -(-new // chunk)
     seconds = max(cost.mixed * (chunks * base + cost.per_token * new + cost.per_pair * pairs(new, cached)), work)
-    return seconds, seconds / chunks, limit is not None and fits < LEAST_CHUNK
+    # What the margin is for may be used up before an objective counts as missed: it is for the mean of many steps.
+    least = cost.mixed * (base + LEAST_CHUNK * cost.per_token)
+    return seconds, seconds / chunks, limit is not None and least > limit
