@@ -71,4 +71,5 @@ def _refused(summary: Mapping[str, Any]) -> float:
 
 def _failed(summary: Mapping[str, Any]) -> float:
     """Of all requests; neither served nor turned away."""
-    return float(1 - summary["statuses"].get(OK, 0) / summary["requests"]) - _refused(summary)
+    bad = summary["requests"] - summary["statuses"].get(OK, 0) - summary["refusals"]["count"]
+    return float(bad / summary["requests"])

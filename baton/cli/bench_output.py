@@ -33,7 +33,7 @@ class Screen:
         """To be called now and then; cheap."""
         text = (
             f"{where.elapsed_s:.0f} s  sent {where.sent}/{where.planned}  under way {where.sent - where.ended}  "
-            f"failed {where.failed}  tokens {where.tokens}"
+            f"refused or failed {where.failed}  tokens {where.tokens}"
         )
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text, total=where.planned, completed=where.ended)

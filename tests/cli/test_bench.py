@@ -65,7 +65,7 @@ def test_where_a_run_stands_is_a_line_now_and_then_when_nobody_watches(
         screen.watch(Progress(9))
         screen.watch(Progress(9))
     err = capsys.readouterr().err
-    assert err.splitlines()[0] == "3 s  sent 4/9  under way 3  failed 1  tokens 77"
+    assert err.splitlines()[0] == "3 s  sent 4/9  under way 3  refused or failed 1  tokens 77"
     assert len(err.splitlines()) == 2
     assert "\x1b" not in err
 

@@ -90,8 +90,13 @@ async def idle_counts(cluster: Running) -> dict[str, dict[str, int]]:
     return {s.name: {name: s.live[name] for name in GROWING} for s in await cluster.statuses(router=True)}
 
 
-async def no_growth(cluster: Running, before: dict[str, dict[str, int]]) -> None:
-    """Waits until no process has more than before of what `idle_counts` counts: a task may take a moment to end."""
+async def no_growth(cluster: Running, before: dict[str, dict[str, int]], writers: int = 0) -> None:
+    """Waits until no process has more than before of what `idle_counts` counts: a task may take a moment to end.
+    `writers` are threads that a prefill worker may still make, to write to so many more pairs at once than before."""
+    before = {
+        process: counts | {"threads": counts["threads"] + writers * process.startswith("prefill")}
+        for process, counts in before.items()
+    }
     grown: object = None
     try:
         async with asyncio.timeout(SETTLE_S):

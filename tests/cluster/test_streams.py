@@ -55,11 +55,12 @@ async def test_64_streams_of_mixed_lengths(cluster: Running) -> None:
     used = {completion.finished.timeline.prefill_worker for completion in completions}
     used |= {completion.finished.timeline.decode_worker for completion in completions}
     assert used == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
-    # By now each pair has its control stream and its writer's threads. As many streams again add nothing.
+    # By now each pair has its control stream. As many streams again add nothing, but for the second thread of a prefill
+    # worker that has not written to both decode workers at once yet.
     before = await idle_counts(cluster)
     assert all(counts["sessions"] == (4 if name == "router" else 1) for name, counts in before.items())
     await asyncio.gather(*map(fresh, range(STREAMS)))
-    await no_growth(cluster, before)
+    await no_growth(cluster, before, writers=1)
 
 
 async def test_the_router_knows_what_the_workers_have_cached(cluster: Running) -> None:

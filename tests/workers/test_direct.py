@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from baton.spec import Objectives, SequenceSpec
 from tests.rpc.waiting import until
 from tests.workers.conftest import Cluster
@@ -169,3 +171,21 @@ async def test_what_never_fits_is_refused_by_name(cluster: Cluster) -> None:
     cluster.router.direct(node, spec)
     ended = await cluster.router.hears(node, "ended", spec)
     assert (ended.status, ended.message) == (8, "the prompt needs 5 blocks, the pool has 4")
+
+
+async def test_a_prompt_in_place_that_can_not_be_queued_ends_and_leaves_nothing(
+    pair: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = pair.router.spec(40)
+
+    def broken(*_: Any) -> None:
+        raise ValueError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.d.role._direct, "start_waiting", broken)
+        pair.router.direct(pair.d, spec)
+        ended = await pair.router.hears(pair.d, "ended", spec)
+    assert (ended.status, ended.message) == (13, "the worker failed: ValueError: broken on purpose")
+    assert not pair.d.busy()
+    pair.d.counts.add("commands_failed", -1)  # or the fixture finds it
+    await pair.serve(pair.router.spec(20))

@@ -304,24 +304,6 @@ async def test_a_command_that_raises_ends_its_attempt(
     pair.p.counts.add("commands_failed", -1)  # or the fixture finds it
 
 
-async def test_a_prompt_in_place_that_can_not_be_queued_ends_and_leaves_nothing(
-    pair: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = pair.router.spec(40)
-
-    def broken(*_: Any) -> None:
-        raise ValueError("broken on purpose")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pair.d.role._direct, "start_waiting", broken)
-        pair.router.direct(pair.d, spec)
-        ended = await pair.router.hears(pair.d, "ended", spec)
-    assert (ended.status, ended.message) == (13, "the worker failed: ValueError: broken on purpose")
-    assert not pair.d.busy()
-    pair.d.counts.add("commands_failed", -1)  # or the fixture finds it
-    await pair.serve(pair.router.spec(20))
-
-
 async def test_a_prompt_that_never_fits(cluster: Cluster) -> None:
     await cluster.add_prefill(blocks=4)
     await cluster.add_decode()
