@@ -8,7 +8,9 @@ from collections import deque
 WINDOW = 64
 TOLERANCE = 1.2
 """A promise is kept when no more than so many times as long was needed."""
-KEPT_SHARE = 0.95
+KEPT_SHARE = 0.97
+"""Of the last `WINDOW` prompts, those whose time a promise covers. The load of the next ones is another: in simulated
+time at 3.2 and 4.5/s 90.4 and 89.2 % were kept with 0.95, 91.7 and 90.4 % with this, at 1.18 times what was taken."""
 MEDIAN_LIMIT = 1.2
 """A promise is at most so many times what is usual."""
 MOST = 5.0
