@@ -28,6 +28,8 @@ NEAR, NEAR_S = 1.05, 0.001
 """Times within this factor and these seconds of the soonest are as good: then it is whoever was chosen longest ago, or
 one worker's cache would be overwritten by all prompts while the others' lie idle."""
 LEAST_RETRY_S = 0.05
+HOPELESS_RETRY_S = 30.0
+"""Where an idle cluster would miss the objective too: nothing drains that would help, only other workers would."""
 
 
 class Decision(NamedTuple):
@@ -44,8 +46,7 @@ class Plan(NamedTuple):
     predicted before anything was added to keep the promise; `queued` is the prompt in the worker's queue.
 
     `constraint` names what is missed: ttft, tpot, others (an objective of somebody who was placed before) or
-    decode_room (no decode worker has the blocks and a slot free); `retry_s` is when that may have changed, None where
-    it can't.
+    decode_room (no decode worker has the blocks and a slot free); `retry_s` is when that may have changed.
     """
 
     chosen: str
@@ -56,7 +57,7 @@ class Plan(NamedTuple):
     ttft_s: float | None = None
     tpot_s: float | None = None
     constraint: str = ""
-    retry_s: float | None = 1.0
+    retry_s: float = 1.0
     raw_ttft_s: float | None = None
     queued: Queued | None = None
 
@@ -204,17 +205,17 @@ def _seconds(offer: Candidate) -> float:
     return offer.ttft_s
 
 
-def _retry(ask: Ask, offer: Candidate, prefills: Sequence[PrefillLoad], decodes: Sequence[DecodeLoad]) -> float | None:
-    """When a backlog will have drained so far, or a sequence will have ended; None where even an idle cluster would
-    miss the objective: who came back would be refused again, for ever."""
+def _retry(ask: Ask, offer: Candidate, prefills: Sequence[PrefillLoad], decodes: Sequence[DecodeLoad]) -> float:
+    """When a backlog will have drained so far, or a sequence will have ended; long where even an idle cluster would
+    miss the objective, so that who comes back is not refused again and again."""
     if offer.note == "ttft" and ask.ttft_s is not None:
         workers: list[PrefillLoad | DecodeLoad] = [*prefills, *decodes]
         alone = min(prediction.soonest(worker, ask) for worker in workers if _computes(worker))
-        return None if alone > ask.ttft_s else max(LEAST_RETRY_S, _seconds(offer) - ask.ttft_s)
+        return HOPELESS_RETRY_S if alone > ask.ttft_s else max(LEAST_RETRY_S, _seconds(offer) - ask.ttft_s)
     if offer.note == "tpot" and ask.tpot_s is not None:
         alone = min(worker.cost.decode(1, ask.demand.tokens) for worker in decodes if worker.cost is not None)
         if alone > ask.tpot_s:
-            return None
+            return HOPELESS_RETRY_S
     busy = (prediction.drain(worker) for worker in decodes if worker.sequences)
     return max(LEAST_RETRY_S, min(busy, default=LEAST_RETRY_S))
 

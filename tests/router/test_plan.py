@@ -10,7 +10,7 @@ from baton.cost import HANDOFF_S, StepCost
 from baton.engine.prompt_queue import AGEING_S
 from router import prediction
 from router.offers import Way
-from router.placement import Plan, pick_decode, plan
+from router.placement import HOPELESS_RETRY_S, Plan, pick_decode, plan
 from router.snapshot import Ask, DecodeLoad, Demand, PrefillLoad, Queued
 
 # 1 ms per prompt token; a step of 10 ms and 1 ms per sequence.
@@ -189,10 +189,11 @@ def test_a_refusal_says_when_to_come_back() -> None:
     assert found.retry_s == pytest.approx(2.102 + TRIP - 0.2)
     drained = planned(ask(tpot=0.005), P, D._replace(sequences=2, mean_tokens=1000.0))
     assert drained.constraint == "tpot"
-    assert drained.retry_s is None, "an idle step takes 11 ms: coming back is no use"
+    assert drained.retry_s == HOPELESS_RETRY_S, "an idle step takes 11 ms: coming back is no use"
     slower = planned(ask(tpot=0.0115), P, D._replace(sequences=2, mean_tokens=1000.0))
     assert slower.retry_s == pytest.approx(1000 * 0.012 / 2 / 2)
-    assert planned(ask(4000, ttft=1.0), P, D).retry_s is None, "four seconds of work, whoever is there"
+    hopeless = planned(ask(4000, ttft=1.0), P, D)
+    assert hopeless.retry_s == HOPELESS_RETRY_S, "four seconds of work, whoever is there"
 
 
 def test_a_promise_is_more_than_the_prediction_where_those_were_broken() -> None:
@@ -260,4 +261,4 @@ def test_a_plan_that_meets_keeps_every_objective_it_predicts(
         assert tpot is None or found.tpot_s is None or found.tpot_s <= tpot
     else:
         assert found.constraint in ("ttft", "tpot", "others")
-        assert found.retry_s is None or found.retry_s > 0
+        assert found.retry_s > 0

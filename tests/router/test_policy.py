@@ -30,15 +30,23 @@ def requests(corner: str, rate: float, seconds: float) -> Sequence[Planned]:
     return make_plan(load(corner, rate, seconds), CONTEXT).requests
 
 
-@pytest.mark.parametrize(("corner", "rate"), [("tpot", 6.0), ("ttft", 3.0), ("middle", 5.0)])
+@pytest.mark.parametrize(("corner", "rate"), [("ttft", 3.0), ("middle", 5.0)])
 def test_to_choose_for_each_request_is_as_good_as_the_better_of_the_fixed_ways(corner: str, rate: float) -> None:
     asked = load(corner, rate, 120.0)
     adaptive, split, direct = (
         statistics.fmean(shares(path, MACHINE, asked, 3, None)) for path in ("adaptive", "disaggregated", "direct")
     )
-    # Of a thousand requests; at tight TPOT, where both workers' time is gone, it may be a little behind.
-    assert adaptive >= max(split, direct) - (0.05 if corner == "tpot" else 0.02)
+    assert adaptive >= max(split, direct)
     assert adaptive > min(split, direct) + 0.05, "and the fixed ways do differ here"
+
+
+def test_at_tight_tpot_the_decode_worker_helps_out() -> None:
+    """Colocated workers are a little ahead there (86 against 82 %): what is shown is that both pools alone are not."""
+    adaptive, split = (
+        statistics.fmean(shares(path, MACHINE, load("tpot", 6.0, 120.0), 3, None))
+        for path in ("adaptive", "disaggregated")
+    )
+    assert adaptive > split + 0.15
 
 
 def test_all_end_and_nothing_stays_in_the_books() -> None:

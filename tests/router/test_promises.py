@@ -47,9 +47,9 @@ def test_the_first_prompts_do_not_decide_alone() -> None:
     accuracy = Accuracy()
     accuracy.observe(0.01, 0.06)
     assert accuracy.factor == pytest.approx(1.2)
-    for _ in range(40):
+    for _ in range(20):
         accuracy.observe(0.1, 0.2)
-    assert accuracy.factor == pytest.approx(2.0), "forty agree"
+    assert accuracy.factor == pytest.approx(2.0), "twenty agree"
 
 
 def test_what_can_not_be_compared_is_left_out() -> None:
