@@ -92,6 +92,8 @@ class Placer:
         if refused:
             self._counts.add(f"refused_{found.constraint}")
             raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
+        if found.ttft_s is None:
+            self._counts.add("placed_unpredicted")
         if not found.meets:
             self._counts.add(f"placed_missing_{found.constraint}")
         chosen.chosen_at = now

@@ -217,3 +217,12 @@ async def test_what_is_on_its_way_is_taken_off_once() -> None:
     attempts[0].resident()
     decode.reported(wire.LoadReport(free_blocks=32, held_blocks=32, granted_blocks=16))
     assert decode.decode.free_blocks == 32
+
+
+async def test_a_placement_without_a_promise_is_counted() -> None:
+    """Tokens decide where a worker has not told its costs; an operator should see that."""
+    counts, silent = Counts(), worker("prefill", 0)
+    silent.cost = None
+    _, found = Placer("adaptive", counts).place(order(50.0), model(silent, worker("decode", 0)), {})
+    assert (found.ttft_s, found.meets) == (None, True)
+    assert counts.snapshot() == {"placed_unpredicted": 1}
