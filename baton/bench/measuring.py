@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from baton.bench.config import DEFAULT_RATE, LoadConfig, SweepConfig
 from baton.bench.driver import Run, Watcher, run_plan
@@ -36,34 +36,48 @@ async def measure_on(
     return measure(run, config, target.address, target.model.name), run
 
 
+@dataclass(slots=True)
+class Search:
+    """The rates that a sweep has tried so far, in their order, each with what was measured at it."""
+
+    config: SweepConfig
+    points: list[Point] = field(default_factory=list)
+    found: dict[float, tuple[Measurement, Run]] = field(default_factory=dict)
+
+    def add(self, rate: float, measured: Measurement, run: Run) -> Point:
+        """One more."""
+        self.found[rate] = measured, run
+        self.points.append(Point(rate, measured.summary.attainment, measured.summary.goodput, measured.verdict.valid))
+        return self.points[-1]
+
+    def sum_up(self) -> tuple[Measurement, Run]:
+        """The measurement of the best rate, or of the lowest when none reached the attainment, with all points; a
+        warning where the answer is not known to within the tolerance. At least one rate must have been tried."""
+        top = best(self.points, self.config.attainment)
+        measured, run = self.found[top.rate if top else min(self.found)]
+        verdict, why = measured.verdict, shortfall(self.points, self.config.attainment, self.config.tolerance)
+        if why:
+            verdict = replace(verdict, warnings=(*verdict.warnings, why))
+        return replace(measured, verdict=verdict, search=self.config, sweep=tuple(self.points), found=top), run
+
+
 async def measure_sweep(
     address: str,
     config: LoadConfig,
-    sweep: SweepConfig,
+    search: Search,
     watch: Watcher | None = None,
     told: Callable[[Point], None] = lambda point: None,
 ) -> tuple[Measurement, Run]:
-    """The measurement of the best rate, or of the lowest when none reached the attainment, with all points.
-
-    Each rate has the same pattern of arrivals and lengths, stretched, with prompts of its own, and starts when
-    everything before it has ended.
+    """Tries rates until the search has its answer. Each has the same pattern of arrivals and lengths, stretched, with
+    prompts of its own, and starts when everything before it has ended. What `search` holds outlives a cancellation.
     """
     require(config.arrival_kind != "steps", "sweep", "steps have rates of their own; it goes with other arrivals")
-    points: list[Point] = []
-    found: dict[float, tuple[Measurement, Run]] = {}
-    start = _first_rate(config)
+    start, wanted = _first_rate(config), search.config
     async with connect(address, config) as target:
-        while (rate := next_rate(points, start, sweep.attainment, sweep.tolerance)) is not None:
-            found[rate] = await measure_on(target, replace(config, rate=rate), watch, part=len(points))
-            summary, verdict = found[rate][0].summary, found[rate][0].verdict
-            points.append(Point(rate, summary.attainment, summary.goodput, verdict.valid))
-            told(points[-1])
-    top = best(points, sweep.attainment)
-    measured, run = found[top.rate if top else min(found)]
-    verdict, why = measured.verdict, shortfall(points, sweep.attainment, sweep.tolerance)
-    if why:
-        verdict = replace(verdict, warnings=(*verdict.warnings, why))
-    return replace(measured, verdict=verdict, search=sweep, sweep=tuple(points), found=top), run
+        while (rate := next_rate(search.points, start, wanted.attainment, wanted.tolerance)) is not None:
+            measured, run = await measure_on(target, replace(config, rate=rate), watch, part=len(search.points))
+            told(search.add(rate, measured, run))
+    return search.sum_up()
 
 
 def _first_rate(config: LoadConfig) -> float:

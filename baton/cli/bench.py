@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 # What stands in annotations that the flag class inherits as text is looked up here.
 from baton.bench.config import Arrivals, LoadConfig, SweepConfig, TraceFormat  # noqa: F401
-from baton.cli.exits import FAILURE, OK
+from baton.cli.exits import FAILURE, INTERRUPTED, OK
 from baton.cli.flags import DEFAULT_SERVER, Server, run
 from baton.client.types import WhenUnmet  # noqa: F401
 from baton.errors import ConfigError
@@ -21,7 +21,6 @@ from baton.errors import ConfigError
 if TYPE_CHECKING:
     from baton.bench.driver import Run
     from baton.bench.results import Measurement
-    from baton.cli.bench_output import Screen
 
 
 @Parameter(name="*")
@@ -90,20 +89,31 @@ def bench(
     if compare is not None:
         output.show_comparison(*compare)
         return OK
-    with output.watching() as screen:
-        found, ran = run(lambda: _measure(server, load, search if sweep else None, screen))
+    found, ran, interrupted = _measured(server, load, search if sweep else None)
     output.show(found)
     written = _write(found, ran, outputs)
+    if interrupted:
+        return INTERRUPTED
     good = found.verdict.valid and any(record.stamps for record in ran.records) and not (sweep and found.found is None)
     return OK if good and written else FAILURE
 
 
-async def _measure(server: str, load: LoadConfig, sweep: SweepConfig | None, screen: Screen) -> tuple[Measurement, Run]:
-    from baton.bench.measuring import measure_once, measure_sweep
+def _measured(server: str, load: LoadConfig, sweep: SweepConfig | None) -> tuple[Measurement, Run, bool]:
+    """What was found, and whether Ctrl-C cut it short. What a sweep had measured by then is not lost."""
+    from baton.bench.measuring import Search, measure_once, measure_sweep
+    from baton.cli import bench_output as output
 
     if sweep is None:
-        return await measure_once(server, load, screen.watch)
-    return await measure_sweep(server, load, sweep, screen.watch, screen.tell)
+        with output.watching() as screen:
+            return *run(lambda: measure_once(server, load, screen.watch)), False
+    search = Search(sweep)
+    try:
+        with output.watching() as screen:
+            return *run(lambda: measure_sweep(server, load, search, screen.watch, screen.tell)), False
+    except KeyboardInterrupt:
+        if not search.points:
+            raise
+        return *search.sum_up(), True
 
 
 def _write(found: Measurement, ran: Run, outputs: Outputs) -> bool:

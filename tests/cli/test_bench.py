@@ -188,3 +188,24 @@ async def test_ctrl_c_cancels_what_is_under_way(server: Paced) -> None:
         while server.under_way:
             await asyncio.sleep(0.01)
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+async def test_ctrl_c_in_a_sweep_keeps_the_rates_that_are_done(server: Paced, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "bench", "--server", server.address, "--sweep", *SHORT, "--json", str(path),
+        stderr=PIPE, stdout=PIPE, env=environment(),
+    )  # fmt: skip
+    assert process.stderr is not None
+    async with asyncio.timeout(LIMIT_S):
+        first = await process.stderr.readline()
+        while not server.under_way:
+            await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, _ = await process.communicate()
+    assert (process.returncode, first.count(b"kept, goodput")) == (130, 1)
+    found = read_json(path)
+    assert found["sweep"][0]["rate"] == 50
+    assert found["found"]["rate"] >= 50
+    assert "the search ended after" in found["verdict"]["warnings"][-1]
+    assert "the search ended after" in out.decode()
