@@ -1,20 +1,25 @@
 """The highest rate at which 90 % of requests keep their objectives: `make bench-goodput CORNER=tpot|ttft|middle`.
 
-Every mode of `modes.py` gets the same requests at the same fixed rates, round by round. Objectives are multiples of the
-idle system's own times, measured in the same run, before any load. The colocated mode gets the TPOT budget that served
-it best at the middle rate, of those that are tried before the rounds.
+Every mode of `modes.py` gets the same requests at the same fixed rates, round by round: all clusters are up, and one
+after the other gets a window of load, in an order that turns. Objectives are multiples of the idle system's own times,
+measured in the same run, before any load. The colocated mode gets the TPOT budget that served it best at the middle
+rate, of those that are tried before the rounds.
 
 A prompt that is longer than the median by more than the TTFT objective allows misses it on an idle system too, whoever
-serves it: 14 % of the conversation trace with twice the idle TTFT of the median. So 90 % are asked of the others.
+serves it: 14 % of the conversation trace with twice the idle TTFT of the median, and more or less of any one minute of
+it. So 90 % are asked of the others, window by window.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import uvloop
@@ -24,7 +29,7 @@ from baton.bench.driver import run_plan
 from baton.bench.measuring import measure_on
 from baton.bench.plan import Plan, Planned, make_plan
 from baton.bench.target import Target, connect
-from tests.bench.modes import ADAPTIVE, DISAGGREGATED, Mode, colocated
+from tests.bench.modes import ADAPTIVE, DISAGGREGATED, Mode, colocated, together
 from tests.bench.report import Row, publish, spread
 
 CORNERS = {"tpot": (12.0, 1.5), "ttft": (2.0, 6.0), "middle": (4.9, 3.0)}
@@ -33,8 +38,11 @@ WANTED = 0.9
 BURSTINESS = 4.0
 SCALE = 1 / 8
 STEP_SEQUENCES, CONTEXT = 8, 8192
+AGAINST = ("disaggregated", "colocated")
 BUDGETS = (0.0, 0.8, 0.65)
 """Of the TPOT objective, as the colocated mode's bound on a step; 0: the objective alone, as in the other modes."""
+WARM_UP, WARM_EVERY_S, WARM_SEED = 3, 0.4, 7_000_000
+"""Prompts before each window, to a cluster that has rested while the others had theirs."""
 LEAST = {"tpot": 1.6, "ttft": 0.95, "middle": 0.95}
 """What the adaptive mode is to reach, as a multiple of the colocated one; in the middle, of the better fixed one."""
 
@@ -129,55 +137,80 @@ def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> Goodput:
     return Goodput(below + (above - below) * (kept - wanted) / (kept - share))
 
 
-async def attainment(mode: Mode, load: LoadConfig, rates: Sequence[float], seed: int) -> dict[float, float]:
-    """Share of the requests that keep their objectives, at each rate, with prompts that no other rate has."""
-    found: dict[float, float] = {}
-    async with mode.start() as address, connect(address, load) as target:
-        for part, rate in enumerate(rates):
-            measured, _ = await measure_on(target, replace(load, rate=rate, seed=seed), part=part)
-            if not measured.verdict.valid:
-                raise RuntimeError(f"{mode.name} at {rate}/s: {measured.verdict.warnings[0]}")
-            found[rate] = measured.summary.attainment
-            told = "; ".join((f"{found[rate]:.1%} of {measured.summary.requests} kept", *measured.verdict.warnings))
-            print(f"{mode.name}, {rate:g}/s: {told}", flush=True)
-    return found
+def attainable(load: LoadConfig, corner: str, median_prompt: int) -> float:
+    """Share of the requests whose prompt alone is within the TTFT objective, in proportion to the median's."""
+    requests = make_plan(load, CONTEXT).requests
+    return sum(request.prompt_tokens <= CORNERS[corner][0] * median_prompt for request in requests) / len(requests)
 
 
-async def best_colocated(load: LoadConfig, rate: float, tpot_ms: float) -> tuple[Mode, float]:
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """What a corner's windows are made of."""
+
+    corner: str
+    median_prompt: int
+    load: LoadConfig
+    warming: Iterator[int] = field(default_factory=lambda: itertools.count(WARM_SEED))
+
+    async def window(self, name: str, target: Target, rate: float, seed: int, part: int = 0) -> float:
+        """Of the requests whose objectives an idle system could keep, the share that a mode keeps. No other seed and
+        part has the same prompts."""
+        load = replace(self.load, rate=rate, seed=seed)
+        warm = [Planned(index, index * WARM_EVERY_S, 64, 8) for index in range(WARM_UP)]
+        await run_plan(target, Plan(tuple(warm), WARM_UP * WARM_EVERY_S), LoadConfig(seed=next(self.warming)))
+        measured, _ = await measure_on(target, load, part=part)
+        if not measured.verdict.valid:
+            raise RuntimeError(f"{name} at {rate}/s: {measured.verdict.warnings[0]}")
+        kept, possible = measured.summary.attainment, attainable(load, self.corner, self.median_prompt)
+        told = f"{kept:.1%} of {measured.summary.requests} kept, {possible:.1%} can be"
+        print(f"{name}, {rate:g}/s: {'; '.join((told, *measured.verdict.warnings))}", flush=True)
+        return kept / possible
+
+
+async def best_colocated(loads: Loads, rate: float, tpot_ms: float) -> tuple[Mode, float]:
     """Colocated with the TPOT budget that keeps most, and that budget as a share of the objective."""
     kept: dict[float, float] = {}
     for share in BUDGETS:
         print(f"a TPOT budget of {share:g} x the objective:", flush=True)
-        kept[share] = (await attainment(colocated(share * tpot_ms), load, [rate], 1000))[rate]
+        async with colocated(share * tpot_ms).start() as address, connect(address, loads.load) as target:
+            kept[share] = await loads.window("colocated", target, rate, 1000)
     best = max(kept, key=lambda share: kept[share])
     return colocated(best * tpot_ms), best
 
 
-def attainable(load: LoadConfig, corner: str, median_prompt: int, rate: float) -> float:
-    """Share of the requests whose prompt alone is within the TTFT objective, in proportion to the median's."""
-    requests = make_plan(replace(load, rate=rate), CONTEXT).requests
-    return sum(request.prompt_tokens <= CORNERS[corner][0] * median_prompt for request in requests) / len(requests)
-
-
-async def measure(
-    corner: str, load: LoadConfig, rates: Sequence[float], rounds: int, modes: Sequence[Mode], wanted: float
-) -> list[Row]:
+async def measure(loads: Loads, rates: Sequence[float], rounds: int, modes: Sequence[Mode]) -> list[Row]:
     """A row per mode, and one per mode and rate."""
-    found: dict[tuple[str, float], list[float]] = {}
-    for round_ in range(rounds):
-        for mode in modes:
-            for rate, share in (await attainment(mode, load, rates, round_)).items():
-                found.setdefault((mode.name, rate), []).append(share)
+    found: dict[tuple[str, float], list[float]] = {(mode.name, rate): [] for mode in modes for rate in rates}
+    async with together(modes) as addresses, contextlib.AsyncExitStack() as stack:
+        targets = {
+            name: await stack.enter_async_context(connect(address, loads.load)) for name, address in addresses.items()
+        }
+        for round_, (part, rate) in itertools.product(range(rounds), enumerate(rates)):
+            first = (round_ + part) % len(modes)
+            for mode in (*modes[first:], *modes[:first]):
+                share = await loads.window(mode.name, targets[mode.name], rate, round_, part)
+                found[mode.name, rate].append(share)
     goodput = {
-        mode.name: rate_at({rate: statistics.median(found[mode.name, rate]) for rate in rates}, wanted)
-        for mode in modes
+        mode.name: rate_at({rate: statistics.median(found[mode.name, rate]) for rate in rates}) for mode in modes
     }
     detail = [
-        Row(f"{name}: attainment at {rate:g}/s", "%", statistics.median(shares) * 100, "", None, True,
+        Row(f"{name}: kept at {rate:g}/s, of what is attainable", "%", statistics.median(shares) * 100, "", None, True,
             spread=spread([share * 100 for share in shares]))
         for (name, rate), shares in found.items()
     ]  # fmt: skip
-    return [row_of(corner, mode.name, goodput) for mode in modes] + detail
+    return [row_of(loads.corner, mode.name, goodput) for mode in modes] + compared(found, rates) + detail
+
+
+def compared(found: Mapping[tuple[str, float], Sequence[float]], rates: Sequence[float]) -> list[Row]:
+    """The adaptive mode against each other one, window by window: the same requests, minutes apart."""
+    rows: list[Row] = []
+    for other in dict.fromkeys(name for name, _ in found if name != ADAPTIVE.name):
+        pairs = [pair for rate in rates for pair in zip(found[ADAPTIVE.name, rate], found[other, rate], strict=True)]
+        less = [(ours - theirs) * 100 for ours, theirs in pairs]
+        error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else math.nan
+        case = f"adaptive less {other}, mean of {len(less)} windows, standard error {error:.1f}"
+        rows.append(Row(case, "%", statistics.fmean(less), "", None, True, spread=spread(less)))
+    return rows
 
 
 def row_of(corner: str, mode: str, goodput: Mapping[str, Goodput]) -> Row:
@@ -206,18 +239,19 @@ async def run(options: argparse.Namespace) -> list[Row]:
     workload = WORKLOADS[options.workload]
     idle = await idle_times(DISAGGREGATED, workload.median_prompt)
     load = load_of(workload, options.trace, options.corner, idle, options.seconds)
-    possible = attainable(load, options.corner, workload.median_prompt, max(options.rates))
+    loads = Loads(options.corner, workload.median_prompt, load)
+    possible = attainable(replace(load, rate=max(options.rates)), options.corner, workload.median_prompt)
     print(f"idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}; {possible:.1%} are attainable")
     reference = [
         Row("idle TTFT of the median prompt", "ms", idle.ttft, "", None, False),
         Row("idle step of 8 sequences", "ms", idle.step, "", None, False),
-        Row("attainable by an idle system", "%", possible * 100, "", None, True),
+        Row("attainable by an idle system, at the highest rate", "%", possible * 100, "", None, True),
     ]
     middle = sorted(options.rates)[len(options.rates) // 2]
-    other, budget = await best_colocated(load, middle, idle.step * CORNERS[options.corner][1])
+    other, budget = await best_colocated(loads, middle, idle.step * CORNERS[options.corner][1])
     reference.append(Row("colocated: TPOT budget, of the objective (0: none)", "ratio", budget, "", None, True))
-    modes = (DISAGGREGATED, ADAPTIVE, other)
-    return await measure(options.corner, load, options.rates, options.rounds, modes, WANTED * possible) + reference
+    modes = [mode for mode in (DISAGGREGATED, ADAPTIVE, other) if mode.name in (ADAPTIVE.name, *options.against)]
+    return await measure(loads, options.rates, options.rounds, modes) + reference
 
 
 def main() -> None:
@@ -230,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default="1,2,3,4,5,6")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", nargs="+", choices=AGAINST, default=AGAINST, help="the other modes to run")
     options = parser.parse_args()
     sys.exit(0 if publish(f"goodput-{options.corner}-{options.workload}", uvloop.run(run(options))) else 1)
 

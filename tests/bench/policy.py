@@ -71,7 +71,7 @@ def corner_rows(corner: str, machine: Machine, options: argparse.Namespace) -> l
     workload, rates = WORKLOADS[options.workload], options.rates or RATES[corner]
     idle = idle_of(machine.cost, workload.median_prompt)
     load = load_of(workload, options.trace, corner, idle, options.seconds)
-    possible = attainable(load, corner, workload.median_prompt, max(rates))
+    possible = attainable(replace(load, rate=max(rates)), corner, workload.median_prompt)
     middle = replace(load, rate=sorted(rates)[len(rates) // 2])
     budget_s = budget_for(machine, middle, idle.step * CORNERS[corner][1] / 1e3, options.seeds)
     goodput, detail = dict[str, Goodput](), list[Row]()

@@ -88,7 +88,7 @@ async def subject_rows(subject: Subject, scale: float) -> list[Row]:
         idle = await idle_of(target, workload.median_prompt, subject.idle_s)
         load = replace(load_of(workload, None, "middle", idle, subject.seconds * scale), when_unmet="refuse")
         print(f"{name}, idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}", flush=True)
-        possible = attainable(load, "middle", workload.median_prompt, subject.rate)
+        possible = attainable(replace(load, rate=subject.rate), "middle", workload.median_prompt)
         rate, points = await capacity(target, load, subject.rate, WANTED * possible)
         longer = replace(load, seconds=2 * load.seconds, seed=1)
         below = await at_rate(target, longer, BELOW * rate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.burst import round_of
-from tests.bench.goodput import Goodput, rate_at
+from tests.bench.goodput import Goodput, compared, rate_at
 from tests.bench.report import spread
 
 
@@ -54,3 +54,14 @@ def test_a_bound_decides_only_what_it_can(ours: Goodput, theirs: Goodput, reache
 
 def test_the_quartiles_of_two_runs_lie_between_them() -> None:
     assert spread([1.12, 1.48]) == "1.12 [1.21 1.39] 1.48"
+
+
+def test_modes_are_compared_window_by_window() -> None:
+    """A bad minute costs both the same: the difference knows nothing of it."""
+    found = {
+        ("adaptive", 1.0): [0.90, 0.50], ("adaptive", 2.0): [0.80, 0.70],
+        ("colocated", 1.0): [0.88, 0.48], ("colocated", 2.0): [0.78, 0.70],
+    }  # fmt: skip
+    (row,) = compared(found, [1.0, 2.0])
+    assert row.ours == pytest.approx(1.5)
+    assert row.case == "adaptive less colocated, mean of 4 windows, standard error 0.5"
