@@ -29,7 +29,8 @@ def shortfall(points: Sequence[Point], attainment: float, tolerance: float) -> s
     span = f"at least {found.rate:.4g} requests/s" + (f", less than {failed:.4g}" if failed is not None else "")
     if invalid := [point.rate for point in points if not point.valid]:
         return f"the highest rate is {span}: at {min(invalid):.4g} the client was the bottleneck"
-    return f"the highest rate is {span}: the search ended after {len(points)} rate{'s'[: len(points) > 1]}"
+    tried = "1 rate" if len(points) == 1 else f"{len(points)} rates"
+    return f"the highest rate is {span}: the search ended after {tried}"
 
 
 def best(points: Sequence[Point], attainment: float) -> Point | None:

@@ -202,12 +202,15 @@ async def measure(loads: Loads, rates: Sequence[float], rounds: int, modes: Sequ
 
 
 def compared(found: Mapping[tuple[str, float], Sequence[float]], rates: Sequence[float]) -> list[Row]:
-    """The adaptive mode against each other one, window by window: the same requests, minutes apart."""
+    """The adaptive mode against each other one, window by window: the same requests, minutes apart. A single window has
+    no standard error and is not compared."""
     rows: list[Row] = []
     for other in dict.fromkeys(name for name, _ in found if name != ADAPTIVE.name):
         pairs = [pair for rate in rates for pair in zip(found[ADAPTIVE.name, rate], found[other, rate], strict=True)]
         less = [(ours - theirs) * 100 for ours, theirs in pairs]
-        error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else math.nan
+        if len(less) < 2:
+            continue
+        error = statistics.stdev(less) / math.sqrt(len(less))
         case = f"adaptive less {other}, mean of {len(less)} windows, standard error {error:.1f}"
         rows.append(Row(case, "%", statistics.fmean(less), "", None, True, spread=spread(less)))
     return rows

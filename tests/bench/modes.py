@@ -62,7 +62,7 @@ def colocated(tpot_budget_ms: float = 0.0) -> Mode:
 @contextlib.asynccontextmanager
 async def together(modes: Sequence[Mode]) -> AsyncIterator[dict[str, str]]:
     """The addresses of clusters that are up at once on the same cores, by the modes' names, so that one after the other
-    can be given the same load within a minute. A cluster without work takes next to nothing."""
+    can be given the same load within a minute. A 1+1 cluster without work takes 2 % of a core, all its processes."""
     cores, addresses = os.sched_getaffinity(0), dict[str, str]()
     async with contextlib.AsyncExitStack() as stack:
         for mode in modes:

@@ -65,3 +65,7 @@ def test_modes_are_compared_window_by_window() -> None:
     (row,) = compared(found, [1.0, 2.0])
     assert row.ours == pytest.approx(1.5)
     assert row.case == "adaptive less colocated, mean of 4 windows, standard error 0.5"
+
+
+def test_a_single_window_is_not_compared() -> None:
+    assert compared({("adaptive", 1.0): [0.9], ("colocated", 1.0): [0.8]}, [1.0]) == []
