@@ -13,6 +13,7 @@ from baton.config import RouterConfig
 from baton.errors import Unavailable
 from baton.identity import mint_process
 from baton.rpc import collector, net
+from baton.rpc.corks import Corks
 from baton.rpc.poller import Poller, running
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
@@ -40,10 +41,10 @@ class Router:
         self.config, self.counts = config, Counts()
         self.process = mint_process("router", config.listen, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
-        self._poller = Poller()
+        self._poller, self.corks = Poller(), Corks(self.executor)
         self.placer = Placer(config.path, self.counts)
         self.requests = Requests(
-            config.max_requests, self.counts, self.placer, config.prefix_index_blocks, self._poller
+            config.max_requests, self.counts, self.placer, config.prefix_index_blocks, self._poller, self.corks
         )
         self.registry = Registry(
             self._identity,
@@ -67,7 +68,9 @@ class Router:
 
     async def start(self) -> None:
         """Serves from here on; ready once workers have joined. Raises ConfigError when the address can't be used."""
-        generation = GenerationService(self.config, self._identity, self.registry, self.requests, self.executor)
+        generation = GenerationService(
+            self.config, self._identity, self.registry, self.requests, self.executor, self.corks
+        )
         registry = RegistryService(self.registry, self._identity)
         admin = AdminService(self._identity, self.registry, self.requests, self.counts, self.placer.explanations)
         threads = running()

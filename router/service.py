@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from baton.config import RouterConfig
 from baton.errors import BatonError, DeadlineExceeded, ResourceExhausted, Unavailable
 from baton.identity import mint_attempt
 from baton.objectives import Defaults
+from baton.rpc.corks import Corks
 from baton.rpc.status import abort
 from baton.spec import ProcessRef, SequenceSpec
 from baton.v1 import generation_pb2 as gen
@@ -24,7 +25,7 @@ from router.registry import NOBODY_RETRY_S, Registry, ServedModel
 from router.request import Request
 from router.requests import Requests
 from router.snapshot import Demand
-from router.streams import ClientStream
+from router.streams import ClientStream, Piece
 from router.tokenisation import tokenise
 from router.validation import Checked, Input, check_ids, check_input, check_length, check_request
 
@@ -46,8 +47,9 @@ class GenerationService:
         registry: Registry,
         requests: Requests,
         executor: Executor,
+        corks: Corks,
     ) -> None:
-        self._config, self._router = config, router
+        self._config, self._router, self._corks = config, router, corks
         self._registry, self._requests, self._executor = registry, requests, executor
         self._defaults = Defaults(config.slo)
         self._tokenising = 0
@@ -111,7 +113,8 @@ class GenerationService:
             stream = ClientStream(self._config.client_buffer_tokens)
             request = self._requests.start(order, model, stream)
             try:
-                await _deliver(request, model.card.name, stream, context)
+                with self._corks.stream(context.peer()) as before_write:
+                    await _deliver(request, model.card.name, stream, context, before_write)
             finally:
                 request.cancel("the client went away")
 
@@ -172,7 +175,9 @@ def add_generation(servicer: Any, server: Any) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
-async def _deliver(request: Request, model: str, stream: ClientStream, context: Any) -> None:
+async def _deliver(
+    request: Request, model: str, stream: ClientStream, context: Any, before_write: Callable[[], None]
+) -> None:
     """Writes the stream to the client until it ends; raises the error that ended it."""
     task = asyncio.current_task()
     assert task is not None
@@ -183,12 +188,17 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
         cut = True
         task.cancel()
 
+    def send(piece: Piece) -> Coroutine[Any, None, None]:
+        before_write()
+        write: Coroutine[Any, None, None] = context.write(tokens(piece))
+        return write
+
     stream.interrupt = interrupt
     try:
         # A client that reads nothing must not keep its place, nor what is buffered for it, for ever.
         async with asyncio.timeout_at(request.order.deadline + ABORT_S):
             await context.write(accepted(request.order.spec, model, request.plan))
-            outcome = await stream.deliver(lambda piece: context.write(tokens(piece)))
+            outcome = await stream.deliver(send)
             await context.write(finished(outcome))
     except TimeoutError:
         raise DeadlineExceeded("the client did not read its answer before the deadline") from None
