@@ -51,8 +51,10 @@ class Connection:
         self.corked = corked
 
     def close(self) -> None:
-        """gRPC's own stays as it is."""
+        """gRPC's own stays open, and never corked."""
         if self.socket is not None:
+            if self.corked:
+                self.cork(False)
             self.socket.close()
             self.socket = None
 

@@ -104,6 +104,16 @@ async def test_nothing_stays_corked_after_a_fault_in_a_burst(corks: Corks) -> No
         assert not corked(server)
 
 
+async def test_the_last_stream_may_end_within_a_burst(corks: Corks) -> None:
+    with pair(socket.AF_INET, "127.0.0.1") as (server, _, peer), corks:
+        with ExitStack() as streams:
+            before_write = enter(streams, corks, peer, WIDE)
+            await until(lambda: corks.found == 1, "the socket is found")
+            before_write()
+            assert corked(server)
+        assert not corked(server), "nobody would pull it later"
+
+
 async def test_a_connection_with_few_streams_is_left_alone(corks: Corks) -> None:
     with pair(socket.AF_INET, "127.0.0.1") as (server, _, peer), ExitStack() as streams:
         before_write = enter(streams, corks, peer, WIDE - 1)
