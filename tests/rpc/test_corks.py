@@ -35,6 +35,7 @@ def pair(family: socket.AddressFamily, host: str) -> Iterator[tuple[socket.socke
         listening.accept()[0] as server,
     ):
         client.settimeout(10.0)
+        server.settimeout(10.0)
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         name, port = client.getsockname()[:2]
         yield server, client, f"ipv4:{name}:{port}" if family == socket.AF_INET else f"ipv6:%5B{name}%5D:{port}"
@@ -44,6 +45,13 @@ def enter(streams: ExitStack, corks: Corks, peer: str, count: int) -> Callable[[
     """So many streams to the peer; what the last one is to call before a write."""
     for _ in range(count):
         before_write = streams.enter_context(corks.stream(peer))
+    return before_write
+
+
+async def widen(streams: ExitStack, corks: Corks, peer: str) -> Callable[[], None]:
+    """As many as it takes for the connection's socket to be sought, and found."""
+    before_write = enter(streams, corks, peer, WIDE)
+    await until(lambda: corks.found == 1, "the socket is found")
     return before_write
 
 
@@ -79,8 +87,7 @@ def test_nothing_is_found_for_other_peers(peer: str) -> None:
 
 async def test_corks_are_pulled_every_few_writes_and_at_the_end(corks: Corks) -> None:
     with pair(socket.AF_INET, "127.0.0.1") as (server, client, peer), ExitStack() as streams:
-        before_write = enter(streams, corks, peer, WIDE)
-        await until(lambda: corks.found == 1, "the socket is found")
+        before_write = await widen(streams, corks, peer)
         before = segments_sent(server)
         with corks:
             for _ in range(BATCH + 1):
@@ -97,18 +104,22 @@ async def test_corks_are_pulled_every_few_writes_and_at_the_end(corks: Corks) ->
 
 async def test_nothing_stays_corked_after_a_fault_in_a_burst(corks: Corks) -> None:
     with pair(socket.AF_INET, "127.0.0.1") as (server, _, peer), ExitStack() as streams:
-        before_write = enter(streams, corks, peer, WIDE)
-        await until(lambda: corks.found == 1, "the socket is found")
+        before_write = await widen(streams, corks, peer)
+
+        def fail() -> None:
+            before_write()
+            assert corked(server)
+            raise ZeroDivisionError
+
         with pytest.raises(ZeroDivisionError), corks:
-            before_write() or 1 / 0
+            fail()
         assert not corked(server)
 
 
 async def test_the_last_stream_may_end_within_a_burst(corks: Corks) -> None:
     with pair(socket.AF_INET, "127.0.0.1") as (server, _, peer), corks:
         with ExitStack() as streams:
-            before_write = enter(streams, corks, peer, WIDE)
-            await until(lambda: corks.found == 1, "the socket is found")
+            before_write = await widen(streams, corks, peer)
             before_write()
             assert corked(server)
         assert not corked(server), "nobody would pull it later"
@@ -126,8 +137,7 @@ async def test_a_connection_with_few_streams_is_left_alone(corks: Corks) -> None
 
 async def test_a_connection_that_broke_does_no_harm(corks: Corks) -> None:
     with pair(socket.AF_INET, "127.0.0.1") as (server, client, peer), ExitStack() as streams:
-        before_write = enter(streams, corks, peer, WIDE)
-        await until(lambda: corks.found == 1, "the socket is found")
+        before_write = await widen(streams, corks, peer)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()  # with a reset
         with pytest.raises(ConnectionResetError):
@@ -151,7 +161,6 @@ async def test_the_duplicate_goes_with_the_last_stream(corks: Corks) -> None:
     with pair(socket.AF_INET, "127.0.0.1") as (_, _, peer):
         before = descriptors()
         with ExitStack() as streams:
-            enter(streams, corks, peer, WIDE)
-            await until(lambda: corks.found == 1, "the socket is found")
+            await widen(streams, corks, peer)
             assert descriptors() == before + 1
         assert descriptors() == before
