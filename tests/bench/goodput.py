@@ -8,6 +8,9 @@ rate, of those that are tried before the rounds.
 A prompt that is longer than the median by more than the TTFT objective allows misses it on an idle system too, whoever
 serves it: 14 % of the conversation trace with twice the idle TTFT of the median, and more or less of any one minute of
 it. So 90 % are asked of the others, window by window.
+
+The client shares a core with what it loads. From the rate on at which it could not send in time in any mode's window,
+nothing is said of any mode: the window would tell of the client.
 """
 
 from __future__ import annotations
@@ -152,19 +155,17 @@ class Loads:
     load: LoadConfig
     warming: Iterator[int] = field(default_factory=lambda: itertools.count(WARM_SEED))
 
-    async def window(self, name: str, target: Target, rate: float, seed: int, part: int = 0) -> float:
-        """Of the requests whose objectives an idle system could keep, the share that a mode keeps. No other seed and
-        part has the same prompts."""
+    async def window(self, name: str, target: Target, rate: float, seed: int, part: int = 0) -> float | None:
+        """Of the requests whose objectives an idle system could keep, the share that a mode keeps; None where the
+        client was the bottleneck. No other seed and part has the same prompts."""
         load = replace(self.load, rate=rate, seed=seed)
         warm = [Planned(index, index * WARM_EVERY_S, 64, 8) for index in range(WARM_UP)]
         await run_plan(target, Plan(tuple(warm), WARM_UP * WARM_EVERY_S), LoadConfig(seed=next(self.warming)))
         measured, _ = await measure_on(target, load, part=part)
-        if not measured.verdict.valid:
-            raise RuntimeError(f"{name} at {rate}/s: {measured.verdict.warnings[0]}")
         kept, possible = measured.summary.attainment, attainable(load, self.corner, self.median_prompt)
         told = f"{kept:.1%} of {measured.summary.requests} kept, {possible:.1%} can be"
         print(f"{name}, {rate:g}/s: {'; '.join((told, *measured.verdict.warnings))}", flush=True)
-        return kept / possible
+        return kept / possible if measured.verdict.valid else None
 
 
 async def best_colocated(loads: Loads, rate: float, tpot_ms: float) -> tuple[Mode, float]:
@@ -173,14 +174,17 @@ async def best_colocated(loads: Loads, rate: float, tpot_ms: float) -> tuple[Mod
     for share in BUDGETS:
         print(f"a TPOT budget of {share:g} x the objective:", flush=True)
         async with colocated(share * tpot_ms).start() as address, connect(address, loads.load) as target:
-            kept[share] = await loads.window("colocated", target, rate, 1000)
+            window = await loads.window("colocated", target, rate, 1000)
+        if window is None:
+            raise RuntimeError(f"{rate:g}/s is more than this client sends in time; name lower rates")
+        kept[share] = window
     best = max(kept, key=lambda share: kept[share])
     return colocated(best * tpot_ms), best
 
 
 async def measure(loads: Loads, rates: Sequence[float], rounds: int, modes: Sequence[Mode]) -> list[Row]:
     """A row per mode, and one per mode and rate."""
-    found: dict[tuple[str, float], list[float]] = {(mode.name, rate): [] for mode in modes for rate in rates}
+    found: dict[tuple[str, float], list[float | None]] = {(mode.name, rate): [] for mode in modes for rate in rates}
     async with together(modes) as addresses, contextlib.AsyncExitStack() as stack:
         targets = {
             name: await stack.enter_async_context(connect(address, loads.load)) for name, address in addresses.items()
@@ -190,15 +194,32 @@ async def measure(loads: Loads, rates: Sequence[float], rounds: int, modes: Sequ
             for mode in (*modes[first:], *modes[:first]):
                 share = await loads.window(mode.name, targets[mode.name], rate, round_, part)
                 found[mode.name, rate].append(share)
-    goodput = {
-        mode.name: rate_at({rate: statistics.median(found[mode.name, rate]) for rate in rates}) for mode in modes
-    }
+    return rows_of(loads.corner, found)
+
+
+def rows_of(corner: str, windows: Mapping[tuple[str, float], Sequence[float | None]]) -> list[Row]:
+    """From what each mode kept at each rate, window by window; None where the client was the bottleneck."""
+    found = measurable(windows)
+    names, rates = list(dict.fromkeys(name for name, _ in found)), list(dict.fromkeys(rate for _, rate in found))
+    goodput = {name: rate_at({rate: statistics.median(found[name, rate]) for rate in rates}) for name in names}
     detail = [
         Row(f"{name}: kept at {rate:g}/s, of what is attainable", "%", statistics.median(shares) * 100, "", None, True,
             spread=spread([share * 100 for share in shares]))
         for (name, rate), shares in found.items()
     ]  # fmt: skip
-    return [row_of(loads.corner, mode.name, goodput) for mode in modes] + compared(found, rates) + detail
+    return [row_of(corner, name, goodput) for name in names] + compared(found, rates) + detail
+
+
+def measurable(windows: Mapping[tuple[str, float], Sequence[float | None]]) -> dict[tuple[str, float], list[float]]:
+    """Without the rates that the client could not send, for whichever mode, and those above. Raises RuntimeError where
+    none is left."""
+    bound = min((rate for (_, rate), shares in windows.items() if None in shares), default=math.inf)
+    left = {key: [share for share in shares if share is not None] for key, shares in windows.items() if key[1] < bound}
+    if not left:
+        raise RuntimeError(f"{bound:g}/s is more than this client sends in time; name lower rates")
+    if bound < math.inf:
+        print(f"left out, because the client could not send it in time: {bound:g}/s and above", flush=True)
+    return left
 
 
 def compared(found: Mapping[tuple[str, float], Sequence[float]], rates: Sequence[float]) -> list[Row]:

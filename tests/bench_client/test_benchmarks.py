@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.burst import round_of
-from tests.bench.goodput import Goodput, compared, rate_at
+from tests.bench.goodput import Goodput, compared, measurable, rate_at, rows_of
 from tests.bench.report import spread
 
 
@@ -50,6 +50,27 @@ def test_what_lies_outside_of_the_rates_that_were_tried_is_a_bound() -> None:
 )
 def test_a_bound_decides_only_what_it_can(ours: Goodput, theirs: Goodput, reached: bool | None) -> None:
     assert ours.reaches(0.95, theirs) is reached
+
+
+def test_nothing_is_said_of_rates_that_the_client_could_not_send() -> None:
+    """Of no mode, and the figures of the rates below stand."""
+    windows: dict[tuple[str, float], list[float | None]] = {
+        ("adaptive", 1.0): [0.99, 0.98],
+        ("adaptive", 2.0): [0.95, 0.94],
+        ("adaptive", 3.0): [0.5, 0.5],
+        ("colocated", 1.0): [0.97, 0.97],
+        ("colocated", 2.0): [0.85, 0.86],
+        ("colocated", 3.0): [None, 0.4],
+    }
+    found = measurable(windows)
+    assert sorted(found) == [(name, rate) for name in ("adaptive", "colocated") for rate in (1.0, 2.0)]
+    ours, theirs, *rest = rows_of("tpot", windows)
+    assert ours.ours == 2.0
+    assert "at least" in ours.case
+    assert 1.0 < theirs.ours < 2.0
+    assert not any("3/s" in row.case for row in rest)
+    with pytest.raises(RuntimeError, match="lower rates"):
+        measurable({("adaptive", 1.0): [None]})
 
 
 def test_the_quartiles_of_two_runs_lie_between_them() -> None:
