@@ -189,11 +189,16 @@ async def measure(loads: Loads, rates: Sequence[float], rounds: int, modes: Sequ
         targets = {
             name: await stack.enter_async_context(connect(address, loads.load)) for name, address in addresses.items()
         }
+        bound = math.inf  # the lowest rate that the client could not send
         for round_, (part, rate) in itertools.product(range(rounds), enumerate(rates)):
             first = (round_ + part) % len(modes)
             for mode in (*modes[first:], *modes[:first]):
+                if rate >= bound:
+                    break  # nothing is said of it whatever it shows
                 share = await loads.window(mode.name, targets[mode.name], rate, round_, part)
                 found[mode.name, rate].append(share)
+                if share is None:
+                    bound = rate
     return rows_of(loads.corner, found)
 
 
