@@ -32,7 +32,8 @@ MIXED_GAIN, MIXED_MOST = 0.1, 3.0
 MARGIN = 0.9
 """Of what an objective leaves, what is used."""
 HANDOFF_S = 0.005
-"""What the first gap between tokens is longer for blocks that are still on their way when the first token is drawn."""
+"""What the first gap between tokens is longer for blocks that are still on their way when the first token is drawn,
+until handoffs were observed; and the least that a decode worker reckons with."""
 STRETCH = 3.0
 """A step without objectives may take so many times as long with a chunk as without."""
 FIXED_SHARE = 0.2

@@ -15,10 +15,11 @@ from kvtransfer.handoff import Aborted
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """What a commit carries: the token that the prefill worker drew."""
+    """What a commit carries: the token that the prefill worker drew, and when, in this worker's monotonic seconds."""
 
     token: int
     logprobs: TokenLogprobs | None
+    drawn_at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class DecodeScheduler:
         self._prompts: dict[AttemptKey, Sequence] = {}
         self.expected: tuple[Expected, ...] = ()
         """Whoever is on the way. Replaced as a whole, from any thread."""
+        self.handoff_s = HANDOFF_S
+        """What such a handoff takes after the first token. Set from any thread."""
 
     def add(self, sequence: Sequence) -> None:
         """Joins from the next step on. With more than its last token left to compute it is a prompt, until that is."""
@@ -99,7 +101,7 @@ class DecodeScheduler:
             most = max(LEAST_CHUNK, cost.fits_beside(fixed, limit, first.computed, self._chunk_tokens))
         if self.expected:
             step_s = cost.decode(len(self._residents) + 1, resident_tokens) + LEAST_CHUNK * cost.per_token
-            spare = [gaps * (MARGIN * tpot_s - step_s) - HANDOFF_S for gaps, tpot_s in self.expected]
+            spare = [gaps * (MARGIN * tpot_s - step_s) - self.handoff_s for gaps, tpot_s in self.expected]
             if in_time := [seconds for seconds in spare if seconds > 0]:
                 fits = cost.fits(min(in_time) / cost.mixed - fixed, first.computed, most)
                 return min(most, max(LEAST_CHUNK, fits))

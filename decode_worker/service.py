@@ -16,6 +16,7 @@ import structlog
 from baton.cost import HANDOFF_S, CostModel
 from baton.engine.api import Engine, Sequence
 from baton.engine.load_report import load_report
+from baton.handoff_times import HandoffTimes
 from baton.rpc.convert import run_to_wire, spec_from_wire
 from baton.rpc.load import LoadReporter
 from baton.rpc.worker_service import RouterSession, WorkerService
@@ -88,6 +89,7 @@ class DecodeRole:
         )
         self._load = LoadReporter(worker, self._load_report)
         self._woken_at = -math.inf
+        self._handoffs = HandoffTimes()
 
     @property
     def live(self) -> dict[str, int]:
@@ -286,7 +288,11 @@ class DecodeRole:
         sequence = Sequence.from_spec(spec, list(grant.table), computed=known)
         sequence.tokens.append(first.token)
         tokens, now = list(sequence.tokens), time.monotonic()
-        sequence.first_token_at = now - HANDOFF_S
+        took_s = now - first.drawn_at
+        if key.handoff == 1:  # a later one waited for room, too
+            self._handoffs.observe(took_s)
+            self._scheduler.handoff_s = max(self._handoffs.expected_s, HANDOFF_S)  # trips are not in what is observed
+        sequence.first_token_at = now - max(took_s, HANDOFF_S)
         self.residents.add(Resident(key, spec, pending.router, tokens, resident_at=now, computed=known), sequence)
         if self.writers is not None:
             self.writers.committed(pending.writer, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -254,7 +255,7 @@ class TransferService(TransferServicer):
     def _commit(self, stream: WriterStream, message: wire.CommitRequest) -> None:
         key = handoff_from_wire(message)
         logprobs = logprobs_from_wire(message.first_logprobs) if message.HasField("first_logprobs") else None
-        first = FirstToken(message.first_token, logprobs)
+        first = FirstToken(message.first_token, logprobs, time.monotonic() - message.first_token_age_us / 1e6)
         outcome = self._role.commit(key, message.generation, message.blocks, first)
         if outcome is Outcome.ALREADY:
             stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))

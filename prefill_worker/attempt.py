@@ -112,7 +112,7 @@ class Attempt:
         """Lets the handoff know what is computed, and the first token once it is drawn."""
         outbound.delivery.computed(self.computed)
         if self.first is not None:
-            outbound.first_token = self.first.token_ids[0]
+            outbound.first_token, outbound.first_token_at = self.first.token_ids[0], self.first_token_at
             outbound.first_logprobs = self.first.logprobs[0] if self.first.logprobs else None
             outbound.delivery.first_token()
 

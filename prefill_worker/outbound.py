@@ -11,6 +11,8 @@ from baton.spec import HandoffKey, SequenceSpec, TokenLogprobs
 from kvtransfer.delivery import Delivery
 from kvtransfer.handoff import RefusalReason
 
+AGE_LIMIT_US = 3_600_000_000
+
 
 @dataclass(slots=True)
 class TransferCost:
@@ -43,6 +45,7 @@ class Outbound:
     delivery: Delivery
     deadline_at: float | None = None
     first_token: int | None = None
+    first_token_at: float | None = None
     first_logprobs: TokenLogprobs | None = None
     transport: str = ""
     cost: TransferCost = field(default_factory=TransferCost)
@@ -52,6 +55,12 @@ class Outbound:
     @property
     def key(self) -> HandoffKey:
         return self.delivery.key
+
+    @property
+    def first_token_age_us(self) -> int:
+        """Since it was drawn; 0 before. An hour or more is an hour."""
+        at = self.first_token_at
+        return 0 if at is None else min(int((time.monotonic() - at) * 1e6), AGE_LIMIT_US)
 
     @property
     def time_left_s(self) -> float | None:

@@ -96,6 +96,7 @@ class Sender:
                     blocks=blocks,
                     first_token=outbound.first_token,
                     first_logprobs=None if logprobs is None else logprobs_to_wire(logprobs),
+                    first_token_age_us=outbound.first_token_age_us,
                 )
             )
         if (

@@ -122,6 +122,7 @@ def _info(worker: Worker, now: float) -> admin.WorkerInfo:
         load=worker.load,
         attempts=len(worker.prefill) + len(worker.decode),
         predictions=_predictions(worker.accuracy),
+        handoff_ms=worker.handoffs.expected_s * 1e3 if len(worker.handoffs) else None,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from baton.cost import HANDOFF_S, LEAST_CHUNK, MARGIN, STRETCH, StepCost, pairs
+from baton.cost import LEAST_CHUNK, MARGIN, STRETCH, StepCost, pairs
 from baton.engine.prompt_queue import AGEING_S, PRIORITY_S
 from router.snapshot import Ask, DecodeLoad, PrefillLoad, Queued
 
@@ -87,7 +87,7 @@ def handed_over(worker: DecodeLoad, ask: Ask, step_s: float) -> float:
     half a step under way at first, which weighs the more the fewer tokens there are. Chunks beside it are smaller until
     that is made good, so its own steps may be as short as they are without any."""
     assert worker.cost is not None, "a worker that has told its cost"
-    return max(step_s, _bare_step(worker, worker.cost, ask) + (step_s / 2 + HANDOFF_S) / max(ask.gaps, 1))
+    return max(step_s, _bare_step(worker, worker.cost, ask) + (step_s / 2 + worker.handoff_s) / max(ask.gaps, 1))
 
 
 def _bare_step(worker: DecodeLoad, cost: StepCost, ask: Ask) -> float:

@@ -245,8 +245,11 @@ class Request:
         if self.state in (State.PREFILLING, State.HANDING_OFF):
             self.state = State.DECODING
             self._disarm("handoff", "rebind")
-            self.attempt.computed(self._loop.time())  # also where this overtook the first token
-            self.attempt.resident()
+            now, attempt = self._loop.time(), self.attempt
+            attempt.computed(now)  # also where this overtook the first token
+            attempt.resident()
+            if attempt.decode is not None and attempt.handoffs.number == 1:  # a later one waited for room, too
+                attempt.decode.handoffs.observe(now - (self.marks.first_token or now))
 
     def _check_end(self, end: End) -> None:
         if self._delivery.delivered < end.output_tokens:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from baton.cost import StepCost
+from baton.cost import HANDOFF_S, StepCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class DecodeLoad(NamedTuple):
 
     `strictest_s` is the least objective per token among the sequences bound to it, of those that could be kept then;
     None without any. `queue` are prompts that it computes itself, `mean_tokens` what its sequences hold or will.
+    `handoff_s` is how long after its first token a sequence that comes in is there.
     """
 
     name: str
@@ -69,6 +70,7 @@ class DecodeLoad(NamedTuple):
     promise: float = 1.0
     mean_tokens: float = 0.0
     chosen_at: float = 0.0
+    handoff_s: float = HANDOFF_S
 
 
 class Ask(NamedTuple):

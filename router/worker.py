@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from baton.config import RoleName
 from baton.cost import StepCost
+from baton.handoff_times import HandoffTimes
 from baton.rpc.convert import cost_from_wire
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
@@ -80,6 +81,7 @@ class Worker:
     cost: StepCost | None = None
     chunk_tokens: int = 512
     accuracy: Accuracy = field(default_factory=Accuracy)
+    handoffs: HandoffTimes = field(default_factory=HandoffTimes)
     chosen_at: float = 0.0
     probed_at: float | None = None
     """When a request was last let in to see what it takes, or could first have been."""
@@ -165,4 +167,5 @@ class Worker:
             self.accuracy.factor,
             decode.mean_blocks * self.card.kv_layout.block_tokens,
             self.chosen_at,
+            self.handoffs.expected_s,
         )

@@ -259,6 +259,8 @@ class WorkerInfo:
     attempts: int
     predictions: Predictions | None = None
     """None before the first token."""
+    handoff_ms: float | None = None
+    """What the router expects a handoff to it to take after the first token; None before the first."""
     step_error: float | None = None
     """Mean relative error of the step times that it predicts itself; None before it has told a cost."""
 

@@ -205,6 +205,7 @@ def worker_from_wire(message: admin.WorkerInfo) -> types.WorkerInfo:
         ),
         attempts=message.attempts,
         predictions=_predictions(message),
+        handoff_ms=message.handoff_ms if message.HasField("handoff_ms") else None,
         step_error=load.cost.error if load.HasField("cost") else None,
     )
 

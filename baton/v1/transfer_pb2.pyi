@@ -362,12 +362,15 @@ class CommitRequest(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     FIRST_LOGPROBS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_AGE_US_FIELD_NUMBER: _builtins.int
     attempt: _builtins.bytes
     handoff: _builtins.int
     generation: _builtins.int
     blocks: _builtins.int
     """How many blocks were written."""
     first_token: _builtins.int
+    first_token_age_us: _builtins.int
+    """How long ago the first token was drawn, in microseconds. Trips of messages are not in it."""
     @_builtins.property
     def first_logprobs(self) -> _generation_pb2.TokenLogprobs: ...
     def __init__(
@@ -379,10 +382,11 @@ class CommitRequest(_message.Message):
         blocks: _builtins.int = ...,
         first_token: _builtins.int = ...,
         first_logprobs: _generation_pb2.TokenLogprobs | None = ...,
+        first_token_age_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_logprobs", b"_first_logprobs", "first_logprobs", b"first_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_logprobs", b"_first_logprobs", "attempt", b"attempt", "blocks", b"blocks", "first_logprobs", b"first_logprobs", "first_token", b"first_token", "generation", b"generation", "handoff", b"handoff"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_logprobs", b"_first_logprobs", "attempt", b"attempt", "blocks", b"blocks", "first_logprobs", b"first_logprobs", "first_token", b"first_token", "first_token_age_us", b"first_token_age_us", "generation", b"generation", "handoff", b"handoff"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_logprobs: _TypeAlias = _typing.Literal["first_logprobs"]  # noqa: Y015
     _WhichOneofArgType__first_logprobs: _TypeAlias = _typing.Literal["_first_logprobs", b"_first_logprobs"]  # noqa: Y015

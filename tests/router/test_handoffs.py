@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 
@@ -9,8 +11,36 @@ from baton.config import RouterConfig
 from baton.errors import ResourceExhausted, Unavailable
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
+from baton.v1.admin_pb2 import ListWorkersRequest
 from tests.router.conftest import Cluster, error_of, ids_of, refused, text_of
-from tests.router.doubles import EOS, encode
+from tests.router.doubles import EOS, WAIT_S, encode
+
+# How long they take.
+
+
+async def test_how_long_a_handoff_takes_is_learned_of_each_worker(cluster: Cluster) -> None:
+    """From the first token until the sequence is there; what a first refusal delayed does not count."""
+    assert await _handoff_ms(cluster) == {}
+    for _ in range(2):
+        blocks = cluster.decode.gate("received")
+        async for event in cluster.call():
+            if event.HasField("tokens") and not blocks.is_set():
+                await asyncio.sleep(0.1)
+                blocks.set()
+    learned = await _handoff_ms(cluster)
+    assert learned.keys() == {"d0"}
+    assert learned["d0"] >= 99, "on a clock of whole milliseconds"
+    observed = len(next(w for w in cluster.router.registry.workers() if w.name == "d0").handoffs)
+    cluster.prefill.refusals = [refused("NO_CAPACITY", retry_after_ms=1.0)]
+    await cluster.generate()
+    assert len(next(w for w in cluster.router.registry.workers() if w.name == "d0").handoffs) == observed == 2
+
+
+async def _handoff_ms(cluster: Cluster) -> dict[str, float]:
+    """Of the workers for which the router says one."""
+    found = await cluster.admin.ListWorkers(ListWorkersRequest(), timeout=WAIT_S)
+    return {worker.process.name: worker.handoff_ms for worker in found.workers if worker.HasField("handoff_ms")}
+
 
 # Refused handoffs.
 

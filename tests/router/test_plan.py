@@ -213,6 +213,10 @@ def test_what_a_handoff_adds_weighs_the_more_the_fewer_tokens_there_are() -> Non
     assert refused.tpot_s == pytest.approx(0.015 + 0.0075 + HANDOFF_S)
     assert (refused.meets, refused.constraint) == (False, "tpot")
     assert planned(few, P, residents).way is Way.DIRECT, "in place it comes with the next step"
+    quick, slow = residents._replace(handoff_s=0.001), residents._replace(handoff_s=0.100)
+    ten = ask(60, ttft=1.0, tpot=0.0239, gaps=10)
+    assert planned(few._replace(tpot_s=0.0239), P, quick).way is Way.PREFILL, "where handoffs were seen to take less"
+    assert (planned(ten, P, residents).way, planned(ten, P, slow).way) == (Way.PREFILL, Way.DIRECT)
 
 
 def test_one_token_needs_no_step() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +48,30 @@ async def test_no_capacity_then_bound_anew(cluster: Cluster) -> None:
     cluster.router.bind(cluster.p, second, cluster.d, 2)
     await cluster.finished(second)
     assert cluster.router.heard(cluster.d, "resident", second)[0].handoff == 2
+
+
+async def test_the_decode_worker_knows_how_long_ago_the_first_token_came(cluster: Cluster) -> None:
+    """Its steps count from there, so a slow way is made good; two such, and it is reckoned with beforehand."""
+    await cluster.add_prefill()
+    await cluster.add_decode()
+    scheduler = cluster.d.role._scheduler
+    for number in (1, 2):
+        spec = cluster.router.spec(4 * BLOCK, max_tokens=3)
+        cluster.faults().flowing.clear()
+        await cluster.bound(spec)
+        await until(lambda spec=spec: cluster.router.tokens(cluster.p, spec), "its first token")  # type: ignore[misc]
+        came_at = time.monotonic()
+        await asyncio.sleep(0.1)
+        cluster.d.engine.gate.clear()
+        cluster.faults().flowing.set()
+        await cluster.router.hears(cluster.d, "resident", spec)
+        await until(lambda spec=spec: spec.attempt in scheduler._residents, "its first step")  # type: ignore[misc]
+        first_token_at = scheduler._residents[spec.attempt].first_token_at
+        assert first_token_at is not None
+        assert came_at - 5.0 < first_token_at <= came_at + 0.01, "trips, and no more"
+        cluster.d.engine.gate.set()
+        await cluster.finished(spec)
+        assert (scheduler.handoff_s >= 0.095) is (number == 2)
 
 
 async def test_an_engine_at_rest_is_woken_before_a_sequence_arrives(cluster: Cluster) -> None:
