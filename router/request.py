@@ -249,7 +249,8 @@ class Request:
             attempt.computed(now)  # also where this overtook the first token
             attempt.resident()
             if attempt.decode is not None and attempt.handoffs.number == 1:  # a later one waited for room, too
-                attempt.decode.handoffs.observe(now - (self.marks.first_token or now))
+                first = self.marks.first_token
+                attempt.decode.handoffs.observe(0.0 if first is None else now - first)
 
     def _check_end(self, end: End) -> None:
         if self._delivery.delivered < end.output_tokens:

@@ -76,8 +76,8 @@ class WorkerInfo(_message.Message):
     attempts: _builtins.int
     """Attempts that the router has placed on it."""
     handoff_ms: _builtins.float
-    """What the router expects a handoff to it to take after the first token: nine of the last ten took no longer. Absent
-    before the first.
+    """What the router expects a handoff to it to take after the first token: of the last 64, nine in ten took no
+    longer. Absent before the first.
     """
     @_builtins.property
     def process(self) -> _worker_pb2.ProcessId: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import pytest
 
 from baton.engine.wire import layout_to_wire
+from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
+from decode_worker.transfer_service import TransferService, WriterStream
 from tests.rpc.waiting import until
 from tests.workers.conftest import Cluster
 from tests.workers.counting import LAYOUT
@@ -18,6 +19,8 @@ from tests.workers.node import somebody
 from tests.workers.scripted import ScriptedRouter
 
 BLOCK = LAYOUT.block_tokens
+SLOW_S = 100
+"""Longer than any test waits, so that nothing hangs on how fast it runs."""
 
 
 def reason(message: Any) -> str:
@@ -50,28 +53,36 @@ async def test_no_capacity_then_bound_anew(cluster: Cluster) -> None:
     assert cluster.router.heard(cluster.d, "resident", second)[0].handoff == 2
 
 
-async def test_the_decode_worker_knows_how_long_ago_the_first_token_came(cluster: Cluster) -> None:
+async def test_the_decode_worker_knows_how_long_ago_the_first_token_came(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its steps count from there, so a slow way is made good; two such, and it is reckoned with beforehand."""
+    take, ages = TransferService._take, list[int]()
+
+    def slower(service: TransferService, stream: WriterStream, frame: transfer_pb2.SenderFrame) -> None:
+        if frame.WhichOneof("body") == "commit":
+            ages.append(frame.commit.first_token_age_us)
+            frame.commit.first_token_age_us += SLOW_S * 1_000_000
+        take(service, stream, frame)
+
+    monkeypatch.setattr(TransferService, "_take", slower)
     await cluster.add_prefill()
     await cluster.add_decode()
     scheduler = cluster.d.role._scheduler
     for number in (1, 2):
         spec = cluster.router.spec(4 * BLOCK, max_tokens=3)
-        cluster.faults().flowing.clear()
-        await cluster.bound(spec)
-        await until(lambda spec=spec: cluster.router.tokens(cluster.p, spec), "its first token")  # type: ignore[misc]
-        came_at = time.monotonic()
-        await asyncio.sleep(0.1)
         cluster.d.engine.gate.clear()
-        cluster.faults().flowing.set()
+        before = time.monotonic()
+        await cluster.bound(spec)
         await cluster.router.hears(cluster.d, "resident", spec)
         await until(lambda spec=spec: spec.attempt in scheduler._residents, "its first step")  # type: ignore[misc]
         first_token_at = scheduler._residents[spec.attempt].first_token_at
         assert first_token_at is not None
-        assert came_at - 5.0 < first_token_at <= came_at + 0.01, "trips, and no more"
+        assert before <= first_token_at + SLOW_S <= time.monotonic(), "not when it came here"
         cluster.d.engine.gate.set()
         await cluster.finished(spec)
-        assert (scheduler.handoff_s >= 0.095) is (number == 2)
+        assert (scheduler.handoff_s >= SLOW_S) is (number == 2)
+    assert all(0 < age < SLOW_S * 1_000_000 for age in ages), "what the prefill worker said"
 
 
 async def test_an_engine_at_rest_is_woken_before_a_sequence_arrives(cluster: Cluster) -> None:
