@@ -121,6 +121,8 @@ class WorkerConfig:
     """Threads of the arithmetic. More than the cores at hand is slower, much slower."""
     pin: str = ""
     """CPUs to stay on, as for taskset: `0` or `0,2-3`."""
+    compute_nice: int = 5
+    """How far, 0 to 19, the arithmetic's nice value lies above the process's: on a shared core messages go first."""
     lease_s: float = 5.0
     """How long a grant lives without a renewal from its writer."""
     handoff_deadline_s: float = 30.0
@@ -155,6 +157,7 @@ class WorkerConfig:
         require(1 <= self.tcp_connections <= 64, "tcp_connections", f"1 to 64, not {self.tcp_connections}")
         for field in ("pool_tokens", "max_sequences", "chunk_tokens", "max_ungranted", "threads"):
             require(getattr(self, field) >= 1, field, f"must be at least 1, not {getattr(self, field)}")
+        require(0 <= self.compute_nice <= 19, "compute_nice", f"0 to 19, not {self.compute_nice}")
         simulated = {"cost_model": "smollm2-135m", "sim_speed": 1.0, "sim_kv_bytes_per_token": 0, "sim_eos_after": 0}
         for field, default in simulated.items():
             only = self.engine == "simulated" or getattr(self, field) == default

@@ -11,6 +11,7 @@ import asyncio
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -111,6 +112,18 @@ class Runner:
     def wake(self, blocks: Iterable[int]) -> None:
         """A sequence in these blocks will come soon, after a rest."""
         self._commands.put(lambda: self._engine.wake(tuple(blocks)))
+
+    def stand_back(self, by: int) -> None:
+        """Lets threads that pass messages go first where they share a core with this one and with those that it starts
+        from now on: computing takes milliseconds at a time, a message microseconds. `by` is added to the nice value, in
+        sched(7)'s sense; elsewhere than on Linux threads have none of their own, and nothing is done."""
+        thread = self._thread.native_id
+        if not by or sys.platform != "linux" or thread is None:
+            return
+        try:
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + by)
+        except OSError as error:
+            log.warning("computing can't stand back: messages may wait for it", error=str(error))
 
     async def stop(self) -> None:
         """Ends the thread after the step in progress."""

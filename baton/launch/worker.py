@@ -16,6 +16,7 @@ import structlog
 from baton.config import WorkerConfig
 from baton.cost import CostModel
 from baton.engine.cache_events import CacheEvents
+from baton.engine.runner import Runner
 from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
@@ -53,6 +54,8 @@ log = structlog.get_logger(__name__)
 
 class Role(RoleHandler, Protocol):
     """What both roles have beside their commands."""
+
+    runner: Runner
 
     @property
     def live(self) -> dict[str, int]:
@@ -226,6 +229,7 @@ def _compose(parts: Parts) -> list[Service]:
         )
         parts.roles.append(prefill)
     for role in parts.roles:
+        role.runner.stand_back(config.compute_nice)
         parts.worker.add_handler(role)
     parts.worker.add_handler(CacheEvents(parts.pool, counts))
     kinds = [ROLES[name] for name in sorted(config.roles)]

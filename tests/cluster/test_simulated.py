@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import sys
 import time
 from collections import Counter
 
@@ -75,3 +77,19 @@ async def test_10_000_requests_all_end_and_leave_nothing() -> None:
     sizes = [f"{status.resident_bytes / 1e6:.1f} MB" for status in (router, after)]
     print(f"\n10,000 requests in {seconds:.1f} s; the router's memory: {sizes[0]} before, {sizes[1]} after")
     assert after.resident_bytes - router.resident_bytes <= GROWTH_BYTES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have nice values of their own on Linux")
+@pytest.mark.parametrize(("flags", "by"), [((), 5), (("--compute-nice", "0"), 0), (("--compute-nice", "12"), 12)])
+async def test_one_thread_of_each_worker_stands_back_for_those_that_pass_messages(
+    flags: tuple[str, ...], by: int
+) -> None:
+    """By less than the highest nice value, should the tests run at one of their own."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    async with running(*flags, engine="simulated", model="bytes", cost_model="instant") as cluster:
+        assert await ask(cluster.client, 1) == "length"
+        for child in cluster.cluster.processes:
+            threads = map(int, os.listdir(f"/proc/{child.pid}/task"))
+            above = [os.getpriority(os.PRIO_PROCESS, thread) - ours for thread in threads]
+            computing = [by] if by and child.role != "router" else []
+            assert [value for value in above if value] == computing, child.name
