@@ -1,7 +1,8 @@
 """Sends a plan on time and writes down what comes back, with as little work per message as gRPC allows.
 
 Open loop: a request goes out when it is due, whatever became of those before it. Requests are built while nothing is
-due and go out as bytes; a message is stamped as soon as the loop has it.
+due and go out as bytes; a message is stamped as soon as the loop has it, and what a failure says is read when all is
+over: refusals come in bursts, and each would wait for those before it to be read.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class _Driver:
         )
         self.zero = 0.0
         self.progress = Progress(len(plan.requests))
+        self._failures: list[tuple[Record, grpc.aio.AioRpcError]] = []
 
     def _now(self) -> float:
         return time.perf_counter() - self.zero
@@ -116,6 +118,8 @@ class _Driver:
                 record = Record(planned)
                 records.append(record)
                 group.create_task(self._send(record, body))
+        for record, error in self._failures:
+            _note_failure(record, error)
         return tuple(records)
 
     async def _due(self) -> AsyncIterator[tuple[Planned, bytes]]:
@@ -163,11 +167,11 @@ class _Driver:
                 else:
                     _note(record, message)
         except grpc.aio.AioRpcError as error:
-            _note_failure(record, error)
+            self._failures.append((record, error.with_traceback(None)))  # which would hold all that it has passed
             progress.failed += 1
         finally:
-            stream.cancel()  # does nothing to a call that is over
             record.end_s = self._now()
+            stream.cancel()  # does nothing to a call that is over
             progress.ended += 1
 
     async def watch(self, watcher: Watcher) -> None:

@@ -7,14 +7,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import grpc
 import psutil
 import pytest
 
 from baton import errors
+from baton.bench import driver
 from baton.bench.driver import Progress, Run, run_plan
 from baton.bench.measuring import measure_once
 from baton.bench.metrics import summarize
 from baton.bench.plan import Plan, Planned, make_plan
+from baton.bench.records import Record
 from baton.bench.target import connect
 from tests.bench_client.builders import config
 from tests.bench_client.paced import Paced
@@ -182,3 +185,26 @@ async def test_nobody_there_and_an_unknown_model() -> None:
     async with paced() as server:
         with pytest.raises(errors.ConfigError, match="model: 'huge' is not served; there is tiny"):
             await measure_once(server.address, config(model="huge"))
+
+
+async def test_what_failures_say_is_read_when_nothing_is_under_way_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading one would delay what is stamped after it."""
+    under_way: list[int] = []
+    progress = Progress(0)
+    note = driver._note_failure
+
+    def noting(record: Record, error: grpc.aio.AioRpcError) -> None:
+        under_way.append(progress.sent - progress.ended)
+        note(record, error)
+
+    def watch(now: Progress) -> None:
+        nonlocal progress
+        progress = now
+
+    monkeypatch.setattr(driver, "_note_failure", noting)
+    async with paced(ttft_s=60.0) as server:
+        load = config(timeout_s=0.8)
+        async with connect(server.address, load) as target:
+            run = await run_plan(target, even(5, 0.01), load, watch)
+    assert under_way == [0] * 5
+    assert [record.status for record in run.records] == ["DEADLINE_EXCEEDED"] * 5
