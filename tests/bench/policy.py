@@ -17,7 +17,7 @@ from baton.bench.config import LoadConfig
 from baton.bench.plan import Planned, make_plan
 from baton.config import PathChoice
 from baton.cost import StepCost
-from baton.engine.simulated.cost import read_costs
+from baton.engine.simulated.cost import faster, read_costs
 from router.prediction import TRIP_S
 from tests.bench.goodput import (
     BUDGETS,
@@ -90,6 +90,12 @@ def corner_rows(corner: str, machine: Machine, options: argparse.Namespace) -> l
     return [*(row_of(corner, name, goodput) for name in PATHS), *detail]
 
 
+def machine_of(options: argparse.Namespace) -> Machine:
+    """Router and client are as much faster as the workers."""
+    machine = Machine(faster(read_costs(options.cost_model), options.speed), options.noise, options.contention)
+    return replace(machine, frame_s=machine.frame_s / options.speed, token_s=machine.token_s / options.speed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corner", choices=CORNERS, help="only this one")
@@ -99,10 +105,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--cost-model", default="smollm2-135m", help="as of `baton prefill --cost-model`")
+    parser.add_argument("--speed", type=float, default=1.0, help="makes the machine so many times as fast as that")
     parser.add_argument("--noise", type=float, default=0.1, help="sigma of the logarithm of step times")
     parser.add_argument("--contention", type=float, default=1.1, help="of step times while the other core computes")
     options = parser.parse_args()
-    machine = Machine(read_costs(options.cost_model), options.noise, options.contention)
+    machine = machine_of(options)
     corners = [options.corner] if options.corner else list(CORNERS)
     rows = [row for corner in corners for row in corner_rows(corner, machine, options)]
     sys.exit(0 if publish(f"policy-{options.workload}", rows) else 1)
