@@ -6,8 +6,8 @@ with what was predicted for it, so that it can be explained later.
 A request that meets its objectives over both pools takes them: that leaves the decode workers undisturbed. It is
 computed in place on a decode worker where only that meets its objectives; where that is sooner, and over both pools
 most of its time would be gone; or where that is light work (a short prompt, the next turn of a conversation whose KV
-is there, an idle worker) and takes less than half the time. Where nothing meets them, what misses by the least factor
-is offered; the caller refuses it or serves it as well as can be.
+is there, an idle worker) and takes less than half the time. Where nothing meets them, what misses by about the least
+factor is offered, over both pools first; the caller refuses it or serves it as well as can be.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ until only that is left would fill the prefill workers' queues up to where every
 NEAR, NEAR_S = 1.05, 0.001
 """Times within this factor and these seconds of the soonest are as good: then it is whoever was chosen longest ago, or
 one worker's cache would be overwritten by all prompts while the others' lie idle."""
+AS_GOOD = 1.25
+"""Where nobody keeps all objectives, ways that miss by no more than this factor of the least one are as good, since
+predictions are no finer then: over both pools comes first, and then what is soonest."""
 LEAST_RETRY_S = 0.05
 HOPELESS_RETRY_S = 30.0
 """Where an idle cluster would miss the objective too: nothing drains that would help, only other workers would."""
@@ -177,9 +180,18 @@ def _choose(
         return _planned(
             good_here, offers, "in place: soonest" if alone else "in place: only so are all objectives kept"
         )
-    best = min(offers, key=lambda offer: (offer.breaks, offer.miss, _soonest(offer)))  # at least it costs nobody else
-    made = _planned(best, offers, f"nobody keeps all objectives; misses by the least factor ({best.note})")
+    best = _least_missing(offers)
+    made = _planned(best, offers, f"nobody keeps all objectives; misses by about the least factor ({best.note})")
     return made._replace(meets=False, constraint=best.note, retry_s=_retry(ask, best, prefills, decodes))
+
+
+def _least_missing(offers: Sequence[Candidate]) -> Candidate:
+    """Where nobody keeps all objectives: at least it costs nobody else one. Prompts in place would pile up on decode
+    workers that are behind already, each making them look worse, while the prefill workers beside them rest."""
+    harmless = [offer for offer in offers if not offer.breaks] or offers
+    limit = max(1.0, min(offer.miss for offer in harmless)) * AS_GOOD
+    near = (offer for offer in harmless if offer.miss <= limit)
+    return min(near, key=lambda offer: (offer.way is Way.DIRECT, _soonest(offer)))
 
 
 def _planned(offer: Candidate, offers: tuple[Candidate, ...], reason: str) -> Plan:

@@ -145,6 +145,18 @@ def test_an_objective_that_is_lost_already_is_in_nobodys_way() -> None:
     assert (choice.chosen, choice.keeps) == ("d0", True)
 
 
+def test_prompts_do_not_pile_up_in_place_where_nobody_keeps_all_objectives() -> None:
+    """The step takes longer than is asked, in place by a little less than over both pools."""
+    behind = D._replace(sequences=20, tokens=2000)
+    request = ask(ttft=1.0, tpot=0.025, gaps=8)
+    over_both, in_place = (handed_over(behind, request), prediction.step(behind, request))
+    assert 0.025 < in_place < over_both < 1.25 * in_place
+    found = planned(request, P, behind)
+    assert (found.meets, found.constraint, found.way) == (False, "tpot", Way.PREFILL)
+    found = planned(request, P._replace(queue=busy(3.0)), behind)
+    assert (found.meets, found.way) == (False, Way.DIRECT), "over both pools would miss the first token by far"
+
+
 def test_want_of_room_is_not_called_slowness() -> None:
     found = planned(ask(ttft=2.0), P, D._replace(sequences=2, free_blocks=1, mean_tokens=1000.0))
     assert (found.meets, found.constraint) == (False, "decode_room")

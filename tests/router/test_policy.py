@@ -40,13 +40,14 @@ def test_to_choose_for_each_request_is_as_good_as_the_better_of_the_fixed_ways(c
     assert adaptive > min(split, direct) + 0.05, "and the fixed ways do differ here"
 
 
-def test_at_tight_tpot_the_decode_worker_helps_out() -> None:
-    """Colocated workers are a little ahead there (86 against 82 %): what is shown is that both pools alone are not."""
-    adaptive, split = (
-        statistics.fmean(shares(path, MACHINE, load("tpot", 6.0, 120.0), 3, None))
-        for path in ("adaptive", "disaggregated")
+@pytest.mark.parametrize("rate", [6.0, 8.0])
+def test_at_tight_tpot_the_decode_worker_helps_out(rate: float) -> None:
+    """Also where it is behind: prompts don't pile up on it beside a prefill worker that rests."""
+    adaptive, split, direct = (
+        statistics.fmean(shares(path, MACHINE, load("tpot", rate, 120.0), 3, None))
+        for path in ("adaptive", "disaggregated", "direct")
     )
-    assert adaptive > split + 0.15
+    assert adaptive > max(split, direct) + 0.02
 
 
 def test_all_end_and_nothing_stays_in_the_books() -> None:
