@@ -98,6 +98,12 @@ class Attempt:
         assert self.decode is not None, "resident where it was bound"
         self.decode.decode.resident(self.key)
 
+    def arrived(self, first_token: float | None, now: float) -> None:
+        """Resident, and where it was handed over, how long that took after its first token is learned of the worker."""
+        self.resident()
+        if self.decode is not None and self.handoffs.number == 1:  # a later one waited for room, too
+            self.decode.handoffs.observe(0.0 if first_token is None else now - first_token)
+
     def release(self, now: float) -> None:
         """The attempt is over: it counts for no worker any more."""
         self.computed(now)

@@ -247,10 +247,7 @@ class Request:
             self._disarm("handoff", "rebind")
             now, attempt = self._loop.time(), self.attempt
             attempt.computed(now)  # also where this overtook the first token
-            attempt.resident()
-            if attempt.decode is not None and attempt.handoffs.number == 1:  # a later one waited for room, too
-                first = self.marks.first_token
-                attempt.decode.handoffs.observe(0.0 if first is None else now - first)
+            attempt.arrived(self.marks.first_token, now)
 
     def _check_end(self, end: End) -> None:
         if self._delivery.delivered < end.output_tokens:
