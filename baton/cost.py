@@ -98,7 +98,7 @@ class StepCost:
     def prefill(self, new_tokens: int, cached_tokens: int, chunk_tokens: int) -> float:
         """A whole prompt, computed alone in chunks of at most `chunk_tokens`."""
         chunks = -(-new_tokens // chunk_tokens)
-        return chunks * self.chunk + self._adds(StepShape(new_tokens, pairs(new_tokens, cached_tokens)))
+        return chunks * self.chunk + self.per_token * new_tokens + self.per_pair * pairs(new_tokens, cached_tokens)
 
     def fits(self, seconds: float, cached_tokens: int, most: int) -> int:
         """The largest chunk behind `cached_tokens` that adds at most so much to a step; 0 to `most` tokens."""

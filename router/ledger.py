@@ -76,6 +76,9 @@ class PrefillLedger:
 
     def queue(self, now: float) -> list[Queued]:
         """What is left to do, in order of rank. What takes longer than predicted is taken to be nearly done."""
+        if not self._order:  # most workers', most of the time
+            self._at = now
+            return []
         self._pass(now)
         found, under_way = [], True
         for _, attempt in self._order:
@@ -108,9 +111,11 @@ class PrefillLedger:
     def _pass(self, now: float) -> None:
         """Gives the time since the last news to what was computed in it: the next one's turn comes with news."""
         passed, self._at = now - self._at, now
-        first = next((prompt for _, key in self._order if (prompt := self._prompts[key]).computing), None)
-        if first is not None:
-            first.left_s = max(first.left_s - passed, NEARLY_DONE * first.queued.seconds)
+        for _, attempt in self._order:
+            first = self._prompts[attempt]
+            if first.computing:
+                first.left_s = max(first.left_s - passed, NEARLY_DONE * first.queued.seconds)
+                break
 
 
 def _left_of_chunk(seconds: float, left_s: float, chunk_s: float) -> float:
@@ -148,6 +153,8 @@ class DecodeLedger:
         self._beyond = 0
         self.tokens = 0
         """In its KV: those of bound prompts, and what the last report had beyond those."""
+        self.strictest_s: float | None = None
+        """The least objective per token among what is bound, in seconds."""
         self._report: Reported | None = None
 
     def __len__(self) -> int:
@@ -161,11 +168,6 @@ class DecodeLedger:
         return self._report.free_blocks - self._unreported_blocks
 
     @property
-    def strictest_s(self) -> float | None:
-        """The least objective per token among what is bound, in seconds."""
-        return min(self._objectives.values(), default=None)
-
-    @property
     def mean_blocks(self) -> float:
         """Of what is bound."""
         return self._total_blocks / len(self._demands) if self._demands else 0.0
@@ -176,6 +178,7 @@ class DecodeLedger:
         self._demands[attempt] = demand
         if tpot_s is not None:
             self._objectives[attempt] = tpot_s
+            self.strictest_s = tpot_s if self.strictest_s is None else min(self.strictest_s, tpot_s)
         self._unreported[attempt] = False
         self._unreported_blocks += demand.blocks
         self._total_blocks += demand.blocks
@@ -191,7 +194,8 @@ class DecodeLedger:
         demand = self._demands.pop(attempt, None)
         if demand is None:
             return
-        self._objectives.pop(attempt, None)
+        if self._objectives.pop(attempt, None) == self.strictest_s:
+            self.strictest_s = min(self._objectives.values(), default=None)
         self._total_blocks -= demand.blocks
         self._count(-demand.tokens)
         if self._unreported.pop(attempt, None) is not None:
@@ -216,6 +220,7 @@ class DecodeLedger:
         """The totals are the sums of their parts."""
         assert self.tokens == self._total_tokens + self._beyond
         assert self._objectives.keys() <= self._demands.keys()
+        assert self.strictest_s == min(self._objectives.values(), default=None)
         assert self._total_blocks == sum(demand.blocks for demand in self._demands.values())
         assert self._total_tokens == sum(demand.tokens for demand in self._demands.values())
         assert self._unreported_blocks == sum(self._demands[attempt].blocks for attempt in self._unreported)

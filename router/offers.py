@@ -69,7 +69,7 @@ def land(worker: DecodeLoad, ask: Ask) -> Landing:
 def best_landing(ask: Ask, workers: Sequence[DecodeLoad], landings: Sequence[Landing]) -> Landing | None:
     """On the decode worker that will suit best, handed over. `landings` are as if the sequence were there already."""
     handed = [
-        landing._replace(tpot_s=prediction.handed_over(worker, ask, landing.tpot_s))
+        Landing(prediction.handed_over(worker, ask, landing.tpot_s), landing.room, landing.breaks)
         for worker, landing in zip(workers, landings, strict=True)
     ]
     return min(handed, key=lambda landing: (landing.misses(ask.tpot_s), landing.tpot_s), default=None)
@@ -104,13 +104,15 @@ def _offer(
     tpot_s = None if landing is None else landing.tpot_s
     tpot = tpot_s / ask.tpot_s if ask.tpot_s is not None and tpot_s is not None else 0.0
     breaks = forecast.breaks or (landing is not None and landing.breaks)
-    obstacles = {
-        "ttft": ttft > 1,
-        "decode_room": landing is not None and not landing.room,
-        "tpot": tpot > 1,
-        "others": breaks,
-    }
-    note = next((name for name, there in obstacles.items() if there), "")
+    note = ""
+    if ttft > 1:
+        note = "ttft"
+    elif landing is not None and not landing.room:
+        note = "decode_room"
+    elif tpot > 1:
+        note = "tpot"
+    elif breaks:
+        note = "others"
     return Candidate(
         worker.name,
         load,

@@ -96,10 +96,12 @@ def plan(
     """
     fitting = [worker for worker in decodes if worker.capacity_blocks >= ask.demand.blocks]
     able = [worker for worker in prefills if worker.capacity_blocks >= blocks]
-    if not all(worker.cost is not None and worker.cost.knows_prefill for worker in able) or not all(
-        worker.cost is not None and worker.cost.knows_decode for worker in fitting
-    ):
-        return _by_tokens(ask, prefills, fitting, blocks, direct)
+    for worker in able:
+        if worker.cost is None or not worker.cost.knows_prefill:
+            return _by_tokens(ask, prefills, fitting, blocks, direct)
+    for other in fitting:
+        if other.cost is None or not other.cost.knows_decode:
+            return _by_tokens(ask, prefills, fitting, blocks, direct)
     landings = [land(worker, ask) for worker in fitting]
     best = best_landing(ask, fitting, landings)
     offers = [over_both(ask, worker, best) for worker in able] if fitting or ask.single_token else []
@@ -133,16 +135,16 @@ def pick_decode(
     ask = Ask(0.0, demand.tokens, demand, tpot_s=tpot_s)
     candidates, best, best_key, best_room, best_misses = [], None, None, False, False
     for worker in workers:
-        note = _obstacle(worker, demand, exclude)
-        room = not note and has_room(worker, demand)
+        obstacle = _obstacle(worker, demand, exclude)
+        room = not obstacle and has_room(worker, demand)
         load = (worker.tokens + demand.tokens - worker.cached_tokens) / worker.capacity_blocks
         seconds = prediction.step(worker, ask) if worker.cost is not None and worker.cost.knows_decode else None
         late = seconds is not None and tpot_s is not None and seconds > tpot_s
         misses = late or prediction.breaks_tpot(worker, ask)
-        note = note or ("" if room else "no room now") or ("an objective would be missed" if misses else "")
+        note = obstacle or ("" if room else "no room now") or ("an objective would be missed" if misses else "")
         candidates.append(Candidate(worker.name, load, room, note, tpot_s=seconds))
         key = (worker.name == avoid, not room, misses, load, worker.sequences, worker.name)
-        if not _obstacle(worker, demand, exclude) and (best_key is None or key < best_key):
+        if not obstacle and (best_key is None or key < best_key):
             best, best_key, best_room, best_misses = worker, key, room, misses
     if best is None:
         return None
@@ -203,9 +205,10 @@ def _best(offers: Sequence[Candidate]) -> Candidate | None:
     """The soonest; of those that are as good, the one chosen longest ago."""
     if len(offers) < 2:
         return offers[0] if offers else None
-    limit = min(map(_seconds, offers)) * NEAR + NEAR_S
-    near = (offer for offer in offers if _seconds(offer) <= limit)
-    return min(near, key=lambda offer: (offer.chosen_at, _soonest(offer)))
+    seconds = [_seconds(offer) for offer in offers]
+    limit = min(seconds) * NEAR + NEAR_S
+    near = [offer for offer, its in zip(offers, seconds, strict=True) if its <= limit]
+    return near[0] if len(near) == 1 else min(near, key=lambda offer: (offer.chosen_at, _soonest(offer)))
 
 
 def _soonest(offer: Candidate) -> tuple[float, float, str]:

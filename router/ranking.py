@@ -40,20 +40,26 @@ class Ranking:
 
         O(count + workers in `cached` + workers that changed * log workers), and past all that may not be taken.
         """
-        self._refresh()
-        workers, found = self._workers, []
+        if self._changed:
+            self._refresh()
+        workers = self._workers
+        saving: list[Key] = []
         for worker, saved in cached.items():
             number = self._numbers.get(worker)
             if number is not None and (may is None or may(worker)):
-                found.append((*self._key(worker, saved), number))
-        wanted = count + len(found)
+                saving.append((*self._key(worker, saved), number))
+        found: list[Worker] = []
+        keys: list[Key] = []
         for key in self._order:
-            if len(found) == wanted:
-                break
             worker = workers[int(key[-1])]
-            if worker not in cached and (may is None or may(worker)):
-                found.append(key)
-        return [workers[int(key[-1])] for key in sorted(found)[:count]]
+            if (not saving or worker not in cached) and (may is None or may(worker)):
+                found.append(worker)
+                keys.append(key)
+                if len(found) == count:
+                    break
+        if not saving:
+            return found
+        return [workers[int(key[-1])] for key in sorted(keys + saving)[:count]]
 
     def _refresh(self) -> None:
         order, keys = self._order, self._keys

@@ -85,21 +85,19 @@ class Worker:
     chosen_at: float = 0.0
     probed_at: float | None = None
     """When a request was last let in to see what it takes, or could first have been."""
+    name: str = field(init=False)
     prefill: PrefillLedger = field(init=False)
     decode: DecodeLedger = field(init=False)
     watchers: dict[RoleName, Callable[[Worker], None]] = field(default_factory=dict)
     """Who is told, by role, whenever what the worker carries has changed."""
 
     def __post_init__(self) -> None:
+        self.name = self.registration.process.name  # placement asks for it all the time
         self.prefill = PrefillLedger(self._changed)
         self.decode = DecodeLedger(self.registration.blocks, self._changed)
 
     def __str__(self) -> str:
-        return self.registration.process.name
-
-    @property
-    def name(self) -> str:
-        return self.registration.process.name
+        return self.name
 
     @property
     def process(self) -> ProcessRef:
