@@ -7,7 +7,8 @@ rate, of those that are tried before the rounds.
 
 A prompt that is longer than the median by more than the TTFT objective allows misses it on an idle system too, whoever
 serves it: 14 % of the conversation trace with twice the idle TTFT of the median, and more or less of any one minute of
-it. So 90 % are asked of the others, window by window.
+it. So 90 % are asked of the others, window by window. Which those are, the idle TTFT of the median prompt and of a long
+one tell.
 
 The client shares a core with what it loads. From the rate on at which it could not send in time in any mode's window,
 nothing is said of any mode: the window would tell of the client.
@@ -32,6 +33,7 @@ from baton.bench.driver import run_plan
 from baton.bench.measuring import measure_on
 from baton.bench.plan import Plan, Planned, make_plan
 from baton.bench.target import Target, connect
+from tests.bench.idle import Idle, idle_times
 from tests.bench.modes import ADAPTIVE, DISAGGREGATED, Mode, colocated, together
 from tests.bench.report import Row, publish, spread
 
@@ -40,7 +42,7 @@ CORNERS = {"tpot": (12.0, 1.5), "ttft": (2.0, 6.0), "middle": (4.9, 3.0)}
 WANTED = 0.9
 BURSTINESS = 4.0
 SCALE = 1 / 8
-STEP_SEQUENCES, CONTEXT = 8, 8192
+CONTEXT = 8192
 AGAINST = ("disaggregated", "colocated")
 BUDGETS = (0.0, 0.8, 0.65)
 """Of the TPOT objective, as the colocated mode's bound on a step; 0: the objective alone, as in the other modes."""
@@ -52,11 +54,17 @@ LEAST = {"tpot": 1.6, "ttft": 0.95, "middle": 0.95}
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompt and output lengths, in the forms of `baton bench`, and the median prompt; all scaled already."""
+    """Prompt and output lengths, in the forms of `baton bench`, and the median and the longest prompt; all scaled
+    already."""
 
     prompt_tokens: str
     output_tokens: str
     median_prompt: int
+    longest_prompt: int
+
+    def long_prompt(self, corner: str) -> int:
+        """About the longest one that an idle system computes within the corner's TTFT objective."""
+        return min(int(CORNERS[corner][0] * self.median_prompt), self.longest_prompt)
 
 
 # Lognormals with the mean and the standard deviation of the logarithms of the trace's lengths (the maximum likelihood
@@ -64,35 +72,9 @@ class Workload:
 # exp(5.019), 0.859, 1,000 for outputs. Of 8,819 code requests: exp(6.999), 1.360, 7,437, and exp(2.788), 0.847, 1,899.
 # Medians and longest are divided by 8 here. The traces' own median prompts are 1,020 and 1,469 tokens.
 WORKLOADS = {
-    "conv": Workload("lognormal:95:0.985:1756", "lognormal:18.9:0.859:125", 127),
-    "code": Workload("lognormal:136.9:1.36:930", "lognormal:2.03:0.847:237", 184),
+    "conv": Workload("lognormal:95:0.985:1756", "lognormal:18.9:0.859:125", 127, 1756),
+    "code": Workload("lognormal:136.9:1.36:930", "lognormal:2.03:0.847:237", 184, 930),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Idle:
-    """Of the unloaded system, in milliseconds."""
-
-    ttft: float
-    step: float
-
-
-async def idle_times(mode: Mode, prompt: int) -> Idle:
-    """Of a cluster that is started for it."""
-    config = LoadConfig(seed=99)
-    async with mode.start() as address, connect(address, config) as target:
-        return await idle_of(target, prompt, 2.0)
-
-
-async def idle_of(target: Target, prompt: int, every_s: float) -> Idle:
-    """One prompt after the other, so far apart that each is alone, and then a step of eight sequences; medians."""
-    last = 8 * every_s
-    spaced = [Planned(index, index * every_s, prompt, 1) for index in range(7)]
-    streams = [Planned(10 + index, last, 64, 64) for index in range(STEP_SEQUENCES)]
-    run = await run_plan(target, Plan((*spaced, *streams), last + 2.0), LoadConfig(seed=99))
-    alone = [record.ttft_ms or 0.0 for record in run.records[2:7]]  # the first ones warm it up
-    gaps = [gap for record in run.records[7:] for gap in record.gaps_ms]
-    return Idle(statistics.median(alone), statistics.median(gaps))
 
 
 def load_of(workload: Workload, trace: Path | None, corner: str, idle: Idle, seconds: float) -> LoadConfig:
@@ -140,10 +122,10 @@ def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> Goodput:
     return Goodput(below + (above - below) * (kept - wanted) / (kept - share))
 
 
-def attainable(load: LoadConfig, corner: str, median_prompt: int) -> float:
-    """Share of the requests whose prompt alone is within the TTFT objective, in proportion to the median's."""
-    requests = make_plan(load, CONTEXT).requests
-    return sum(request.prompt_tokens <= CORNERS[corner][0] * median_prompt for request in requests) / len(requests)
+def attainable(load: LoadConfig, corner: str, idle: Idle) -> float:
+    """Share of the requests whose prompt alone is within the TTFT objective."""
+    requests, longest = make_plan(load, CONTEXT).requests, idle.longest_within(CORNERS[corner][0] * idle.ttft)
+    return sum(request.prompt_tokens <= longest for request in requests) / len(requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +133,7 @@ class Loads:
     """What a corner's windows are made of."""
 
     corner: str
-    median_prompt: int
+    idle: Idle
     load: LoadConfig
     warming: Iterator[int] = field(default_factory=lambda: itertools.count(WARM_SEED))
 
@@ -162,7 +144,7 @@ class Loads:
         warm = [Planned(index, index * WARM_EVERY_S, 64, 8) for index in range(WARM_UP)]
         await run_plan(target, Plan(tuple(warm), WARM_UP * WARM_EVERY_S), LoadConfig(seed=next(self.warming)))
         measured, _ = await measure_on(target, load, part=part)
-        kept, possible = measured.summary.attainment, attainable(load, self.corner, self.median_prompt)
+        kept, possible = measured.summary.attainment, attainable(load, self.corner, self.idle)
         told = f"{kept:.1%} of {measured.summary.requests} kept, {possible:.1%} can be"
         print(f"{name}, {rate:g}/s: {'; '.join((told, *measured.verdict.warnings))}", flush=True)
         return kept / possible if measured.verdict.valid else None
@@ -266,13 +248,18 @@ def row_of(corner: str, mode: str, goodput: Mapping[str, Goodput]) -> Row:
 async def run(options: argparse.Namespace) -> list[Row]:
     """Idle times first, then the load."""
     workload = WORKLOADS[options.workload]
-    idle = await idle_times(DISAGGREGATED, workload.median_prompt)
+    idle = await idle_times(DISAGGREGATED, workload.median_prompt, workload.long_prompt(options.corner))
     load = load_of(workload, options.trace, options.corner, idle, options.seconds)
-    loads = Loads(options.corner, workload.median_prompt, load)
-    possible = attainable(replace(load, rate=max(options.rates)), options.corner, workload.median_prompt)
-    print(f"idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}; {possible:.1%} are attainable")
+    loads = Loads(options.corner, idle, load)
+    possible = attainable(replace(load, rate=max(options.rates)), options.corner, idle)
+    print(
+        f"idle: TTFT {idle.ttft:.1f} ms, of {idle.long} tokens {idle.long_ttft:.1f} ms, step of 8 {idle.step:.2f} ms; "
+        f"{load.slo}; {possible:.1%} are attainable",
+        flush=True,
+    )
     reference = [
         Row("idle TTFT of the median prompt", "ms", idle.ttft, "", None, False),
+        Row(f"idle TTFT of {idle.long} tokens", "ms", idle.long_ttft, "", None, False),
         Row("idle step of 8 sequences", "ms", idle.step, "", None, False),
         Row("attainable by an idle system, at the highest rate", "%", possible * 100, "", None, True),
     ]

@@ -23,16 +23,16 @@ from tests.bench.goodput import (
     BUDGETS,
     CONTEXT,
     CORNERS,
-    STEP_SEQUENCES,
     WANTED,
     WORKLOADS,
     Goodput,
-    Idle,
+    Workload,
     attainable,
     load_of,
     rate_at,
     row_of,
 )
+from tests.bench.idle import STEP_SEQUENCES, Idle
 from tests.bench.replica import CHUNK, Machine, Replica
 from tests.bench.report import Row, publish, spread
 
@@ -42,10 +42,12 @@ STEP_TOKENS = 96
 """Of each of the eight sequences of the idle step: 64 of their prompt, and half of 64."""
 
 
-def idle_of(cost: StepCost, prompt: int) -> Idle:
+def idle_of(cost: StepCost, workload: Workload, corner: str) -> Idle:
     """What the unloaded machine takes."""
+    prompt, long = workload.median_prompt, workload.long_prompt(corner)
+    ttft, long_ttft = ((cost.prefill(tokens, 0, CHUNK) + TRIP_S) * 1e3 for tokens in (prompt, long))
     step = cost.decode(STEP_SEQUENCES, STEP_SEQUENCES * STEP_TOKENS)
-    return Idle((cost.prefill(prompt, 0, CHUNK) + TRIP_S) * 1e3, step * 1e3)
+    return Idle(prompt, ttft, long, long_ttft, step * 1e3)
 
 
 def share_kept(path: PathChoice, machine: Machine, requests: Sequence[Planned], budget_s: float | None = None) -> float:
@@ -69,9 +71,9 @@ def budget_for(machine: Machine, load: LoadConfig, tpot_s: float, seeds: int) ->
 def corner_rows(corner: str, machine: Machine, options: argparse.Namespace) -> list[Row]:
     """A row per mode, and one per mode and rate."""
     workload, rates = WORKLOADS[options.workload], options.rates or RATES[corner]
-    idle = idle_of(machine.cost, workload.median_prompt)
+    idle = idle_of(machine.cost, workload, corner)
     load = load_of(workload, options.trace, corner, idle, options.seconds)
-    possible = attainable(replace(load, rate=max(rates)), corner, workload.median_prompt)
+    possible = attainable(replace(load, rate=max(rates)), corner, idle)
     middle = replace(load, rate=sorted(rates)[len(rates) // 2])
     budget_s = budget_for(machine, middle, idle.step * CORNERS[corner][1] / 1e3, options.seeds)
     goodput, detail = dict[str, Goodput](), list[Row]()

@@ -20,7 +20,8 @@ from baton.bench.measuring import measure_on
 from baton.bench.metrics import Summary
 from baton.bench.sweep import Point, best, next_rate
 from baton.bench.target import Target, connect
-from tests.bench.goodput import WANTED, WORKLOADS, attainable, idle_of, load_of
+from tests.bench.goodput import WANTED, WORKLOADS, attainable, load_of
+from tests.bench.idle import idle_of
 from tests.bench.modes import Mode, adaptive, simulated
 from tests.bench.report import Row, publish
 
@@ -85,10 +86,10 @@ async def subject_rows(subject: Subject, scale: float) -> list[Row]:
     """All runs of one engine."""
     workload, name = WORKLOADS["conv"], subject.mode.name
     async with subject.mode.start() as address, connect(address, LoadConfig()) as target:
-        idle = await idle_of(target, workload.median_prompt, subject.idle_s)
+        idle = await idle_of(target, workload.median_prompt, workload.long_prompt("middle"), subject.idle_s)
         load = replace(load_of(workload, None, "middle", idle, subject.seconds * scale), when_unmet="refuse")
         print(f"{name}, idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}", flush=True)
-        possible = attainable(replace(load, rate=subject.rate), "middle", workload.median_prompt)
+        possible = attainable(replace(load, rate=subject.rate), "middle", idle)
         rate, points = await capacity(target, load, subject.rate, WANTED * possible)
         longer = replace(load, seconds=2 * load.seconds, seed=1)
         below = await at_rate(target, longer, BELOW * rate)

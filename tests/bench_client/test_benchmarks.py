@@ -6,6 +6,7 @@ import pytest
 
 from tests.bench.burst import round_of
 from tests.bench.goodput import Goodput, compared, measurable, rate_at, rows_of
+from tests.bench.idle import Idle
 from tests.bench.report import spread
 
 
@@ -28,6 +29,15 @@ def test_the_rate_is_where_the_attainment_crosses_ninety_percent() -> None:
     found = rate_at({1: 1.0, 2: 0.95, 3: 0.85, 4: 0.99})
     assert found.rate == pytest.approx(2.5)
     assert found.bound == ""
+
+
+def test_what_an_idle_system_computes_in_time_follows_both_prompts_that_were_measured() -> None:
+    assert Idle(100, 50.0, 400, 200.0, 10.0).longest_within(100.0) == pytest.approx(200)
+    steeper = Idle(100, 0.4 * 100 + 0.001 * 100**2, 800, 0.4 * 800 + 0.001 * 800**2, 10.0)
+    assert steeper.longest_within(0.4 * 300 + 0.001 * 300**2) == pytest.approx(300)
+    flatter = Idle(100, 50.0, 400, 120.0, 10.0)
+    assert 200 < flatter.longest_within(100.0) < 400
+    assert flatter.longest_within(10_000.0) == float("inf"), "past where the curve ends"
 
 
 def test_what_lies_outside_of_the_rates_that_were_tried_is_a_bound() -> None:

@@ -22,7 +22,7 @@ MACHINE = Machine(COSTS["smollm2-135m"])
 
 def load(corner: str, rate: float, seconds: float) -> LoadConfig:
     workload = WORKLOADS["conv"]
-    idle = idle_of(MACHINE.cost, workload.median_prompt)
+    idle = idle_of(MACHINE.cost, workload, corner)
     return replace(load_of(workload, None, corner, idle, seconds), rate=rate)
 
 
