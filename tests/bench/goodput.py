@@ -7,8 +7,8 @@ rate, of those that are tried before the rounds.
 
 A prompt that is longer than the median by more than the TTFT objective allows misses it on an idle system too, whoever
 serves it: 14 % of the conversation trace with twice the idle TTFT of the median, and more or less of any one minute of
-it. So 90 % are asked of the others, window by window. Which those are, the idle TTFT of the median prompt and of a long
-one tell.
+it. So 90 % are asked of the others, window by window. Which those are, the idle TTFTs of the median prompt and of
+longer ones tell.
 
 The client shares a core with what it loads. From the rate on at which it could not send in time in any mode's window,
 nothing is said of any mode: the window would tell of the client.
@@ -62,9 +62,11 @@ class Workload:
     median_prompt: int
     longest_prompt: int
 
-    def long_prompt(self, corner: str) -> int:
-        """About the longest one that an idle system computes within the corner's TTFT objective."""
-        return min(int(CORNERS[corner][0] * self.median_prompt), self.longest_prompt)
+    def idle_prompts(self, corner: str) -> tuple[int, ...]:
+        """The median; what would be within the corner's TTFT objective if time went with tokens; and twice that."""
+        within = int(CORNERS[corner][0] * self.median_prompt)
+        twice = (2 * within,) if 2 * within <= self.longest_prompt else ()
+        return self.median_prompt, min(within, self.longest_prompt), *twice
 
 
 # Lognormals with the mean and the standard deviation of the logarithms of the trace's lengths (the maximum likelihood
@@ -248,18 +250,17 @@ def row_of(corner: str, mode: str, goodput: Mapping[str, Goodput]) -> Row:
 async def run(options: argparse.Namespace) -> list[Row]:
     """Idle times first, then the load."""
     workload = WORKLOADS[options.workload]
-    idle = await idle_times(DISAGGREGATED, workload.median_prompt, workload.long_prompt(options.corner))
+    idle = await idle_times(DISAGGREGATED, workload.idle_prompts(options.corner))
     load = load_of(workload, options.trace, options.corner, idle, options.seconds)
     loads = Loads(options.corner, idle, load)
     possible = attainable(replace(load, rate=max(options.rates)), options.corner, idle)
     print(
-        f"idle: TTFT {idle.ttft:.1f} ms, of {idle.long} tokens {idle.long_ttft:.1f} ms, step of 8 {idle.step:.2f} ms; "
-        f"{load.slo}; {possible:.1%} are attainable",
+        f"idle: TTFT {', '.join(f'{ms:.1f} ms of {tokens} tokens' for tokens, ms in idle.ttfts.items())}, step of 8 "
+        f"{idle.step:.2f} ms; {load.slo}; {possible:.1%} are attainable",
         flush=True,
     )
     reference = [
-        Row("idle TTFT of the median prompt", "ms", idle.ttft, "", None, False),
-        Row(f"idle TTFT of {idle.long} tokens", "ms", idle.long_ttft, "", None, False),
+        *(Row(f"idle TTFT of {tokens} tokens", "ms", ms, "", None, False) for tokens, ms in idle.ttfts.items()),
         Row("idle step of 8 sequences", "ms", idle.step, "", None, False),
         Row("attainable by an idle system, at the highest rate", "%", possible * 100, "", None, True),
     ]

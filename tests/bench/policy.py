@@ -44,10 +44,9 @@ STEP_TOKENS = 96
 
 def idle_of(cost: StepCost, workload: Workload, corner: str) -> Idle:
     """What the unloaded machine takes."""
-    prompt, long = workload.median_prompt, workload.long_prompt(corner)
-    ttft, long_ttft = ((cost.prefill(tokens, 0, CHUNK) + TRIP_S) * 1e3 for tokens in (prompt, long))
+    prompts = workload.idle_prompts(corner)
     step = cost.decode(STEP_SEQUENCES, STEP_SEQUENCES * STEP_TOKENS)
-    return Idle(prompt, ttft, long, long_ttft, step * 1e3)
+    return Idle({tokens: (cost.prefill(tokens, 0, CHUNK) + TRIP_S) * 1e3 for tokens in prompts}, step * 1e3)
 
 
 def share_kept(path: PathChoice, machine: Machine, requests: Sequence[Planned], budget_s: float | None = None) -> float:

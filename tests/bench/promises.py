@@ -86,7 +86,7 @@ async def subject_rows(subject: Subject, scale: float) -> list[Row]:
     """All runs of one engine."""
     workload, name = WORKLOADS["conv"], subject.mode.name
     async with subject.mode.start() as address, connect(address, LoadConfig()) as target:
-        idle = await idle_of(target, workload.median_prompt, workload.long_prompt("middle"), subject.idle_s)
+        idle = await idle_of(target, workload.idle_prompts("middle"), subject.idle_s)
         load = replace(load_of(workload, None, "middle", idle, subject.seconds * scale), when_unmet="refuse")
         print(f"{name}, idle: TTFT {idle.ttft:.1f} ms, step of 8 {idle.step:.2f} ms; {load.slo}", flush=True)
         possible = attainable(replace(load, rate=subject.rate), "middle", idle)

@@ -31,13 +31,15 @@ def test_the_rate_is_where_the_attainment_crosses_ninety_percent() -> None:
     assert found.bound == ""
 
 
-def test_what_an_idle_system_computes_in_time_follows_both_prompts_that_were_measured() -> None:
-    assert Idle(100, 50.0, 400, 200.0, 10.0).longest_within(100.0) == pytest.approx(200)
-    steeper = Idle(100, 0.4 * 100 + 0.001 * 100**2, 800, 0.4 * 800 + 0.001 * 800**2, 10.0)
-    assert steeper.longest_within(0.4 * 300 + 0.001 * 300**2) == pytest.approx(300)
-    flatter = Idle(100, 50.0, 400, 120.0, 10.0)
-    assert 200 < flatter.longest_within(100.0) < 400
-    assert flatter.longest_within(10_000.0) == float("inf"), "past where the curve ends"
+def test_what_an_idle_system_computes_in_time_follows_the_prompts_that_were_measured() -> None:
+    assert Idle({100: 50.0, 400: 200.0}, 10.0).longest_within(100.0) == pytest.approx(200), "in proportion"
+    assert Idle({100: 50.0, 400: 800.0}, 10.0).longest_within(200.0) == pytest.approx(200), "with the square"
+    with_fixed_part = Idle({100: 50.0, 200: 70.0, 400: 140.0}, 10.0)
+    assert 100 < with_fixed_part.longest_within(60.0) < 200
+    assert with_fixed_part.longest_within(100.0) == pytest.approx(200 * 10 / 7)
+    assert with_fixed_part.longest_within(280.0) == pytest.approx(800), "past the last, as up to there"
+    with pytest.raises(RuntimeError, match="something else ran"):
+        Idle({100: 50.0, 400: 50.0}, 10.0).longest_within(60.0)
 
 
 def test_what_lies_outside_of_the_rates_that_were_tried_is_a_bound() -> None:
