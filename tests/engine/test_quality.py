@@ -35,14 +35,7 @@ def wanted(embedded: ResolvedModel, embedded_reference: Any) -> list[Continuatio
     return fidelity.continuations(embedded_reference, known[::EVERY], OUTPUTS)
 
 
-def in_turn(case: quality.Case) -> Any:
-    """Rounding the weights takes most of the time. With an 8-bit KV cache the same weights are held to nearly the same
-    bound, so that without one they can wait for the night."""
-    rounds = not case.is_torch and case.weights in ("int8", "int4") and case.kv_dtype != "int8"
-    return pytest.param(case, id=case.label, marks=[pytest.mark.nightly] if rounds else [])
-
-
-@pytest.mark.parametrize("case", [in_turn(case) for case in quality.CASES])
+@pytest.mark.parametrize("case", quality.CASES, ids=lambda case: case.label)
 def test_a_format_keeps_its_bound(
     kernels: library.Library, embedded: ResolvedModel, floats: Path, wanted: Sequence[Continuation], case: quality.Case
 ) -> None:
