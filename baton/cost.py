@@ -87,8 +87,9 @@ class StepCost:
     def seconds(self, shape: StepShape) -> float:
         """One step."""
         if not shape.sequences:
-            return self.chunk + self._adds(shape)
-        decode, adds = self.decode(shape.sequences, shape.resident_tokens), self._adds(shape)
+            return self.chunk + self._adds(shape.new_tokens, shape.pairs)
+        decode = self.decode(shape.sequences, shape.resident_tokens)
+        adds = self._adds(shape.new_tokens, shape.pairs)
         return self.mixed * (decode + adds) if shape.new_tokens else decode
 
     def decode(self, sequences: float, resident_tokens: float) -> float:
@@ -98,7 +99,7 @@ class StepCost:
     def prefill(self, new_tokens: int, cached_tokens: int, chunk_tokens: int) -> float:
         """A whole prompt, computed alone in chunks of at most `chunk_tokens`."""
         chunks = -(-new_tokens // chunk_tokens)
-        return chunks * self.chunk + self.per_token * new_tokens + self.per_pair * pairs(new_tokens, cached_tokens)
+        return chunks * self.chunk + self._adds(new_tokens, pairs(new_tokens, cached_tokens))
 
     def fits(self, seconds: float, cached_tokens: int, most: int) -> int:
         """The largest chunk behind `cached_tokens` that adds at most so much to a step; 0 to `most` tokens."""
@@ -132,8 +133,8 @@ class StepCost:
         wanted = fixed_s * (1 / FIXED_SHARE - 1)
         return most if wanted >= self.per_token * most else math.ceil(wanted / self.per_token)
 
-    def _adds(self, shape: StepShape) -> float:
-        return self.per_token * shape.new_tokens + self.per_pair * shape.pairs
+    def _adds(self, new_tokens: int, attended: float) -> float:
+        return self.per_token * new_tokens + self.per_pair * attended
 
 
 def pairs(new_tokens: int, cached_tokens: int) -> float:

@@ -76,9 +76,6 @@ class PrefillLedger:
 
     def queue(self, now: float) -> list[Queued]:
         """What is left to do, in order of rank. What takes longer than predicted is taken to be nearly done."""
-        if not self._order:  # most workers', most of the time
-            self._at = now
-            return []
         self._pass(now)
         found, under_way = [], True
         for _, attempt in self._order:

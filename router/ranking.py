@@ -40,26 +40,22 @@ class Ranking:
 
         O(count + workers in `cached` + workers that changed * log workers), and past all that may not be taken.
         """
-        if self._changed:
-            self._refresh()
+        self._refresh()
         workers = self._workers
         saving: list[Key] = []
         for worker, saved in cached.items():
             number = self._numbers.get(worker)
             if number is not None and (may is None or may(worker)):
                 saving.append((*self._key(worker, saved), number))
-        found: list[Worker] = []
-        keys: list[Key] = []
+        others: list[Key] = []
         for key in self._order:
+            if len(others) == count:
+                break
             worker = workers[int(key[-1])]
             if (not saving or worker not in cached) and (may is None or may(worker)):
-                found.append(worker)
-                keys.append(key)
-                if len(found) == count:
-                    break
-        if not saving:
-            return found
-        return [workers[int(key[-1])] for key in sorted(keys + saving)[:count]]
+                others.append(key)
+        found = sorted(others + saving)[:count] if saving else others
+        return [workers[int(key[-1])] for key in found]
 
     def _refresh(self) -> None:
         order, keys = self._order, self._keys

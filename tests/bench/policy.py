@@ -32,20 +32,19 @@ from tests.bench.goodput import (
     rate_at,
     row_of,
 )
-from tests.bench.idle import STEP_SEQUENCES, Idle
+from tests.bench.idle import STEP_SEQUENCES, STEP_TOKENS, Idle
 from tests.bench.replica import CHUNK, Machine, Replica
 from tests.bench.report import Row, publish, spread
 
 PATHS: dict[str, PathChoice] = {"disaggregated": "disaggregated", "adaptive": "adaptive", "colocated": "direct"}
 RATES = {"tpot": (5.0, 7.0, 8.0, 9.0, 10.0), "ttft": (1.5, 2.5, 3.5, 4.5), "middle": (2.0, 4.0, 5.0, 6.0)}
-STEP_TOKENS = 96
-"""Of each of the eight sequences of the idle step: 64 of their prompt, and half of 64."""
 
 
 def idle_of(cost: StepCost, workload: Workload, corner: str) -> Idle:
     """What the unloaded machine takes."""
     prompts = workload.idle_prompts(corner)
-    step = cost.decode(STEP_SEQUENCES, STEP_SEQUENCES * STEP_TOKENS)
+    held = STEP_TOKENS + STEP_TOKENS // 2  # a prompt, and half of an answer as long
+    step = cost.decode(STEP_SEQUENCES, STEP_SEQUENCES * held)
     return Idle({tokens: (cost.prefill(tokens, 0, CHUNK) + TRIP_S) * 1e3 for tokens in prompts}, step * 1e3)
 
 
