@@ -63,7 +63,7 @@ class DecodeRole:
         self.pool = pool
         self.fingerprint = fingerprint
         self.transports = transports
-        self.ledger = GrantLedger(pool, limits, self._on_abort)
+        self.ledger = GrantLedger(pool, limits, self._on_abort, counts=counts)
         self.writers: Writers | None = None
         self._max_sequences = max_sequences
         self._chunk_tokens = chunk_tokens

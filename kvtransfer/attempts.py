@@ -28,7 +28,6 @@ class AttemptMemory:
         self._limit = limit
         self._attempts: dict[AttemptKey, _Attempt] = {}
         self._ended: LeaseTable[AttemptKey] = LeaseTable()
-        self.forgotten_early = 0
 
     @property
     def tombstones(self) -> int:
@@ -80,13 +79,9 @@ class AttemptMemory:
         for attempt in self._ended.expire(now):
             del self._attempts[attempt]
 
-    def next_deadline(self) -> float | None:
-        return self._ended.next_deadline()
-
     def _bury(self, attempt: AttemptKey, now: float) -> None:
         self._ended.grant(attempt, now, self._seconds)
         while len(self._ended) > self._limit:
             oldest = self._ended.pop_earliest()
             assert oldest is not None, "an empty table is over its limit"
             del self._attempts[oldest]
-            self.forgotten_early += 1

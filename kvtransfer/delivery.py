@@ -54,7 +54,6 @@ class Delivery:
         self.block_tokens = block_tokens
         self.state = DeliveryState.AWAITING_GRANT
         self.reason = ""
-        self.counters: Counter[str] = Counter()
         self._computed = 0
         self._first_token_known = False
         self._ticket: Ticket | None = None
@@ -95,9 +94,7 @@ class Delivery:
         """The receiver has reserved room."""
         if ticket.key != self.key or self.state is not DeliveryState.AWAITING_GRANT:
             if self._ticket == ticket or (ticket.key == self.key and self.state is DeliveryState.RELEASED):
-                self.counters["grant_duplicate"] += 1
                 return GrantAnswer.DUPLICATE
-            self.counters["grant_stale"] += 1
             if ticket.key != self.key or self.state is DeliveryState.FAILED:
                 self._to_close.add(ticket.key)
             return GrantAnswer.STALE
@@ -112,7 +109,6 @@ class Delivery:
     def refused(self, key: HandoffKey, reason: str) -> bool:
         """The receiver has no room for this handoff; it holds nothing of it. False when that is old news."""
         if key != self.key or self.state is not DeliveryState.AWAITING_GRANT:
-            self.counters["refused_stale"] += 1
             return False
         self._end(reason, close=False)
         return True
@@ -154,7 +150,6 @@ class Delivery:
     def committed(self, key: HandoffKey) -> bool:
         """The sequence is resident. False when that is old news, or cannot be true."""
         if key != self.key or self.state is not DeliveryState.COMMITTING:
-            self.counters["committed_stale"] += 1
             return False
         self.state = DeliveryState.RELEASED
         return True
@@ -162,7 +157,6 @@ class Delivery:
     def aborted(self, key: HandoffKey, reason: str) -> bool:
         """The receiver gave the handoff up, and waits for our Closed. False when that is old news."""
         if key != self.key:
-            self.counters["abort_stale"] += 1
             self._to_close.add(key)
             return False
         if self.state in (DeliveryState.FAILED, DeliveryState.RELEASED):
@@ -177,7 +171,6 @@ class Delivery:
         """Start over with a higher handoff number. False when it is not higher, or the sequence is resident."""
         assert key.attempt == self.key.attempt, "a rebind stays within its attempt"
         if key.handoff <= self.key.handoff or self.state is DeliveryState.RELEASED:
-            self.counters["rebind_stale"] += 1
             return False
         self._end("bound anew", close=True)
         self.key = key

@@ -12,7 +12,7 @@ writes end with the writer's word (shm), the transport's `revoked`, or the end o
 nothing. Blocks enter the prefix index only when the sequence becomes RESIDENT.
 
 Messages may be duplicated, late or reordered. Those about an unknown, finished or superseded handoff, or with another
-generation, change nothing and are counted in `counters`.
+generation, change nothing and are counted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from baton.spec import AttemptKey, HandoffKey
+from baton.telemetry import Counts
 from kvtransfer.attempts import AttemptMemory
 from kvtransfer.handoff import WRITE_TOKEN_BYTES, Aborted, Grant, Refusal, RefusalReason, Ticket
 from kvtransfer.leases import LeaseTable
@@ -54,10 +55,11 @@ class GrantLedger:
         limits: LedgerLimits | None = None,
         on_abort: Callable[[Aborted], None] | None = None,
         mint_token: Callable[[], bytes] = lambda: secrets.token_bytes(WRITE_TOKEN_BYTES),
+        counts: Counts | None = None,
     ) -> None:
         self.pool = pool
         self.limits = limits or LedgerLimits()
-        self.counters: Counter[str] = Counter()
+        self.counts = counts or Counts()
         self._on_abort = on_abort
         self._mint_token = mint_token
         self._entries: dict[HandoffKey, _Entry] = {}
@@ -116,7 +118,7 @@ class GrantLedger:
             return Outcome.ALREADY
         arrived = set(indices)
         if any(entry.grant.ticket.destination(index) is None for index in arrived):
-            self.counters["landed_conflict"] += 1
+            self.counts.add("grant_landed_conflict")
             return Outcome.CONFLICT
         entry.missing -= arrived
         entry.state = GrantState.RECEIVING
@@ -131,7 +133,7 @@ class GrantLedger:
         if entry.state is GrantState.RESIDENT:
             return Outcome.ALREADY
         if blocks != len(entry.grant.ticket.writable):
-            self.counters["commit_conflict"] += 1
+            self.counts.add("grant_commit_conflict")
             return Outcome.CONFLICT
         if not entry.committed:
             entry.committed, entry.payload = True, payload
@@ -151,7 +153,7 @@ class GrantLedger:
         entry.quarantined = self.pool.quarantine(grant.written)
         text = message or f"handoff given up: {reason.name.lower()}"
         self._attempts.ended(Refusal(key, reason, text), now)
-        self.counters[f"abort_{reason.name.lower()}"] += 1
+        self.counts.add(f"grant_abort_{reason.name.lower()}")
         if proven:
             self._free(entry)
         if self._on_abort is not None:
@@ -171,7 +173,7 @@ class GrantLedger:
         """No more bytes of this handoff can arrive. Ends its quarantine; False, and no change, when it has none."""
         entry = self._entries.get(key)
         if entry is None or entry.state is not GrantState.ABORTING:
-            self.counters["proof_late"] += 1
+            self.counts.add("grant_proof_late")
             return False
         self._free(entry)
         return True
@@ -209,17 +211,12 @@ class GrantLedger:
             self.abort(key, RefusalReason.EXPIRED, now, "the handoff took too long")
         self._attempts.expire(now)
 
-    def next_deadline(self) -> float | None:
-        """When to call `expire` next, in monotonic seconds; None when nothing can expire."""
-        tables = (self._writers, self._handoffs, self._attempts)
-        return min((d for table in tables if (d := table.next_deadline()) is not None), default=None)
-
     def release(self, key: HandoffKey, now: float, digests: Sequence[bytes] = ()) -> bool:
         """A resident is finished: give its blocks back. Those that carry a digest stay CACHED; `digests` names the
         complete blocks from the start of the sequence, output included, for the next turn. False when not resident."""
         entry = self._entries.get(key)
         if entry is None or entry.state is not GrantState.RESIDENT:
-            self.counters["release_late"] += 1
+            self.counts.add("grant_release_late")
             return False
         self._index(entry.grant.table, digests)
         del self._entries[key]
@@ -251,7 +248,6 @@ class GrantLedger:
             quarantined_blocks=sum(len(entry.quarantined) for entry in self._entries.values()),
             writers=len(self._writers),
             tombstones=self._attempts.tombstones,
-            counters=dict(self.counters),
         )
 
     def check_integrity(self) -> None:
@@ -279,7 +275,7 @@ class GrantLedger:
         if grant.writer != writer:
             return self._count(Refusal(grant.key, RefusalReason.EXPIRED, "the handoff belongs to another sender"))
         self._writers.heard(writer, now)
-        self.counters["open_duplicate"] += 1
+        self.counts.add("grant_open_duplicate")
         return grant
 
     def _reserve(
@@ -304,10 +300,10 @@ class GrantLedger:
     def _current(self, key: HandoffKey, generation: int, what: str) -> _Entry | None:
         entry = self._entries.get(key)
         if entry is None or entry.state is GrantState.ABORTING:
-            self.counters[f"{what}_late"] += 1
+            self.counts.add(f"grant_{what}_late")
             return None
         if entry.grant.generation != generation:
-            self.counters[f"{what}_wrong_generation"] += 1
+            self.counts.add(f"grant_{what}_wrong_generation")
             return None
         return entry
 
@@ -319,7 +315,7 @@ class GrantLedger:
         self._handoffs.drop(key)
         self._writers.discard(entry.grant.writer, entry.grant.key)
         self._index(entry.grant.table, entry.digests)
-        self.counters["resident"] += 1
+        self.counts.add("grant_resident")
         return Outcome.RESIDENT
 
     def _index(self, table: Sequence[int], digests: Sequence[bytes]) -> None:
@@ -333,5 +329,5 @@ class GrantLedger:
         self._writers.discard(entry.grant.writer, entry.grant.key)
 
     def _count(self, refusal: Refusal) -> Refusal:
-        self.counters[f"refused_{refusal.reason.name.lower()}"] += 1
+        self.counts.add(f"grant_refused_{refusal.reason.name.lower()}")
         return refusal

@@ -68,10 +68,6 @@ class LeaseTable(Generic[K]):
         """Remove and return the key that would expire first; None when the table is empty."""
         return None if self.next_deadline() is None else self._pop()
 
-    def until(self, key: K) -> float | None:
-        """The key's deadline, in monotonic seconds."""
-        return self._until.get(key)
-
     def next_deadline(self) -> float | None:
         """The earliest deadline, in monotonic seconds; None without a lease."""
         while self._heap:

@@ -55,7 +55,6 @@ class LedgerStatistics:
     quarantined_blocks: int
     writers: int
     tombstones: int
-    counters: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,3 @@ class Writers:
         """The writers whose lease ran out by `now`."""
         self._ended.expire(now)
         return self._leases.expire(now)
-
-    def next_deadline(self) -> float | None:
-        deadlines = (self._leases.next_deadline(), self._ended.next_deadline())
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)

@@ -13,8 +13,6 @@ from baton.config import RouterConfig
 from baton.errors import Unavailable
 from baton.identity import mint_process
 from baton.rpc import collector, net
-from baton.rpc.corks import Corks
-from baton.rpc.poller import Poller, running
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
@@ -41,11 +39,8 @@ class Router:
         self.config, self.counts = config, Counts()
         self.process = mint_process("router", config.listen, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
-        self._poller, self.corks = Poller(), Corks(self.executor)
         self.placer = Placer(config.path, self.counts)
-        self.requests = Requests(
-            config.max_requests, self.counts, self.placer, config.prefix_index_blocks, self._poller, self.corks
-        )
+        self.requests = Requests(config.max_requests, self.counts, self.placer, config.prefix_index_blocks)
         self.registry = Registry(
             self._identity,
             config.lease_s,
@@ -68,12 +63,9 @@ class Router:
 
     async def start(self) -> None:
         """Serves from here on; ready once workers have joined. Raises ConfigError when the address can't be used."""
-        generation = GenerationService(
-            self.config, self._identity, self.registry, self.requests, self.executor, self.corks
-        )
+        generation = GenerationService(self.config, self._identity, self.registry, self.requests, self.executor)
         registry = RegistryService(self.registry, self._identity)
         admin = AdminService(self._identity, self.registry, self.requests, self.counts, self.placer.explanations)
-        threads = running()
         try:
             self._server = await net.start_server(
                 self.config.listen,
@@ -86,7 +78,6 @@ class Router:
         except BaseException:
             self.executor.shutdown(wait=False)
             raise
-        self._poller.find(threads)
         self.process = replace(self.process, address=self._server.address)
         self._readiness = asyncio.create_task(self._follow_readiness(self._server), name="readiness")
 

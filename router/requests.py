@@ -17,8 +17,6 @@ import structlog
 
 from baton.errors import BatonError, Internal, InvalidArgument, ResourceExhausted
 from baton.rpc.convert import logprobs_from_wire, process_to_wire, spec_to_wire
-from baton.rpc.corks import Corks
-from baton.rpc.poller import Poller
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
@@ -34,9 +32,6 @@ from router.streams import ClientStream
 from router.worker import Worker
 
 CANCELLING_LIMIT = 16_384
-BURST = 8
-"""Tokens in one frame from which on gRPC's poller is kept waiting (telling it, twice, takes 2 us), and connections with
-many streams are corked."""
 FULL_RETRY_S = 1.0
 log = structlog.get_logger(__name__)
 
@@ -44,12 +39,8 @@ log = structlog.get_logger(__name__)
 class Requests:
     """The table of live requests. Implements their `Port`."""
 
-    def __init__(
-        self, max_requests: int, counts: Counts, placer: Placer, prefix_blocks: int, poller: Poller, corks: Corks
-    ) -> None:
-        """`poller` and `corks` are entered while the tokens of a frame with many are written."""
+    def __init__(self, max_requests: int, counts: Counts, placer: Placer, prefix_blocks: int) -> None:
         self._max, self._counts, self._placer = max_requests, counts, placer
-        self._poller, self._corks = poller, corks
         self.prefixes = Prefixes(prefix_blocks, counts)
         self._labels: set[tuple[str, str]] = set()
         self._live: dict[AttemptKey, tuple[Request, ServedModel, Digests]] = {}
@@ -160,15 +151,8 @@ class Requests:
                 request.on_started(worker, message.queue_ms, message.cached_tokens)
 
     def _on_tokens(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        runs = frame.tokens.runs
-        if len(runs) < BURST:
-            return self._push(worker, runs)
-        with self._poller, self._corks:
-            return self._push(worker, runs)
-
-    def _push(self, worker: Worker, runs: Iterable[wire.TokenRun]) -> None:
         live = self._live
-        for run in runs:  # once per token: no context manager here
+        for run in frame.tokens.runs:  # once per token: no context manager here
             entry = live.get(run.attempt)
             if entry is None:
                 self._counts.add("late_messages")

@@ -14,7 +14,6 @@ from baton.config import RouterConfig
 from baton.errors import BatonError, DeadlineExceeded, ResourceExhausted, Unavailable
 from baton.identity import mint_attempt
 from baton.objectives import Defaults
-from baton.rpc.corks import Corks
 from baton.rpc.status import abort
 from baton.spec import ProcessRef, SequenceSpec
 from baton.v1 import generation_pb2 as gen
@@ -47,9 +46,8 @@ class GenerationService:
         registry: Registry,
         requests: Requests,
         executor: Executor,
-        corks: Corks,
     ) -> None:
-        self._config, self._router, self._corks = config, router, corks
+        self._config, self._router = config, router
         self._registry, self._requests, self._executor = registry, requests, executor
         self._defaults = Defaults(config.slo)
         self._tokenising = 0
@@ -113,8 +111,7 @@ class GenerationService:
             stream = ClientStream(self._config.client_buffer_tokens)
             request = self._requests.start(order, model, stream)
             try:
-                with self._corks.stream(context.peer()) as before_write:
-                    await _deliver(request, model.card.name, stream, context, before_write)
+                await _deliver(request, model.card.name, stream, context)
             finally:
                 request.cancel("the client went away")
 
@@ -175,9 +172,7 @@ def add_generation(servicer: Any, server: Any) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
-async def _deliver(
-    request: Request, model: str, stream: ClientStream, context: Any, before_write: Callable[[], None]
-) -> None:
+async def _deliver(request: Request, model: str, stream: ClientStream, context: Any) -> None:
     """Writes the stream to the client until it ends; raises the error that ended it."""
     task = asyncio.current_task()
     assert task is not None
@@ -189,7 +184,6 @@ async def _deliver(
         task.cancel()
 
     def send(piece: Piece) -> Coroutine[Any, None, None]:
-        before_write()
         write: Coroutine[Any, None, None] = context.write(tokens(piece))
         return write
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from baton.bench.metrics import counted
-from baton.bench.records import Record, values
+from baton.bench.records import Record
 from baton.bench.results import Measurement
 from baton.bench.svg import Chart, Line
 from baton.bench.sweep import Point
@@ -104,8 +104,3 @@ def _attained(points: Sequence[Point], wanted: float) -> Chart:
     line = Line("attainment", [(point.rate, point.attainment * 100) for point in known], dots=True)
     level = [(wanted * 100, f"wanted: {wanted:.0%}")]
     return Chart("Attainment over rate", "requests / s sent", "% kept", [line], y_most=100.0, levels=level)
-
-
-def worst_gap(records: Sequence[Record]) -> float | None:
-    """The longest silence in any stream, in milliseconds."""
-    return max(values(list(records), lambda record: max(record.gaps_ms, default=None)), default=None)

@@ -64,11 +64,6 @@ class ModelConfig:
     qk_norm: bool = False
 
     @property
-    def queries_per_kv(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.heads // self.kv_heads
-
-    @property
     def qkv_rows(self) -> int:
         """Rows of the fused projection: all query heads, then keys, then values."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim

@@ -61,13 +61,7 @@ class Reactor:
         self._thread.join(JOIN_SECONDS)
         assert not self._thread.is_alive(), "a transport's callback blocks"
 
-    def watch(
-        self,
-        fd: int,
-        ready: Callable[[int], None],
-        late: Callable[[], None] | None = None,
-        events: int = select.EPOLLIN,
-    ) -> None:
+    def watch(self, fd: int, ready: Callable[[int], None], late: Callable[[], None] | None = None) -> None:
         """Call `ready(epoll events)` while `fd` is ready, and `late` when a deadline that `limit` set passes."""
         self._watched[fd] = (ready, late)
         self._epoll.register(fd, select.EPOLLIN)

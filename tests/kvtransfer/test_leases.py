@@ -36,7 +36,7 @@ def test_a_renewal_never_shortens_and_a_grant_may() -> None:
     table: LeaseTable[str] = LeaseTable()
     table.grant("a", 0.0, 10.0)
     assert table.renew("a", 0.0, 1.0)
-    assert table.until("a") == 10.0
+    assert table.next_deadline() == 10.0
     table.grant("a", 0.0, 2.0)
     assert table.expire(2.0) == ["a"]
 
