@@ -55,7 +55,7 @@ test-gpu: model ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-nccl: $(CUDA)/.ready-$(KEY) model ## the nccl transport with the real library (the extra [cuda]); with a GPU, on it
-	$(CUDA)/bin/python -m pytest tests/kvtransfer/test_nccl_library.py tests/kvtransfer/test_nccl_gpu.py $(ARGS)
+	$(CUDA)/bin/python -m pytest tests/kvtransfer/transports/test_nccl_library.py tests/kvtransfer/transports/test_nccl_gpu.py $(ARGS)
 
 # An environment inside .venv, on top of it: the extra is half a gigabyte, and nothing else needs it.
 $(CUDA)/.ready-$(KEY): $(STAMP)
@@ -96,43 +96,43 @@ pins: $(STAMP) ## write constraints.txt from what .venv has now
 	@$(BIN)/python scripts/pins.py
 
 bench-overhead: model ## what the cluster adds to the engine's own time to first token
-	$(BIN)/python -m tests.bench.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.compute.overhead $(ARGS)
 
 bench-engine: model ## our engine beside the peers of PEERS=DIR, or beside the hardware's limit alone
-	$(BIN)/python -m tests.bench.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+	$(BIN)/python -m benchmarks.compute.engine $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 bench-router: model ## what the router costs a placement, a token and a request, with simulated workers
-	$(BIN)/python -m tests.bench.router $(ARGS)
+	$(BIN)/python -m benchmarks.serving.router $(ARGS)
 
 cost-model: model ## the JSON for --cost-model: what a step of the real engine costs on this machine
-	$(BIN)/python -m tests.bench.costs
+	$(BIN)/python -m benchmarks.compute.costs
 
 bench-quality: model ## what each weight and KV format costs in quality, and deterministic mode in time
-	$(BIN)/python -m tests.bench.quality $(ARGS)
+	$(BIN)/python -m benchmarks.quality.quality $(ARGS)
 
 bench-burst: model ## what a burst of long prompts does to streams in progress; PEERS=DIR puts vLLM beside it
-	$(BIN)/python -m tests.bench.burst $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+	$(BIN)/python -m benchmarks.serving.burst $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 bench-goodput: model ## the highest rate that keeps 90 % of requests within CORNER=tpot|ttft|middle; TRACE=FILE replays lengths
-	$(BIN)/python -m tests.bench.goodput --corner $(or $(CORNER),tpot) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+	$(BIN)/python -m benchmarks.serving.goodput --corner $(or $(CORNER),tpot) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 bench-policy: model ## the same three ways in simulated time: thousands of requests in seconds, the same every time
-	$(BIN)/python -m tests.bench.policy $(if $(CORNER),--corner $(CORNER)) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+	$(BIN)/python -m benchmarks.simulated.policy $(if $(CORNER),--corner $(CORNER)) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 bench-promises: model ## whether promised first tokens come in time, below and above the capacity (8 minutes)
-	$(BIN)/python -m tests.bench.promises $(ARGS)
+	$(BIN)/python -m benchmarks.serving.promises $(ARGS)
 
 bench-kv: model ## block transfers beside plain copies, a raw socket and, where it is installed, NIXL
-	$(BIN)/python -m tests.bench.kv $(ARGS)
+	$(BIN)/python -m benchmarks.transfer.kv $(ARGS)
 
 bench-handoff: model ## what the handoff costs an idle 1+1, and what it costs those that decode
-	$(BIN)/python -m tests.bench.handoff $(ARGS)
+	$(BIN)/python -m benchmarks.transfer.handoff $(ARGS)
 
 bench-prefix: $(STAMP) ## prefilled tokens that cached prefixes save, beside a perfect cache; TRACE=FILE replays a Mooncake trace
-	$(BIN)/python -m tests.bench.prefix $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+	$(BIN)/python -m benchmarks.simulated.prefix $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 profile: model ## where a step's time goes
-	$(BIN)/python -m tests.bench.profile $(ARGS)
+	$(BIN)/python -m benchmarks.compute.profile $(ARGS)
 
 clean: ## remove caches and build output; .venv and the model stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The decode role: takes sequences over and streams their tokens."""

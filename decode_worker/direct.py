@@ -14,23 +14,23 @@ from dataclasses import dataclass, field
 
 from baton.cost import StepCost
 from baton.engine.api import Sequence
-from baton.engine.prompt_queue import PromptQueue
 from baton.errors import InvalidArgument
 from baton.rpc.convert import spec_from_wire
-from baton.rpc.worker_service import RouterSession
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
+from baton.worker.prompt_queue import PromptQueue
+from baton.worker.service import RouterSession
 from decode_worker.records import PromptHere, Resident
 from decode_worker.residents import Residents
-from kvtransfer.admission import Admission
+from kvtransfer.blocks.admission import Admission
 
 INTERNAL, EXHAUSTED = 13, 8  # google.rpc.Code
 
 
 @dataclass(slots=True)
 class WaitingPrompt:
-    """Implements `baton.engine.prompt_queue.Waiting`."""
+    """Implements `baton.worker.prompt_queue.Waiting`."""
 
     spec: SequenceSpec
     router: RouterSession

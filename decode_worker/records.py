@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.rpc.worker_service import RouterSession
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec, TokenLogprobs
 from baton.v1 import worker_pb2 as wire
+from baton.worker.service import RouterSession
 from decode_worker.scheduler import Expected
-from kvtransfer.admission import Room
-from kvtransfer.handoff import Aborted
+from kvtransfer.blocks.admission import Room
+from kvtransfer.handoffs.messages import Aborted
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator
 
 from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
-from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import run_to_wire
-from baton.rpc.results import TokenFrames, for_each
 from baton.spec import AttemptKey
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
+from baton.worker.results import TokenFrames, for_each
+from baton.worker.runner import Runner, StepItem, StepReport
 from decode_worker.records import Resident
 from decode_worker.scheduler import DecodeScheduler
-from kvtransfer.admission import Admission
-from kvtransfer.grants import GrantLedger
-from kvtransfer.pool import BlockPool
-from kvtransfer.prefix import block_digests
+from kvtransfer.blocks.admission import Admission
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.blocks.prefix import block_digests
+from kvtransfer.handoffs.grants import GrantLedger
 
 INTERNAL = 13  # google.rpc.Code
 

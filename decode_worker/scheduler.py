@@ -29,7 +29,7 @@ class Expected(NamedTuple):
 
 
 class DecodeScheduler:
-    """Implements `baton.engine.runner.Scheduler`. Admission bounds the residents, so none ever waits for a turn."""
+    """Implements `baton.worker.runner.Scheduler`. Admission bounds the residents, so none ever waits for a turn."""
 
     def __init__(
         self,

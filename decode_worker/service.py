@@ -1,6 +1,6 @@
 """The decode role: grants room, takes sequences over when their KV has landed, and streams their tokens.
 
-    GRANTED -> RECEIVING -> RESIDENT -> RELEASED       (`kvtransfer.grants` owns the states up to RESIDENT)
+    GRANTED -> RECEIVING -> RESIDENT -> RELEASED       (`kvtransfer.handoffs.grants` owns the states up to RESIDENT)
 
 A sequence's blocks are the ledger's. Until it is resident, whoever aborts it frees them through the ledger (perhaps
 after a quarantine). From then on `decode_worker.residents` has it; and a prompt that is computed here, from its start.
@@ -15,23 +15,23 @@ import structlog
 
 from baton.cost import HANDOFF_S, CostModel
 from baton.engine.api import Engine, Sequence
-from baton.engine.load_report import load_report
 from baton.handoff_times import HandoffTimes
 from baton.rpc.convert import run_to_wire, spec_from_wire
-from baton.rpc.load import LoadReporter
-from baton.rpc.worker_service import RouterSession, WorkerService
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
+from baton.worker.load_report import load_report
+from baton.worker.load_reporter import LoadReporter
+from baton.worker.service import RouterSession, WorkerService
 from decode_worker.direct import DirectPrompts
 from decode_worker.records import FirstToken, Pending, Resident, Writers
 from decode_worker.residents import Residents
 from decode_worker.scheduler import DecodeScheduler
-from kvtransfer.admission import Admission
-from kvtransfer.grants import GrantLedger
-from kvtransfer.handoff import Aborted, Grant, Refusal, RefusalReason
-from kvtransfer.outcomes import GrantState, LedgerLimits, Outcome
-from kvtransfer.pool import BlockPool
+from kvtransfer.blocks.admission import Admission
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.grants import GrantLedger
+from kvtransfer.handoffs.messages import Aborted, Grant, Refusal, RefusalReason
+from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
 from kvtransfer.transports.base import Transport
 
 SLOT_RETRY_S = 0.25

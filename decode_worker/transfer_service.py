@@ -10,7 +10,6 @@ from typing import Any
 import structlog
 
 from baton import errors
-from baton.engine.wire import layout_from_wire
 from baton.identity import fingerprint_difference, host_id
 from baton.rpc.convert import (
     handoff_from_wire,
@@ -26,10 +25,11 @@ from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
 from baton.v1 import worker_pb2
 from baton.v1.transfer_pb2_grpc import TransferServicer
+from baton.worker.wire import layout_from_wire
 from decode_worker.records import FirstToken
 from decode_worker.service import DecodeRole
-from kvtransfer.handoff import Aborted, Grant, Refusal
-from kvtransfer.outcomes import GrantState, Outcome
+from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
+from kvtransfer.handoffs.outcomes import GrantState, Outcome
 
 PROTOCOL_VERSION = 1
 HANDSHAKE_S = 5.0

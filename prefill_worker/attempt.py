@@ -20,14 +20,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from baton.engine.api import Sequence
-from baton.engine.runner import StepItem
-from baton.rpc.worker_service import RouterSession
 from baton.spec import AttemptKey, FinishReason, HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
-from kvtransfer.delivery import Delivery
-from kvtransfer.handoff import RefusalReason
-from prefill_worker.outbound import Outbound
-from prefill_worker.sender import Sender
+from baton.worker.runner import StepItem
+from baton.worker.sending.outbound import Outbound
+from baton.worker.sending.sender import Sender
+from baton.worker.service import RouterSession
+from kvtransfer.handoffs.delivery import Delivery
+from kvtransfer.handoffs.messages import RefusalReason
 
 
 class State(enum.Enum):

@@ -24,7 +24,7 @@ WORTH = 4
 
 
 class PrefillScheduler:
-    """Implements `baton.engine.runner.Scheduler`. A sequence is out of it as soon as its first token is drawn."""
+    """Implements `baton.worker.runner.Scheduler`. A sequence is out of it as soon as its first token is drawn."""
 
     def __init__(self, chunk_tokens: int, cost: Callable[[], StepCost] = StepCost) -> None:
         """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits. Where the

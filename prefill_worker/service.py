@@ -14,25 +14,25 @@ import structlog
 from baton import errors
 from baton.cost import CostModel
 from baton.engine.api import Engine
-from baton.engine.load_report import load_report
-from baton.engine.prompt_queue import PromptQueue
-from baton.engine.runner import Runner, StepItem, StepReport
 from baton.rpc.convert import process_from_wire, run_to_wire, spec_from_wire
-from baton.rpc.load import LoadReporter
-from baton.rpc.results import TokenFrames, for_each
-from baton.rpc.worker_service import RouterSession, WorkerService
 from baton.spec import AttemptKey, FinishReason, HandoffKey
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
-from kvtransfer.admission import Admission
-from kvtransfer.handoff import RefusalReason
-from kvtransfer.pool import BlockPool
+from baton.worker.load_report import load_report
+from baton.worker.load_reporter import LoadReporter
+from baton.worker.prompt_queue import PromptQueue
+from baton.worker.results import TokenFrames, for_each
+from baton.worker.runner import Runner, StepItem, StepReport
+from baton.worker.sending.outbound import Outbound
+from baton.worker.sending.senders import Senders
+from baton.worker.service import RouterSession, WorkerService
+from kvtransfer.blocks.admission import Admission
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.messages import RefusalReason
 from kvtransfer.transports.base import Transport
 from prefill_worker.attempt import Attempt, State, handoff_failed
-from prefill_worker.outbound import Outbound
 from prefill_worker.scheduler import PrefillScheduler
-from prefill_worker.senders import Senders
 from prefill_worker.tombstones import Tombstones
 
 HOLD_S = 120.0

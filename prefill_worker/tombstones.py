@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton.spec import AttemptKey
-from kvtransfer.leases import LeaseTable
+from kvtransfer.handoffs.leases import LeaseTable
 
 SECONDS = 120.0
 LIMIT = 100_000

@@ -17,11 +17,11 @@ from baton.telemetry import Counts
 from baton.v1 import admin_pb2 as admin
 from baton.v1 import worker_pb2 as wire
 from baton.v1.admin_pb2_grpc import AdminServicer
-from router.explanations import Explanation, Explanations
-from router.promises import Accuracy
-from router.registry import Registry
-from router.requests import Requests
-from router.worker import Worker
+from router.placement.accuracy import Accuracy
+from router.placement.explanations import Explanation, Explanations
+from router.requests.table import Requests
+from router.workers.registry import Registry
+from router.workers.worker import Worker
 
 ROLES = {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE}
 

@@ -18,11 +18,11 @@ from baton.telemetry import Counts
 from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
 from router.admin import AdminService
-from router.placing import Placer
-from router.registry import NOBODY_RETRY_S, Registry
-from router.registry_service import RegistryService
-from router.requests import Requests
-from router.service import GenerationService, add_generation
+from router.clients.service import GenerationService, add_generation
+from router.requests.placer import Placer
+from router.requests.table import Requests
+from router.workers.registry import NOBODY_RETRY_S, Registry
+from router.workers.service import RegistryService
 
 STOP_GRACE_S = 2.0
 """How long calls may take to end once their requests have."""

@@ -17,7 +17,7 @@ from baton import errors
 from baton.cli.app import app
 from baton.config import RouterConfig, WorkerConfig
 from baton.rpc.status import KINDS, code_of
-from router.handoff import Refusal
+from router.requests.handoff import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

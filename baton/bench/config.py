@@ -10,8 +10,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from baton.bench.classes import TrafficClass, parse_classes
-from baton.bench.lengths import parse_lengths
+from baton.bench.schedule.classes import TrafficClass, parse_classes
+from baton.bench.schedule.lengths import parse_lengths
 from baton.client.types import WhenUnmet
 from baton.config import require
 from baton.errors import ConfigError

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from baton.bench.config import DEFAULT_RATE, LoadConfig, SweepConfig
-from baton.bench.driver import Run, Watcher, run_plan
-from baton.bench.lengths import UNBOUNDED
-from baton.bench.plan import make_plan
-from baton.bench.results import Measurement, measure
+from baton.bench.figures.results import Measurement, measure
+from baton.bench.schedule.lengths import UNBOUNDED
+from baton.bench.schedule.plan import make_plan
+from baton.bench.schedule.traces import mean_rate, read_trace
+from baton.bench.sending.driver import Run, Watcher, run_plan
+from baton.bench.sending.target import Target, connect
 from baton.bench.sweep import Point, best, next_rate, shortfall
-from baton.bench.target import Target, connect
-from baton.bench.traces import mean_rate, read_trace
 from baton.config import require
 
 PART_SEEDS = 1_000_003

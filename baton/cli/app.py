@@ -13,7 +13,7 @@ from importlib.metadata import version as installed_version
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from baton.cli import bench, demo, generate, inspection, model, roles, up
+from baton.cli.commands import bench, demo, generate, inspection, model, roles, up
 from baton.cli.exits import DEBUG, OK, USAGE, report
 
 

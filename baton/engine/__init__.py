@@ -1,0 +1,1 @@
+"""Engines: one step computes both phases. `api` is the seam."""

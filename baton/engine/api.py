@@ -11,8 +11,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.cost import StepShape, pairs
 from baton.spec import NEVER_STOP, AttemptKey, Sampling, SequenceSpec, StopRule, TokenLogprobs
-from kvtransfer.layout import KvLayout
+from kvtransfer.blocks.layout import KvLayout
 
 
 @dataclass(slots=True)
@@ -100,3 +101,17 @@ class Engine(Protocol):
 
     def wake(self, blocks: Seq[int]) -> None:
         """Touches what a step over these blocks will read, after a rest. Reads only: a peer may be writing them."""
+
+
+def shape_of(batch: list[Work]) -> StepShape:
+    """What a step will compute, before it does: one token of a sequence counts as decoding."""
+    new = resident = sequences = 0
+    attended = 0.0
+    for work in batch:
+        if work.count == 1:
+            sequences += 1
+            resident += work.sequence.computed + 1
+        else:
+            new += work.count
+            attended += pairs(work.count, work.sequence.computed)
+    return StepShape(new, attended, sequences, resident)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import get_args
 
 from baton.config import WeightChoice
-from baton.engine import config as hf_config
-from baton.engine import gguf_config
-from baton.engine.config import ModelConfig
-from baton.engine.gguf_file import GgufFile
-from baton.engine.gguf_names import gguf_name
-from baton.engine.metadata import read_json
-from baton.engine.models import ResolvedModel
+from baton.engine.files import config as hf_config
+from baton.engine.files import gguf_config
+from baton.engine.files.config import ModelConfig
+from baton.engine.files.gguf_file import GgufFile
+from baton.engine.files.gguf_names import gguf_name
+from baton.engine.files.metadata import read_json
+from baton.engine.files.models import ResolvedModel
 from baton.engine.native.formats import OWN_GRIDS, format_of, layer_matrices, packed_bytes
 from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE
-from kvtransfer.layout import KvLayout
+from kvtransfer.blocks.layout import KvLayout
 
 KV_DTYPES = ("bfloat16", "int8", "float32")
 

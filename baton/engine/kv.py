@@ -6,7 +6,7 @@ import mmap
 
 import torch
 
-from kvtransfer.layout import KvLayout
+from kvtransfer.blocks.layout import KvLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What torch computes in; a pool of another dtype is bytes to it."""

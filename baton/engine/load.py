@@ -7,11 +7,11 @@ from typing import get_args
 import structlog
 
 from baton.config import KernelChoice, WeightChoice
-from baton.engine.card import ModelDescription
+from baton.engine.files.card import ModelDescription
 from baton.engine.kv import Buffer
 from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.engine import NativeEngine
-from baton.engine.torch_engine import TorchEngine, resolve_device
+from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError
 
 QUANTISED = ("int8", "int4")

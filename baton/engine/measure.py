@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator
 
 from baton.cost import StepShape
-from baton.engine.api import Engine, Sequence, Work
-from baton.engine.runner import shape_of
+from baton.engine.api import Engine, Sequence, Work, shape_of
 from baton.spec import Sampling
 
 LIMIT_S = 1.5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from baton.engine.api import Sequence
-from baton.engine.penalties import Penalties
+from baton.engine.sampling.penalties import Penalties
 
 
 @dataclass(slots=True)

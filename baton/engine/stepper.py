@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 
 from baton.engine.api import Sampled, Sequence, Work
-from baton.engine.card import ModelDescription
+from baton.engine.files.card import ModelDescription
 from baton.engine.kv import KvPool
-from baton.engine.sampler import Logits, logprobs, sample
+from baton.engine.sampling.sampler import Logits, logprobs, sample
 from baton.engine.state import state_of
 from baton.spec import Sampling, TokenLogprobs
-from kvtransfer.layout import KvLayout
+from kvtransfer.blocks.layout import KvLayout
 
 
 class Stepper(ABC):

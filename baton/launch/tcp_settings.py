@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from baton.config import WorkerConfig
 from baton.rpc.net import parse_address
-from kvtransfer.memory import PoolMemory
+from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports.base import ReceiverEvents
-from kvtransfer.transports.tcp import TcpTransport
-from kvtransfer.transports.tcp_stream import TlsContexts
+from kvtransfer.transports.tcp.stream import TlsContexts
+from kvtransfer.transports.tcp.transport import TcpTransport
 
 
 def tcp_transport(

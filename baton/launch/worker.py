@@ -15,9 +15,6 @@ import structlog
 
 from baton.config import WorkerConfig
 from baton.cost import CostModel
-from baton.engine.cache_events import CacheEvents
-from baton.engine.runner import Runner
-from baton.engine.wire import layout_to_wire
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
 from baton.launch.tcp_settings import tcp_transport
@@ -27,20 +24,23 @@ from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
 from baton.rpc import collector
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
-from baton.rpc.registration import Registration
-from baton.rpc.worker_service import RoleHandler, WorkerService, artifact_table
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import admin_pb2, admin_pb2_grpc, transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.worker.cache_events import CacheEvents
+from baton.worker.registration import Registration
+from baton.worker.runner import Runner
+from baton.worker.service import RoleHandler, WorkerService, artifact_table
+from baton.worker.wire import layout_to_wire
 from decode_worker.events import LoopEvents
 from decode_worker.service import DecodeRole
 from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
-from kvtransfer.outcomes import LedgerLimits
-from kvtransfer.pool import BlockPool
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.outcomes import LedgerLimits
 from kvtransfer.transports.base import Transport
-from kvtransfer.transports.nccl_library import DevicePool
-from kvtransfer.transports.nixl import NixlTransport
-from kvtransfer.transports.shm import ShmTransport
+from kvtransfer.transports.nccl.library import DevicePool
+from kvtransfer.transports.nixl.transport import NixlTransport
+from kvtransfer.transports.shm.transport import ShmTransport
 from prefill_worker.service import PrefillRole
 
 EXPIRE_EVERY_S = 0.25

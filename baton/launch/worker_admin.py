@@ -18,7 +18,7 @@ from baton.telemetry import Counts
 from baton.v1 import admin_pb2 as wire
 from baton.v1 import worker_pb2
 from baton.v1.admin_pb2_grpc import AdminServicer
-from kvtransfer.pool import BlockPool, PoolCorrupt
+from kvtransfer.blocks.pool import BlockPool, PoolCorrupt
 
 
 @dataclass(frozen=True, slots=True)

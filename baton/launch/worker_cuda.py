@@ -7,8 +7,8 @@ from collections.abc import Callable
 from baton.config import WorkerConfig
 from baton.errors import ConfigError
 from kvtransfer.transports.base import ReceiverEvents
-from kvtransfer.transports.nccl import NcclTransport
-from kvtransfer.transports.nccl_library import DevicePool, NcclDevice
+from kvtransfer.transports.nccl.library import DevicePool, NcclDevice
+from kvtransfer.transports.nccl.transport import NcclTransport
 
 
 def check_device(config: WorkerConfig) -> None:

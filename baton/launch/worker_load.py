@@ -12,13 +12,13 @@ import structlog
 from baton.config import KernelChoice, WorkerConfig
 from baton.cost import StepShape
 from baton.errors import ConfigError
-from kvtransfer.copying import BlockCopy, copy_runs
-from kvtransfer.memory import PoolMemory
-from kvtransfer.transports.nccl_library import DevicePool
+from kvtransfer.blocks.copying import BlockCopy, copy_runs
+from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.transports.nccl.library import DevicePool
 
 if TYPE_CHECKING:
     from baton.engine.api import Engine
-    from baton.engine.card import ModelCard
+    from baton.engine.files.card import ModelCard
 
 log = structlog.get_logger(__name__)
 
@@ -86,12 +86,12 @@ def _simulated(config: WorkerConfig) -> Loaded:
 def _computing(config: WorkerConfig) -> Loaded:
     import torch
 
-    from baton.engine.card import computed_by, describe
+    from baton.engine.files.card import computed_by, describe
+    from baton.engine.files.models import resolve
     from baton.engine.load import load_engine
     from baton.engine.measure import measure
-    from baton.engine.models import resolve
     from baton.engine.native.engine import NativeEngine
-    from baton.engine.torch_engine import resolve_device
+    from baton.engine.torch.engine import resolve_device
 
     torch.set_num_threads(config.threads)
     device = "cpu" if config.device == "auto" else str(resolve_device(config.device))

@@ -1,0 +1,1 @@
+"""Moving bytes: one seam, and a folder for each kind of transport."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.handoff import Ticket
+from kvtransfer.handoffs.messages import Ticket
 
 
 @dataclass(frozen=True, slots=True)

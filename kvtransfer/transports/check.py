@@ -6,9 +6,9 @@ import hmac
 from collections.abc import Sequence
 
 from baton.errors import WriteRefused
-from kvtransfer.handoff import Ticket
+from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMove
-from kvtransfer.transports.tcp_wire import Entry
+from kvtransfer.transports.tcp.wire import Entry
 from kvtransfer.transports.wire import Identity
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, TransferError, WriteRefused
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.handoff import Ticket
-from kvtransfer.memory import PoolMemory
+from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMove, ReceiverEvents, WriteReceipt
 from kvtransfer.transports.check import plan, refusal
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from kvtransfer.leases import LeaseTable
+from kvtransfer.handoffs.leases import LeaseTable
 
 log = logging.getLogger(__name__)
 

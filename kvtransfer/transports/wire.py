@@ -6,7 +6,7 @@ import struct
 from typing import NamedTuple
 
 from baton.spec import HandoffKey
-from kvtransfer.handoff import Ticket
+from kvtransfer.handoffs.messages import Ticket
 
 IDENTITY = struct.Struct("<16sIQ16s")
 

@@ -14,11 +14,12 @@ import pytest
 import pytest_asyncio
 
 from baton import errors
-from baton.bench import results
-from baton.bench.driver import Progress
-from baton.bench.results import read_json
-from baton.cli import bench_output, main
-from tests.bench_client.paced import Paced
+from baton.bench.figures import results
+from baton.bench.figures.results import read_json
+from baton.bench.sending.driver import Progress
+from baton.cli import main
+from baton.cli.commands import bench_output
+from tests.bench.paced import Paced
 from tests.cli.runner import COMMAND, LIMIT_S, baton, environment
 from tests.client.double import serving
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from baton.cli.model import parse_bytes
+from baton.cli.commands.model import parse_bytes
 from baton.config import WeightChoice
-from baton.engine.card import describe
 from baton.engine.estimate import estimate
-from baton.engine.models import EMBEDDED_MODEL, resolve
+from baton.engine.files.card import describe
+from baton.engine.files.models import EMBEDDED_MODEL, resolve
 from baton.engine.native import library
 from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.engine import NativeEngine

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from baton.engine.models import EMBEDDED_MODEL, resolve
+from baton.engine.files.models import EMBEDDED_MODEL, resolve
 
 NEAR_TIE = 1e-4
 """Tokens whose logits in the reference lie closer than this may each be the greedy choice of a float32 engine."""

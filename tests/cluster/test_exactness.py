@@ -15,9 +15,9 @@ import pytest
 import pytest_asyncio
 
 from baton.client.types import Completion
-from baton.engine.card import describe
-from baton.engine.digests import cache_dir
-from baton.engine.models import EMBEDDED_MODEL, resolve
+from baton.engine.files.card import describe
+from baton.engine.files.digests import cache_dir
+from baton.engine.files.models import EMBEDDED_MODEL, resolve
 from baton.engine.native.engine import NativeEngine
 from baton.engine.offline import Prompt, generate
 from tests.cluster.conftest import Running, prompt_of, running, settled

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from baton.client.types import Accepted, Completion, RequestOptions, Tokens
-from baton.engine.prompt_queue import AGEING_S, PRIORITY_S
+from baton.worker.prompt_queue import AGEING_S, PRIORITY_S
 from tests.cluster.conftest import Running, prompt_of, running, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from baton.engine.card import describe
-from baton.engine.models import EMBEDDED_MODEL, resolve
+from baton.engine.files.card import describe
+from baton.engine.files.models import EMBEDDED_MODEL, resolve
 from baton.engine.offline import Prompt, generate
-from baton.engine.torch_engine import TorchEngine
+from baton.engine.torch.engine import TorchEngine
 from baton.spec import Sampling
 from tests.cluster.conftest import Running, prompt_of, running, settled
 

@@ -17,7 +17,7 @@ import pytest
 
 from baton.client.types import Accepted, Tokens
 from baton.errors import InvalidArgument
-from router.explanations import REQUESTS as EXPLAINED
+from router.placement.explanations import REQUESTS as EXPLAINED
 from tests.cluster.conftest import VOCABULARY, Running, idle_counts, no_growth, running
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]

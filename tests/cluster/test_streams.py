@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from baton.client.types import Completion, FinishReason, Path, RequestOptions, Tokens
-from baton.engine.models import EMBEDDED_MODEL, resolve
+from baton.engine.files.models import EMBEDDED_MODEL, resolve
 from tests.cluster.conftest import Running, idle_counts, no_growth, prompt_of, running, settled
 from tests.cluster.reference import assert_greedy
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from kvtransfer.layout import KvLayout
+from kvtransfer.blocks.layout import KvLayout
 from tests.cluster.conftest import prompt_of, running, settled
 from tests.kvtransfer.conftest import needs_nixl
 

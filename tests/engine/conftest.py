@@ -14,14 +14,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from baton.engine.card import ModelDescription, describe
-from baton.engine.models import EMBEDDED_MODEL, ResolvedModel, resolve
+from baton.engine.files.card import ModelDescription, describe
+from baton.engine.files.models import EMBEDDED_MODEL, ResolvedModel, resolve
 from baton.engine.native import library
 from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.engine import NativeEngine
 from baton.engine.stepper import Stepper
-from baton.engine.torch_engine import TorchEngine
-from tests.bench.fidelity import reference_model
+from baton.engine.torch.engine import TorchEngine
+from benchmarks.quality.fidelity import reference_model
 
 VOCABULARY = 300
 CONTEXT = 512

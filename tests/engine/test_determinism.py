@@ -14,16 +14,16 @@ import pytest
 
 from baton.config import KvChoice, WeightChoice
 from baton.engine.api import Sequence, Work
-from baton.engine.card import computed_by, describe
+from baton.engine.files.card import computed_by, describe
+from baton.engine.files.models import resolve
 from baton.engine.load import load_engine
-from baton.engine.models import resolve
 from baton.engine.native import build, library
 from baton.engine.native.engine import NativeEngine
 from baton.errors import ConfigError
 from baton.identity import fingerprint_difference
 from tests.engine.conftest import Tiny, make_tiny, tokens_for
-from tests.engine.test_files import write_gguf
-from tests.engine.test_model import last_logits, sequence
+from tests.engine.files.test_files import write_gguf
+from tests.engine.torch.test_model import last_logits, sequence
 
 FORMATS: list[tuple[WeightChoice, KvChoice]] = [
     (weights, kv) for weights in ("bf16", "int8", "int4", "auto") for kv in ("auto", "int8")

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from baton.engine.api import Engine, Sequence, Work
-from baton.engine.card import ModelDescription
+from baton.engine.files.card import ModelDescription
+from baton.engine.files.models import ResolvedModel
 from baton.engine.kv import KvPool
-from baton.engine.models import ResolvedModel
 from baton.engine.offline import Completion, Prompt, generate
-from baton.engine.torch_engine import TorchEngine, resolve_device
+from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError, InvalidArgument, ResourceExhausted
 from baton.spec import Sampling
-from kvtransfer.layout import KvLayout
+from kvtransfer.blocks.layout import KvLayout
 from tests.engine.conftest import Computing, Tiny, tokens_for
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from baton.engine.card import describe
-from baton.engine.models import ResolvedModel
+from baton.engine.files.card import describe
+from baton.engine.files.models import ResolvedModel
 from baton.engine.native import library
-from tests.bench import fidelity, prompts, quality, shuffled
-from tests.bench.fidelity import Continuation
+from benchmarks.quality import fidelity, prompts, quality, shuffled
+from benchmarks.quality.fidelity import Continuation
 
 OUTPUTS = 24
 EVERY = 17

@@ -17,10 +17,10 @@ import psutil
 from baton.spec import ProcessRef, SequenceSpec
 from tests.faults.proxy import Proxy
 from tests.faults.worker_process import Plan, Report, Step, main
+from tests.roles.counting import LAYOUT
+from tests.roles.node import Settings
+from tests.roles.scripted import ScriptedRouter
 from tests.rpc.waiting import WAIT_S, until
-from tests.workers.counting import LAYOUT
-from tests.workers.node import Settings
-from tests.workers.scripted import ScriptedRouter
 
 KINDS = ("shm", "tcp")
 """Another transport joins the matrix here; `Node._transport` has to know it."""
@@ -34,7 +34,7 @@ MODULE = "tests.faults.worker_process"
 
 
 class RemoteNode:
-    """One worker process. Compare `tests.workers.node.Node`, which runs in the test's own."""
+    """One worker process. Compare `tests.roles.node.Node`, which runs in the test's own."""
 
     def __init__(self, plan: Plan) -> None:
         self.name, self.plan = plan.name, plan

@@ -16,8 +16,8 @@ from baton.spec import SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from tests.faults.harness import BLOCKS, KINDS, PROMPT_BLOCKS, Workers, workers
 from tests.faults.worker_process import Step
+from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
-from tests.workers.counting import LAYOUT
 
 STEPS = (Step.AFTER_GRANT, Step.MID_BLOCK, Step.BETWEEN_CHUNKS, Step.BEFORE_COMMIT, Step.AFTER_COMMIT)
 ORDINARY = {

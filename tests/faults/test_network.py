@@ -18,8 +18,8 @@ import pytest
 from tests.faults.harness import Workers, workers
 from tests.faults.namespaces import NotPermitted, cable, enter
 from tests.faults.proxy import Proxy
+from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
-from tests.workers.counting import LAYOUT
 
 TRANSFERS, AT_ONCE, EVENT_EVERY = 200, 8, 20
 ROOMY = {"blocks": 128, "max_sequences": 32}

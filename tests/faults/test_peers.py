@@ -9,8 +9,8 @@ import pytest
 from baton.v1 import worker_pb2 as wire
 from tests.faults.harness import KINDS, PROMPT_BLOCKS, workers
 from tests.faults.worker_process import Step
+from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
-from tests.workers.counting import LAYOUT
 
 HALF_WAY = LAYOUT.block_bytes * 3 // 2
 PATIENT = {"lease_s": 20.0}

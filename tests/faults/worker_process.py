@@ -20,16 +20,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from baton.spec import HandoffKey, ProcessRef
+from baton.worker.sending.pair import PairStream
 from decode_worker.events import LoopEvents
-from kvtransfer.handoff import Aborted, Ticket
+from kvtransfer.handoffs.messages import Aborted, Ticket
 from kvtransfer.transports.base import BlockMove, Channel, Transport, WriteReceipt
 from kvtransfer.transports.memory import MemoryNetwork
-from kvtransfer.transports.shm import ShmTransport
-from kvtransfer.transports.shm_channel import ShmChannel
-from prefill_worker.pair import PairStream
+from kvtransfer.transports.shm.channel import ShmChannel
+from kvtransfer.transports.shm.transport import ShmTransport
 from tests.faults.namespaces import enter
-from tests.workers.counting import GENEROUS
-from tests.workers.node import DecodeNode, PrefillNode, Settings
+from tests.roles.counting import GENEROUS
+from tests.roles.node import DecodeNode, PrefillNode, Settings
 
 
 class Step(Enum):

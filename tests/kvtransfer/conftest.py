@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.transports.nixl_agent import available
-from tests.kvtransfer.harness import Bench
+from kvtransfer.transports.nixl.agent import available
+from tests.kvtransfer.transports.harness import Bench
 
 needs_nixl = pytest.mark.skipif(not available(), reason="the package nixl is not installed: make test-nixl")
 

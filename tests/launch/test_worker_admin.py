@@ -6,9 +6,9 @@ from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.spec import HandoffKey, ProcessRef
 from baton.telemetry import Counts
 from baton.v1.admin_pb2 import GetStatusRequest
-from kvtransfer.grants import GrantLedger
-from kvtransfer.handoff import Grant
-from kvtransfer.pool import BlockPool
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.grants import GrantLedger
+from kvtransfer.handoffs.messages import Grant
 
 
 async def test_status_tells_when_the_books_of_the_grants_do_not_add_up() -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 from baton.engine.api import Sequence
-from baton.rpc.worker_service import RouterSession
 from baton.spec import ProcessRef, Sampling, SequenceSpec
+from baton.worker.service import RouterSession
 from prefill_worker.attempt import Attempt
 
 ROUTER = ProcessRef("r", "r-1", "here")

@@ -8,11 +8,11 @@ from typing import cast
 import pytest
 
 from baton.spec import HandoffKey
-from kvtransfer.delivery import Delivery
-from kvtransfer.handoff import Ticket
+from baton.worker.sending.outbound import Closer, Outbound
+from kvtransfer.handoffs.delivery import Delivery
+from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMove
 from prefill_worker.attempt import Attempt, State
-from prefill_worker.outbound import Closer, Outbound
 from tests.prefill_worker.builders import attempt
 
 
@@ -131,7 +131,7 @@ async def test_one_timer_at_a_time() -> None:
 def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     outbound, _ = bound(attempt(20))
     assert [outbound.time_left_s] == [None]
-    monkeypatch.setattr("prefill_worker.outbound.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("baton.worker.sending.outbound.time.monotonic", lambda: 100.0)
     outbound.deadline_at = 102.5
     assert outbound.time_left_s == 2.5
     outbound.deadline_at = 99.0

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from baton.bench.classes import TrafficClass
 from baton.bench.config import LoadConfig
-from baton.bench.plan import Planned, make_plan
+from baton.bench.schedule.classes import TrafficClass
+from baton.bench.schedule.plan import Planned, make_plan
 from baton.engine.simulated.cost import COSTS
-from tests.bench.goodput import CONTEXT, WORKLOADS, load_of
-from tests.bench.policy import idle_of, shares
-from tests.bench.replica import Machine, Replica
+from benchmarks.serving.goodput import CONTEXT, WORKLOADS, load_of
+from benchmarks.simulated.policy import idle_of, shares
+from benchmarks.simulated.replica import Machine, Replica
 
 MACHINE = Machine(COSTS["smollm2-135m"])
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.layout import BLOCK_TOKENS
-from tests.bench import prefix
-from tests.bench.prefix import Prompt, Simulation, clairvoyant, one_lru, read, synthesise
+from benchmarks.simulated import prefix
+from benchmarks.simulated.prefix import Prompt, Simulation, clairvoyant, one_lru, read, synthesise
+from kvtransfer.blocks.layout import BLOCK_TOKENS
 
 
 def prompts_of(*rows: list[int]) -> list[Prompt]:

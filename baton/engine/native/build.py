@@ -19,7 +19,7 @@ from pathlib import Path
 
 import structlog
 
-from baton.engine.digests import cache_dir
+from baton.engine.files.digests import cache_dir
 from baton.errors import BatonError
 
 log = structlog.get_logger(__name__)

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from baton.engine import rope
-from baton.engine.config import ModelConfig
+from baton.engine.files.config import ModelConfig
+from baton.engine.files.tensors import TensorSource
 from baton.engine.native.library import Slot
-from baton.engine.tensors import TensorSource
+from baton.engine.torch import rope
 
 TEXT = Path(__file__).with_name("calibration.txt")
 """Prose, dialogue, code, tables and sums in thirteen languages; our own."""

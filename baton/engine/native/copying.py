@@ -10,7 +10,7 @@ from baton.engine.native.library import Library
 
 
 class StreamingCopy:
-    """Implements `kvtransfer.copying.BlockCopy` with stores that go around the cache, one call for all blocks."""
+    """A `kvtransfer.blocks.copying.BlockCopy` with stores that go around the cache, one call for all blocks."""
 
     def __init__(self, library: Library) -> None:
         self._call = library.calls.baton_copy_blocks

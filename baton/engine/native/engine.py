@@ -8,15 +8,15 @@ import numpy as np
 
 from baton.config import WeightChoice
 from baton.engine.api import Work
-from baton.engine.card import ModelDescription
+from baton.engine.files.card import ModelDescription
+from baton.engine.files.tensors import open_tensors
 from baton.engine.kv import Buffer, KvPool, make_pool
 from baton.engine.native.build import NativeUnavailable, arithmetic_of
 from baton.engine.native.library import KV_FORMATS, SPAN, Library, NativeModel, load
 from baton.engine.native.weights import load_model
-from baton.engine.sampler import Logits
+from baton.engine.sampling.sampler import Logits
 from baton.engine.state import state_of
 from baton.engine.stepper import Stepper
-from baton.engine.tensors import open_tensors
 
 BLOCK_TOKENS = 16
 """What the kernels are written for."""

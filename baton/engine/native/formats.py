@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from baton.config import WeightChoice
-from baton.engine.config import ModelConfig
+from baton.engine.files.config import ModelConfig
 from baton.engine.native.library import OUTSIDE, Format, Slot, Source
 
 OWN_GRIDS = {

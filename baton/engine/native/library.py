@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from baton.engine.config import ModelConfig
+from baton.engine.files.config import ModelConfig
 from baton.engine.native.build import Target, cpu_flags, library_for, target_for
 
 

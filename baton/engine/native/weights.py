@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from baton.config import WeightChoice
-from baton.engine import rope
-from baton.engine.config import ModelConfig
+from baton.engine.files.config import ModelConfig
+from baton.engine.files.tensors import TensorSource
 from baton.engine.native.calibration import Calibration
 from baton.engine.native.formats import OWN_GRIDS, format_of, keeps_8_bits, layer_matrices
 from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE, Format, Library, NativeModel, Slot, Source, Vector
-from baton.engine.tensors import TensorSource
+from baton.engine.torch import rope
 
 
 @dataclass(frozen=True, slots=True)

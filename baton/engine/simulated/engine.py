@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.cost import StepCost
-from baton.engine.api import Sampled, Sequence, Work
-from baton.engine.card import ModelCard
-from baton.engine.runner import shape_of
+from baton.engine.api import Sampled, Sequence, Work, shape_of
+from baton.engine.files.card import ModelCard
 from baton.spec import TokenLogprobs
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.blocks.layout import DTYPE_BYTES, KvLayout
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

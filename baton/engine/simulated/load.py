@@ -11,11 +11,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from baton.config import WorkerConfig
 from baton.cost import StepCost, StepShape, pairs
-from baton.engine.card import ModelCard, describe
-from baton.engine.models import resolve
+from baton.engine.files.card import ModelCard, describe
+from baton.engine.files.models import resolve
 from baton.engine.simulated.cost import faster, read_costs
 from baton.engine.simulated.engine import SimulatedEngine
-from kvtransfer.layout import KvLayout
+from kvtransfer.blocks.layout import KvLayout
 
 BYTES_MODEL = "bytes"
 """A tokeniser without a model: each byte is a token. It needs no file."""

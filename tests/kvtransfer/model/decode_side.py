@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from baton.spec import HandoffKey
-from kvtransfer.handoff import Grant, Refusal
-from kvtransfer.outcomes import GrantState, Outcome
+from kvtransfer.handoffs.messages import Grant, Refusal
+from kvtransfer.handoffs.outcomes import GrantState, Outcome
 from tests.kvtransfer.model.state import HANDOFF_S, LEASE_S, TICK_S, State, Violation
 
 

@@ -13,15 +13,15 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from baton.spec import HandoffKey
-from kvtransfer.attempts import AttemptMemory, _Attempt
-from kvtransfer.delivery import Delivery, DeliveryState
-from kvtransfer.grants import GrantLedger, _Entry
-from kvtransfer.handoff import Grant, Refusal, Ticket
-from kvtransfer.leases import LeaseTable
-from kvtransfer.outcomes import GrantState, LedgerLimits
-from kvtransfer.pool import BlockPool
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.attempts import AttemptMemory, _Attempt
+from kvtransfer.handoffs.delivery import Delivery, DeliveryState
+from kvtransfer.handoffs.grants import GrantLedger, _Entry
+from kvtransfer.handoffs.leases import LeaseTable
+from kvtransfer.handoffs.messages import Grant, Refusal, Ticket
+from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits
+from kvtransfer.handoffs.writers import Writers
 from kvtransfer.transports.base import BlockMove
-from kvtransfer.writers import Writers
 from tests.kvtransfer.model.state import FAIR, Action, Attempt, Case, Channels, Write
 from tests.kvtransfer.model.world import World
 

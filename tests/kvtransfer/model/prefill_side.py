@@ -1,10 +1,10 @@
-"""The prefill workers of the model: what `prefill_worker.sender` and `pair` do around the real `Delivery`."""
+"""The prefill workers of the model: what `baton.worker.sending.sender` and `pair` do around the real `Delivery`."""
 
 from __future__ import annotations
 
 from baton.spec import HandoffKey
-from kvtransfer.delivery import DeliveryState, GrantAnswer
-from kvtransfer.handoff import RefusalReason, Ticket
+from kvtransfer.handoffs.delivery import DeliveryState, GrantAnswer
+from kvtransfer.handoffs.messages import RefusalReason, Ticket
 from tests.kvtransfer.model.state import OVER, Attempt, Message, State, Violation, Write
 
 

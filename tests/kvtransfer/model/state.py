@@ -3,7 +3,7 @@
 The state machines are the real ones: `Delivery`, `GrantLedger` with its leases, writers and memory of attempts,
 `BlockPool`. What carries their messages is modelled: a control stream that loses, repeats and reorders, a transport
 that may still place bytes after everybody has given up, a router that binds again and cancels. The glue follows
-`prefill_worker.sender` and `decode_worker.service`.
+`baton.worker.sending.sender` and `decode_worker.service`.
 
 An action is a tuple, its name first. Those of `FAIR` happen sooner or later once they are possible; the others are the
 adversary's, who has a budget of each.
@@ -15,11 +15,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from baton.spec import HandoffKey
-from kvtransfer.delivery import Delivery, DeliveryState
-from kvtransfer.grants import GrantLedger
-from kvtransfer.handoff import Aborted, Ticket
-from kvtransfer.outcomes import GrantState, LedgerLimits
-from kvtransfer.pool import BlockPool
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.delivery import Delivery, DeliveryState
+from kvtransfer.handoffs.grants import GrantLedger
+from kvtransfer.handoffs.messages import Aborted, Ticket
+from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits
 from kvtransfer.transports.base import BlockMove
 
 LEASE_S, TICK_S, HANDOFF_S, FOR_EVER = 5.0, 3.0, 8.0, 1e9

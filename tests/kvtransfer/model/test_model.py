@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from baton.spec import HandoffKey
-from kvtransfer.grants import GrantLedger, _Entry
-from kvtransfer.handoff import RefusalReason
-from kvtransfer.outcomes import Outcome
+from kvtransfer.handoffs.grants import GrantLedger, _Entry
+from kvtransfer.handoffs.messages import RefusalReason
+from kvtransfer.handoffs.outcomes import Outcome
 from tests.kvtransfer.model.explorer import Explorer, Found
 from tests.kvtransfer.model.state import Attempt, Case
 from tests.kvtransfer.model.world import World

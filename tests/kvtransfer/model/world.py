@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvtransfer.delivery import Delivery, DeliveryState
-from kvtransfer.outcomes import GrantState
+from kvtransfer.handoffs.delivery import Delivery, DeliveryState
+from kvtransfer.handoffs.outcomes import GrantState
 from tests.kvtransfer.model.decode_side import DecodeSide
 from tests.kvtransfer.model.prefill_side import PrefillSide
 from tests.kvtransfer.model.state import FAIR, OVER, Action, Attempt, Message, Violation

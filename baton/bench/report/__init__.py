@@ -1,0 +1,1 @@
+"""How a load's figures are shown."""

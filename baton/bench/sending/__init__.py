@@ -1,0 +1,1 @@
+"""Sending a load and recording the answers."""

@@ -1,0 +1,76 @@
+"""`baton demo`: a cluster of one prefill and one decode worker answers three prompts at once."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.text import Text
+
+from baton.cli.commands.up import fetch
+from baton.cli.flags import run
+from baton.cli.output import console
+from baton.cli.picture import draw
+from baton.client import Client, Completion
+from baton.config import DEFAULT_MODEL, KernelChoice, KvChoice, TransportChoice, WeightChoice
+from baton.launch.cluster import ClusterConfig, LocalCluster
+
+QUESTIONS = ("What is the capital of France?", "What is the chemical symbol for water?", "What is 2 + 2?")
+MAX_TOKENS = 64
+ANSWER_S = 120.0
+
+
+def demo(
+    *,
+    model: Annotated[str, Parameter(help="What to serve; see `baton prefill --help`.")] = DEFAULT_MODEL,
+    transport: Annotated[TransportChoice, Parameter(help="How KV blocks move.")] = "auto",
+    kernels: Annotated[KernelChoice, Parameter(help="What computes: native, torch, or what there is.")] = "auto",
+    weights: Annotated[WeightChoice, Parameter(help="The weights' format.")] = "auto",
+    kv_dtype: Annotated[KvChoice, Parameter(help="int8 halves the KV; auto keeps it as it is computed.")] = "auto",
+) -> None:
+    """Show it all: start one prefill and one decode worker, answer three prompts at once, draw where the time went."""
+    name = fetch(model)
+    config = ClusterConfig(
+        path="disaggregated",  # what is to be seen; adaptively, a prompt may take the shorter way
+        model=model,
+        transport=transport,
+        kernels=kernels,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        listen="127.0.0.1:0",
+    )
+    run(lambda: _show(config, name))
+
+
+async def _show(config: ClusterConfig, name: str) -> None:
+    screen = console(sys.stdout)
+    screen.print(f"Starting a router, a prefill worker and a decode worker with {name} ...")
+    began = time.monotonic()
+    async with LocalCluster(config) as cluster:
+        screen.print(f"Ready at {cluster.address} after {time.monotonic() - began:.1f} s; three prompts at once:")
+        for question, answer in zip(QUESTIONS, await _ask(cluster.address), strict=True):
+            _print_answer(question, answer)
+    screen.print()
+    screen.print("Stopped. Start one to keep with: baton up --prefill 1 --decode 1")
+
+
+async def _ask(address: str) -> list[Completion]:
+    """All at once; greedy, so that everybody sees the same answers. The first failure is raised."""
+    async with Client(address) as client:
+        return await asyncio.gather(
+            *(
+                client.complete(messages=[("user", question)], temperature=0.0, max_tokens=MAX_TOKENS, timeout=ANSWER_S)
+                for question in QUESTIONS
+            )
+        )
+
+
+def _print_answer(question: str, answer: Completion) -> None:
+    screen = console(sys.stdout)
+    screen.print()
+    screen.print(Text(question, style="bold"))
+    screen.print(Text(answer.text.strip()))
+    screen.print(draw(answer.finished))

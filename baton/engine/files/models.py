@@ -1,0 +1,90 @@
+"""From the name a user gives to the files of a model: the embedded one, a path, or a repository of the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.engine.files.download import fetch_embedded
+from baton.engine.files.metadata import read_json
+from baton.errors import ConfigError, ModelFileError
+
+EMBEDDED_MODEL = "smollm2-135m"
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model's files on this machine: a .gguf file, or a folder as Hugging Face lays it out."""
+
+    name: str
+    path: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.suffix == ".gguf"
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights, sorted by name; ModelFileError when there are none."""
+        if self.is_gguf:
+            return (self.path,)
+        if (self.path / _SINGLE).exists():
+            return (self.path / _SINGLE,)
+        if not (self.path / _INDEX).exists():
+            raise ModelFileError(f"{self.path}: has neither {_SINGLE} nor {_INDEX}")
+        index = read_json(self.path / _INDEX)
+        names = index.section("weight_map")
+        files = {names.text(tensor) for tensor in _keys(index.get("weight_map"))}
+        if any(Path(name).name != name for name in files):
+            raise index.error("weight_map names a file outside the folder")
+        return tuple(self.path / name for name in sorted(files))
+
+
+def resolve(name: str) -> ResolvedModel:
+    """Finds the files of `name`, fetching them when it is the embedded model or one of the hub.
+
+    Raises ConfigError when there is no such model or it can't be fetched, saying what would work.
+    """
+    if name == EMBEDDED_MODEL:
+        return ResolvedModel(name, fetch_embedded())
+    path = Path(name).expanduser()
+    if path.exists():
+        return _local(path)
+    if _HUB_NAME.fullmatch(name) and not name.startswith("."):
+        return ResolvedModel(name, _fetch_from_hub(name))
+    raise ConfigError(
+        f"unknown model {name!r}: give {EMBEDDED_MODEL!r} (the embedded model), the path of a folder with "
+        "config.json and safetensors, the path of a .gguf file, or a hub name such as 'org/name'"
+    )
+
+
+def _local(path: Path) -> ResolvedModel:
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelFileError(f"{path}: has no config.json, so it is no model folder")
+        return ResolvedModel(path.resolve().name, path)
+    if path.suffix != ".gguf":
+        raise ModelFileError(f"{path}: neither a folder nor a .gguf file")
+    return ResolvedModel(path.stem, path)
+
+
+def _fetch_from_hub(name: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ConfigError(f"model {name!r} is neither a path nor embedded; for the hub: pip install 'baton[hub]'")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # noqa: BLE001 - the hub raises its HTTP library's errors too; all mean the same here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model {name!r} is no path here and can't be fetched from the hub: {reason}") from None
+
+
+def _keys(mapping: object) -> list[str]:
+    return list(mapping) if isinstance(mapping, dict) else []

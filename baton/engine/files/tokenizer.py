@@ -1,0 +1,181 @@
+"""From the tokeniser inside a GGUF file to the JSON of the `tokenizers` library.
+
+Two kinds exist: `gpt2`, byte-level BPE with merges and a named pre-tokeniser, and `llama`, SentencePiece BPE whose
+merges follow from the scores of its pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from baton.engine.files.metadata import Metadata
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2_SPLIT = rf"{_WORDS}|\p{{N}}|{_REST}"
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class PieceKind(IntEnum):
+    """`tokenizer.ggml.token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def tokenizer_json(meta: Metadata) -> bytes:
+    """The tokeniser as UTF-8 JSON, without a post-processor: it adds no token that the text does not hold.
+
+    Raises ModelFileError for a tokeniser or pre-tokeniser that is not known, naming it.
+    """
+    kind = meta.text("tokenizer.ggml.model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise meta.error(f"tokenizer.ggml.model {kind!r} is not supported; these are: {', '.join(builders)}")
+    pieces = meta.texts("tokenizer.ggml.tokens")
+    kinds = _kinds(meta, len(pieces))
+    tokenizer = builders[kind](meta, pieces, kinds)
+    tokenizer.add_special_tokens(_added(pieces, kinds, PieceKind.CONTROL))
+    tokenizer.add_tokens(_added(pieces, kinds, PieceKind.USER_DEFINED))
+    return tokenizer.to_str().encode()
+
+
+def adds_bos(meta: Metadata) -> bool:
+    """Whether the model's tokeniser puts a BOS before plain text; llama.cpp's defaults where the file is silent."""
+    silent = meta.text("tokenizer.ggml.model") == "llama" or meta.text("tokenizer.ggml.pre", "") in _WHOLE_WORDS_FIRST
+    return meta.flag("tokenizer.ggml.add_bos_token", silent)
+
+
+def _kinds(meta: Metadata, count: int) -> list[int]:
+    if meta.get("tokenizer.ggml.token_type") is None:
+        return [PieceKind.NORMAL] * count
+    kinds = [int(kind) for kind in meta.numbers("tokenizer.ggml.token_type")]
+    if len(kinds) != count:
+        raise meta.error(f"{len(kinds)} token types do not fit {count} tokens")
+    return kinds
+
+
+def _added(pieces: list[str], kinds: list[int], wanted: PieceKind) -> list[AddedToken]:
+    special = wanted is PieceKind.CONTROL
+    chosen = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == wanted]
+    return [AddedToken(piece, special=special, normalized=False) for piece in chosen]
+
+
+def _byte_level(meta: Metadata, pieces: list[str], kinds: list[int]) -> Tokenizer:
+    name = meta.text("tokenizer.ggml.pre", "default")
+    if name not in _PRE_TOKENISERS:
+        known = ", ".join(_PRE_TOKENISERS)
+        raise meta.error(f"pre-tokeniser (tokenizer.ggml.pre) {name!r} is not supported; these are: {known}")
+    merges = [_merge(meta, line) for line in meta.texts("tokenizer.ggml.merges")]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    model = _bpe(meta, vocabulary, merges, ignore_merges=name in _WHOLE_WORDS_FIRST)
+    tokenizer = Tokenizer(model)
+    if name in _QWEN2_NAMES:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _PRE_TOKENISERS[name]()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merge(meta: Metadata, line: str) -> tuple[str, str]:
+    left, separator, right = line.partition(" ")
+    if not separator:
+        raise meta.error(f"tokenizer.ggml.merges holds {line!r}, which is no pair")
+    return left, right
+
+
+def _bpe(meta: Metadata, vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: object) -> models.BPE:
+    for pair in merges:
+        if missing := [piece for piece in (*pair, "".join(pair)) if piece not in vocabulary]:
+            raise meta.error(f"tokenizer.ggml.merges names {missing[0]!r}, which is no token")
+    return models.BPE(vocab=vocabulary, merges=merges, **options)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Cut by `pattern` first, then map bytes to printable characters."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    return _split(_LLAMA3_SPLIT)
+
+
+def _qwen2() -> pre_tokenizers.PreTokenizer:
+    return _split(_QWEN2_SPLIT)
+
+
+def _tekken() -> pre_tokenizers.PreTokenizer:
+    return _split(_TEKKEN_SPLIT)
+
+
+# The names are those that llama.cpp's converter gives (convert_hf_to_gguf.py, get_vocab_base_pre).
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_WHOLE_WORDS_FIRST = (*_LLAMA3_NAMES, "tekken")  # a word that is a piece is taken as it is; BOS unless told otherwise
+_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
+_PRE_TOKENISERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "default": _gpt2,
+    "gpt-2": _gpt2,
+    "smollm": _smollm,
+    "tekken": _tekken,
+    **dict.fromkeys(_LLAMA3_NAMES, _llama3),
+    **dict.fromkeys(_QWEN2_NAMES, _qwen2),
+}
+
+
+def _sentencepiece(meta: Metadata, pieces: list[str], kinds: list[int]) -> Tokenizer:
+    scores = meta.numbers("tokenizer.ggml.scores")
+    if len(scores) != len(pieces):
+        raise meta.error(f"{len(scores)} scores do not fit {len(pieces)} tokens")
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == PieceKind.UNKNOWN), None)
+    merges = merges_from_scores(pieces, scores, kinds)
+    model = _bpe(meta, vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    prefix = meta.flag("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def merges_from_scores(pieces: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
+    """BPE merges, best first, that cut text as SentencePiece does: it joins the pair whose union scores highest.
+
+    Every way to cut a piece into two others is a merge of that piece's rank, shorter left parts first.
+    """
+    ordinary = {
+        piece: score
+        for piece, score, kind in zip(pieces, scores, kinds, strict=True)
+        if kind in (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED)
+    }
+    ranked = sorted(ordinary, key=lambda piece: -ordinary[piece])  # stable: equal scores stay in the order of ids
+    cuts = ((piece[:cut], piece[cut:]) for piece in ranked for cut in range(1, len(piece)))
+    return [(left, right) for left, right in cuts if left in ordinary and right in ordinary]

@@ -1,0 +1,135 @@
+"""Drawing a token: a pure function of logits, parameters, seed, position and the tokens held so far.
+
+No generator state is carried from step to step: the random number of a token at a position comes from (seed, position,
+token) alone, so that a sequence draws the same on whichever worker, in whichever batch and after however many
+failovers.
+
+A token is drawn by an exponential race (the Gumbel-max trick): each candidate draws an arrival time with its weight as
+the rate, and the first one wins. Other than with an inverse of the cumulative distribution, a candidate that rounding
+lets slip in or out at a filter's edge matters only when that very candidate would win; it does not shift all others.
+
+The order is vLLM's: penalties (repetition, frequency, presence), temperature, min_p, top_k, top_p, draw. Reported
+log-probabilities are the model's own, from the logits before all of that. All arithmetic is in float64, and ties go
+to the lower token id.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.engine.sampling.penalties import Penalties, Scores
+from baton.spec import Sampling, TokenLogprobs
+
+Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def uniforms(seed: int, position: int, ids: Ids) -> Scores:
+    """A number in (0, 1) for each token id at this position of a stream: SplitMix64 (Steele, Lea and Flood, OOPSLA
+    2014), keyed by seed and position. The seed is mixed first, so that neighbouring seeds give unrelated streams."""
+    key = _mix_int(_mix_int(seed) + (position + 1) * _GOLDEN)
+    bits = _mix((ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key))
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def sample(logits: Logits, sampling: Sampling, position: int, penalties: Penalties | None = None) -> int:
+    """Draws the token for the absolute `position` from `logits` [vocabulary], which are left as they are.
+
+    `penalties` have observed every token before `position`; None where the parameters penalise nothing.
+    """
+    if penalties is None and sampling.temperature == 0.0:
+        return int(logits.argmax())
+    scores = logits.astype(np.float64)
+    if penalties is not None:
+        penalties.apply(scores)
+    if sampling.temperature == 0.0:
+        return int(scores.argmax())
+    # Counted from the best, so that a temperature near zero overflows nothing.
+    scores = (scores - scores.max()) / sampling.temperature
+    ids, weights = _filtered(scores, sampling)
+    return _race(ids, weights, sampling.seed, position)
+
+
+def logprobs(logits: Logits, token: int, top: int) -> TokenLogprobs:
+    """The log-probability of `token` under the raw `logits`, and the `top` best ids with theirs, best first."""
+    wide = logits.astype(np.float64)
+    best = wide.max()
+    log_total = best + math.log(np.exp(wide - best).sum())
+    ids = _best(wide, top)
+    pairs = tuple((int(index), float(wide[index] - log_total)) for index in ids)
+    return TokenLogprobs(float(wide[token] - log_total), pairs)
+
+
+def _mix_int(value: int) -> int:
+    """SplitMix64's finaliser: a bijection of 64 bits."""
+    return int(_mix(np.array([value & _MASK], np.uint64))[0])
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _filtered(scores: Scores, sampling: Sampling) -> tuple[Ids | None, Scores]:
+    """(ids that are left in rising order, None for all; their weights, not normalised). The best score is 0."""
+    ids: Ids | None = None
+    if sampling.min_p > 0.0:
+        ids = np.flatnonzero(scores >= math.log(sampling.min_p))
+    if 0 < sampling.top_k < len(scores):
+        kept = scores if ids is None else scores[ids]
+        best = np.sort(_best(kept, sampling.top_k))
+        ids = best if ids is None else ids[best]
+    weights = np.exp(scores if ids is None else scores[ids])
+    if sampling.top_p < 1.0:
+        kept_by_mass = _nucleus(weights, sampling.top_p)
+        ids = kept_by_mass if ids is None else ids[kept_by_mass]
+        weights = weights[kept_by_mass]
+    return ids, weights
+
+
+def _best(scores: Scores, count: int) -> Ids:
+    """Indices of the `count` highest scores, best first, equal ones by index."""
+    count = min(count, len(scores))
+    if count <= 0:
+        return np.zeros(0, np.int64)
+    threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
+    candidates = np.flatnonzero(scores >= threshold)
+    order = np.argsort(-scores[candidates], kind="stable")
+    return candidates[order[:count]]
+
+
+def _nucleus(weights: Scores, top_p: float) -> Ids:
+    """Rising indices of the smallest set, best first, whose share reaches `top_p` (Holtzman, arXiv 1904.09751)."""
+    goal = top_p * weights.sum()
+    count = 256  # most nuclei are small: sort a few, and more only where they do not suffice
+    while True:
+        order = _best(weights, count)
+        reached = np.cumsum(weights[order])
+        if reached[-1] >= goal or len(order) == len(weights):
+            needed = int(np.searchsorted(reached, goal, side="left")) + 1
+            return np.sort(order[:needed])
+        count *= 16
+
+
+def _race(ids: Ids | None, weights: Scores, seed: int, position: int) -> int:
+    """The candidate with the smallest -log(1 - u) / weight; equal ones by id.
+
+    u / weight is a lower bound that costs no logarithm; only candidates whose bound beats the best one's exact time
+    are computed exactly.
+    """
+    candidates = np.arange(len(weights)) if ids is None else ids
+    draws = uniforms(seed, position, candidates)
+    with np.errstate(divide="ignore", over="ignore"):  # a weight that underflowed arrives never
+        bounds = draws / weights
+        first = int(bounds.argmin())
+        limit = -math.log1p(-draws[first]) / weights[first]
+        near = np.flatnonzero(bounds <= limit)
+        times = -np.log1p(-draws[near]) / weights[near]
+    return int(candidates[near[times.argmin()]])

@@ -1,0 +1,1 @@
+"""The engine in plain torch: the reference, and the way to CUDA."""

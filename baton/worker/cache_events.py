@@ -1,0 +1,96 @@
+"""What a worker's pool knows, told to the routers that place by it: first all of it, then what changes.
+
+A router asks by `CacheSyncCommand`, and asks again whenever it finds a number missing. Changes are gathered for
+`INTERVAL_S`; an insertion and an eviction of the same digest within that time cancel out. So what waits for a router is
+at most what differs between its knowledge and the pool, however long it takes no frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterable
+
+from baton.telemetry import Counts
+from baton.v1 import worker_pb2 as wire
+from baton.worker.service import RouterSession
+from kvtransfer.blocks.pool import BlockPool, CacheChange
+
+INTERVAL_S = 0.05
+PIECE_DIGESTS = 1024
+"""In one message: 18 KiB, so that a cancel behind it waits for no more than that."""
+PIECE_S = 0.005
+"""Between two pieces of what is too much for one message: other frames come in between."""
+BACKLOG_FRAMES = 256
+"""A router with so many frames unread gets its changes later, and fewer of them."""
+
+
+class CacheFeed:
+    """One sync of one router: what it has been told of the pool, and what it has yet to be told. Pure."""
+
+    def __init__(self, sync: int, digests: Iterable[bytes]) -> None:
+        self._sync, self._sequence = sync, 0
+        self._pending = dict.fromkeys(digests, CacheChange.INSERTED)
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something to tell; at first there always is, if only that the pool knows nothing."""
+        return bool(self._pending) or self._sequence == 0
+
+    def changed(self, change: CacheChange, digest: bytes) -> None:
+        """The pool's next change. A digest comes and goes in turn, so a second change undoes the first."""
+        if self._pending.pop(digest, None) is None:
+            self._pending[digest] = change
+
+    def take(self) -> wire.CacheEvents:
+        """The next message."""
+        self._sequence += 1
+        events = wire.CacheEvents(sync=self._sync, sequence=self._sequence)
+        for digest in list(itertools.islice(self._pending, PIECE_DIGESTS)):
+            inserted = self._pending.pop(digest) is CacheChange.INSERTED
+            (events.inserted if inserted else events.evicted).append(digest)
+        return events
+
+
+class CacheEvents:
+    """Feeds every router that asks. Implements `RoleHandler`; lives on the pool's event loop."""
+
+    def __init__(self, pool: BlockPool, counts: Counts) -> None:
+        self._pool, self._counts = pool, counts
+        self._feeds: dict[RouterSession, CacheFeed] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        pool.listeners.append(self._changed)
+
+    def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
+        """See `RoleHandler`."""
+        if frame.WhichOneof("body") == "cache_sync":
+            self._counts.add("cache_snapshots")
+            self._feeds[router] = CacheFeed(frame.cache_sync.sync, self._pool.digests())
+            self._arm(PIECE_S)
+
+    def on_router_lost(self, router: RouterSession) -> None:
+        """See `RoleHandler`."""
+        self._feeds.pop(router, None)
+        if not self._feeds and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _changed(self, change: CacheChange, digest: bytes) -> None:
+        for feed in self._feeds.values():
+            feed.changed(change, digest)
+        if self._feeds:
+            self._arm(INTERVAL_S)
+
+    def _arm(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._flush)
+
+    def _flush(self) -> None:
+        """One message to each router that has something due; the rest comes after a pause."""
+        self._timer = None
+        for router, feed in self._feeds.items():
+            if feed.due and router.link.pending < BACKLOG_FRAMES:
+                router.send(cache_events=feed.take())
+        late = [router.link.pending >= BACKLOG_FRAMES for router, feed in self._feeds.items() if feed.due]
+        if late:
+            self._arm(INTERVAL_S if all(late) else PIECE_S)

@@ -1,0 +1,202 @@
+"""The engine's thread. Its loop is the whole story: take commands, pick a batch, run it, publish.
+
+The event loop owns requests and blocks; this thread owns sequences while they compute. They speak through a queue of
+commands one way and `call_soon_threadsafe` the other, one call per step. A sequence's blocks may be freed only after
+`on_removed`, or after the step that reported it finished: from then on no step touches them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from baton.cost import CostModel, StepCost
+from baton.engine.api import Engine, Sampled, Sequence, Work, shape_of
+from baton.spec import AttemptKey, FinishReason, TokenLogprobs
+
+IDLE_CHECK_S = 1.0
+JOIN_S = 10.0
+log = structlog.get_logger(__name__)
+
+
+class Scheduler(Protocol):
+    """A policy over the engine's step; lives on the engine thread."""
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a sequence in."""
+
+    def remove(self, key: AttemptKey) -> None:
+        """Forgets it; nothing happens when it is unknown."""
+
+    def pick(self) -> list[Work]:
+        """The next batch; empty when there is nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepItem:
+    """What one step did for one sequence. `token_ids[0]` is at absolute `position`."""
+
+    key: AttemptKey
+    computed: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step: monotonic start in seconds, how long it took, and what it did. `error` when it failed as a whole."""
+
+    started: float
+    seconds: float
+    items: tuple[StepItem, ...]
+    error: str = ""
+
+
+class StepEvents(Protocol):
+    """Who hears of steps, on the event loop."""
+
+    def on_step(self, report: StepReport) -> None:
+        """A step is done. Sequences with a `finish` are out of the engine already; those of a failed step too."""
+
+    def on_removed(self, key: AttemptKey) -> None:
+        """A sequence that `Runner.remove` named is out of the engine, if it ever was in."""
+
+
+class Runner:
+    """Runs an engine under a scheduler on a thread of its own. Use from the event loop."""
+
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, events: StepEvents, model: CostModel | None = None
+    ) -> None:
+        """`model` learns from every step; a new one where none was measured before."""
+        self._engine, self._scheduler, self._events = engine, scheduler, events
+        self.model = model or CostModel()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._step_began: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def cost(self) -> StepCost:
+        """What steps cost, as learned so far. May be read from any thread."""
+        return self.model.cost
+
+    @property
+    def under_way_s(self) -> float:
+        """How long the present step has been computed; 0 between two. May be read from any thread."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence in; its blocks must stay held until it is out again."""
+        self._commands.put(lambda: self._scheduler.add(sequence))
+
+    def remove(self, key: AttemptKey) -> None:
+        """Takes a sequence out between two steps; `on_removed` confirms it."""
+        self._commands.put(lambda: self._remove(key))
+
+    def wake(self, blocks: Iterable[int]) -> None:
+        """A sequence in these blocks will come soon, after a rest."""
+        self._commands.put(lambda: self._engine.wake(tuple(blocks)))
+
+    def stand_back(self, by: int) -> None:
+        """Lets threads that pass messages go first where they share a core with this one and with those that it starts
+        from now on: computing takes milliseconds at a time, a message microseconds. `by` is added to the nice value, in
+        sched(7)'s sense; elsewhere than on Linux threads have none of their own, and nothing is done."""
+        thread = self._thread.native_id
+        if not by or sys.platform != "linux" or thread is None:
+            return
+        try:
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + by)
+        except OSError as error:
+            log.warning("computing can't stand back: messages may wait for it", error=str(error))
+
+    async def stop(self) -> None:
+        """Ends the thread after the step in progress."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        await asyncio.to_thread(self._thread.join, JOIN_S)
+        if self._thread.is_alive():
+            log.error("the engine thread does not end", waited_s=JOIN_S)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                batch = self._scheduler.pick()
+                if batch:
+                    self._publish(self._step(batch))
+                else:
+                    self._wait_for_command()
+        except BaseException:
+            # Nothing would ever be computed again, and nobody would be told: better to end, which everybody notices.
+            log.critical("the engine thread failed; the worker ends", exc_info=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+    def _take_commands(self) -> None:
+        while not self._commands.empty():
+            self._commands.get_nowait()()
+
+    def _wait_for_command(self) -> None:
+        try:
+            self._commands.get(timeout=IDLE_CHECK_S)()
+        except queue.Empty:
+            return
+
+    def _step(self, batch: list[Work]) -> StepReport:
+        shape, started = shape_of(batch), time.monotonic()
+        self._step_began = started
+        try:
+            sampled = self._engine.step(batch)
+        except Exception as error:  # a boundary: these sequences fail, the worker lives on
+            log.error("a step failed", sequences=len(batch), exc_info=error)
+            for work in batch:
+                self._scheduler.remove(work.sequence.key)
+            items = tuple(StepItem(work.sequence.key, 0, 0, (), (), None) for work in batch)
+            return StepReport(started, time.monotonic() - started, items, f"{type(error).__name__}: {error}")
+        finally:
+            self._step_began = None
+        self.model.observe(shape, time.monotonic() - started)
+        items = tuple(self._advance(work.sequence, drawn) for work, drawn in zip(batch, sampled, strict=True))
+        return StepReport(started, time.monotonic() - started, items)
+
+    def _advance(self, sequence: Sequence, drawn: Sampled | None) -> StepItem:
+        """Appends what was drawn, up to and including a token that ends the sequence."""
+        position, finish, kept = len(sequence.tokens), None, 0
+        for token in drawn.token_ids if drawn else ():
+            sequence.tokens.append(token)
+            kept += 1
+            finish = sequence.rule.reason(token, sequence.output_tokens)
+            if finish is not None:
+                self._scheduler.remove(sequence.key)
+                break
+        ids, logprobs = (drawn.token_ids[:kept], drawn.logprobs[:kept]) if drawn else ((), ())
+        return StepItem(sequence.key, sequence.computed, position, ids, logprobs, finish)
+
+    def _publish(self, report: StepReport) -> None:
+        self._call(self._events.on_step, report)
+
+    def _remove(self, key: AttemptKey) -> None:
+        self._scheduler.remove(key)
+        self._call(self._events.on_removed, key)
+
+    def _call(self, callback: Callable[..., None], argument: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, argument)
+        except RuntimeError:  # the event loop is closed: the process ends and nobody is left to hear it
+            self._stopping = True

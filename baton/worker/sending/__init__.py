@@ -1,0 +1,1 @@
+"""The sending side of a handoff, for a role that holds blocks."""

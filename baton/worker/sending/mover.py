@@ -1,0 +1,138 @@
+"""Writes blocks to one decode worker: the one owner of the pair's channel."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Protocol
+
+from baton import errors
+from baton.spec import HandoffKey
+from baton.worker.sending.outbound import Outbound
+from kvtransfer.handoffs.messages import Ticket
+from kvtransfer.transports.base import BlockMove, Channel, WriteReceipt
+
+MOVE_BLOCKS = 64
+"""Blocks in one write: long enough to be efficient, short enough that nobody waits long for the channel."""
+
+
+class MoverEvents(Protocol):
+    """Who hears of writes, on the event loop. After each the batch is no longer under way."""
+
+    def handed_out(self, outbound: Outbound) -> None:
+        """A batch is about to be written; after the last one a commit may go, ahead of the data."""
+
+    def wrote(self, outbound: Outbound) -> None:
+        """A batch is in place."""
+
+    def write_failed(self, outbound: Outbound, key: HandoffKey, error: errors.BatonError) -> None:
+        """A batch is not in place. The channel is good unless the error says otherwise."""
+
+
+class Mover:
+    """Takes what is ready from its attempts, in turns, and writes one batch at a time on a thread of `executor`."""
+
+    def __init__(
+        self, events: MoverEvents, executor: Executor, may_write: Callable[[], bool], deadline_s: float
+    ) -> None:
+        """`may_write`: whether the lease on granted memory is valid; asked on the writing thread, last thing."""
+        self._events, self._executor, self._may_write, self._deadline_s = events, executor, may_write, deadline_s
+        self._turns: deque[Outbound] = deque()
+        self._under_way: Counter[HandoffKey] = Counter()
+        self._movable = asyncio.Event()
+
+    def add(self, outbound: Outbound) -> None:
+        """It gets its turn until it is removed."""
+        self._turns.append(outbound)
+
+    def remove(self, outbound: Outbound) -> None:
+        """Starts no further batch of it."""
+        if outbound in self._turns:
+            self._turns.remove(outbound)
+
+    def wake(self) -> None:
+        """Some attempt may have more to write."""
+        self._movable.set()
+
+    def writing(self, key: HandoffKey) -> bool:
+        """Whether a batch of this handoff is under way, be it on a channel that was given up."""
+        return self._under_way[key] > 0
+
+    async def run(self, channel: Channel) -> None:
+        """Until cancelled, or until the channel breaks (raises)."""
+        while True:
+            batch = self._next_batch()
+            if batch is not None:
+                await self._write(channel, *batch)
+                continue
+            self._movable.clear()
+            await self._movable.wait()
+
+    def _next_batch(self) -> tuple[Outbound, Ticket, list[BlockMove]] | None:
+        for _ in range(len(self._turns)):
+            outbound = self._turns.popleft()
+            self._turns.append(outbound)
+            ticket = outbound.delivery.ticket
+            if ticket is not None and (moves := outbound.delivery.take_moves(MOVE_BLOCKS)):
+                return outbound, ticket, moves
+        return None
+
+    async def _write(self, channel: Channel, outbound: Outbound, ticket: Ticket, moves: Sequence[BlockMove]) -> None:
+        loop = asyncio.get_running_loop()
+        self._under_way[ticket.key] += 1
+        writing = loop.run_in_executor(self._executor, self._write_blocking, channel, ticket, moves)
+        self._events.handed_out(outbound)
+        try:
+            receipt = await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # The stream broke or we stop, but the thread may still be copying: only its end settles the batch.
+            channel.close()
+            writing.add_done_callback(lambda done: self._settle(outbound, ticket.key, moves, done))
+            raise
+        except (errors.WriteRefused, errors.ChecksumMismatch) as error:
+            self._failed(outbound, ticket.key, moves, error)
+        except Exception as error:  # a boundary: whatever it was, this batch is over, and the channel with it
+            self._failed(outbound, ticket.key, moves, _known(error))
+            raise
+        else:
+            self._placed(outbound, ticket.key, moves, receipt)
+
+    def _write_blocking(self, channel: Channel, ticket: Ticket, moves: Sequence[BlockMove]) -> WriteReceipt:
+        if not self._may_write():
+            raise errors.DeadlineExceeded("the lease on granted memory ran out")
+        return channel.write(ticket, moves, time.monotonic() + self._deadline_s)
+
+    def _placed(self, outbound: Outbound, key: HandoffKey, moves: Sequence[BlockMove], receipt: WriteReceipt) -> None:
+        if key == outbound.key:
+            outbound.wrote(receipt.bytes, len(moves), receipt.seconds)
+        self._end(key)
+        outbound.delivery.written(key, moves)
+        self._events.wrote(outbound)
+
+    def _failed(
+        self, outbound: Outbound, key: HandoffKey, moves: Sequence[BlockMove], error: errors.BatonError
+    ) -> None:
+        self._end(key)
+        outbound.delivery.write_failed(key, moves, str(error))
+        self._events.write_failed(outbound, key, error)
+
+    def _end(self, key: HandoffKey) -> None:
+        self._under_way[key] -= 1
+        if not self._under_way[key]:
+            del self._under_way[key]
+
+    def _settle(
+        self, outbound: Outbound, key: HandoffKey, moves: Sequence[BlockMove], done: asyncio.Future[WriteReceipt]
+    ) -> None:
+        """A batch that outlived its channel. Why its write failed says nothing: we closed the channel under it."""
+        if done.cancelled() or done.exception() is not None:
+            self._failed(outbound, key, moves, errors.PeerClosed("the control stream ended during the write"))
+        else:
+            self._placed(outbound, key, moves, done.result())
+
+
+def _known(error: BaseException) -> errors.BatonError:
+    return error if isinstance(error, errors.BatonError) else errors.PeerClosed(f"{type(error).__name__}: {error}")

@@ -1,0 +1,109 @@
+"""One attempt on its way to a decode worker, and what it cost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.spec import HandoffKey, SequenceSpec, TokenLogprobs
+from kvtransfer.handoffs.delivery import Delivery
+from kvtransfer.handoffs.messages import RefusalReason
+
+AGE_LIMIT_US = 3_600_000_000
+
+
+@dataclass(slots=True)
+class TransferCost:
+    """Seconds spent in writes, bytes and blocks written, blocks that the receiver held already, and when (monotonic)
+    the last write ended."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    blocks: int = 0
+    cached_blocks: int = 0
+    last_written_at: float | None = None
+
+
+class Closer(Protocol):
+    """The way to a decode worker that was granted something."""
+
+    def send_close(self, key: HandoffKey, reason: str) -> None:
+        """Promises that nothing more is written under this handoff; kept until the peer can hear it."""
+
+
+@dataclass(slots=True)
+class Outbound:
+    """An attempt's handoffs, one after another; `delivery` has the state of the current one.
+
+    `routes` says where each handoff went, because a close may be due long after the attempt was bound elsewhere.
+    `deadline_at` is the request's, in monotonic seconds.
+    """
+
+    spec: SequenceSpec
+    delivery: Delivery
+    deadline_at: float | None = None
+    first_token: int | None = None
+    first_token_at: float | None = None
+    first_logprobs: TokenLogprobs | None = None
+    transport: str = ""
+    cost: TransferCost = field(default_factory=TransferCost)
+    routes: dict[int, Closer] = field(default_factory=dict)
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def key(self) -> HandoffKey:
+        return self.delivery.key
+
+    @property
+    def first_token_age_us(self) -> int:
+        """Since it was drawn; 0 before. An hour or more is an hour."""
+        at = self.first_token_at
+        return 0 if at is None else min(int((time.monotonic() - at) * 1e6), AGE_LIMIT_US)
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Until the request's deadline; never negative."""
+        return None if self.deadline_at is None else max(0.001, self.deadline_at - time.monotonic())
+
+    def bound_to(self, key: HandoffKey, closer: Closer) -> None:
+        """A handoff starts; its costs are its own."""
+        self.routes[key.handoff] = closer
+        self.cost = TransferCost()
+
+    def set_timer(self, timer: asyncio.TimerHandle | None) -> None:
+        """At most one wait is bounded at a time; a new bound replaces the old one."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = timer
+
+    def wrote(self, size: int, blocks: int, seconds: float) -> None:
+        """Books one write."""
+        self.cost.seconds += seconds
+        self.cost.bytes += size
+        self.cost.blocks += blocks
+        self.cost.last_written_at = time.monotonic()
+
+    def close_ended(self) -> None:
+        """Tells each decode worker of handoffs that are over and have no write under way any more."""
+        for key in self.delivery.take_closed():
+            self.routes[key.handoff].send_close(key, self.delivery.reason or "closed")
+
+
+class OutboundEvents(Protocol):
+    """What the prefill role hears of its handoffs, on the event loop."""
+
+    def granted(self, outbound: Outbound) -> None:
+        """The decode worker has reserved room."""
+
+    def released(self, outbound: Outbound) -> None:
+        """The sequence is resident there; the source blocks may be freed."""
+
+    def failed(
+        self, outbound: Outbound, reason: RefusalReason, message: str, retry_after_s: float | None = None
+    ) -> None:
+        """This handoff came to nothing; another may be bound while the blocks are held."""
+
+    def settled(self, outbound: Outbound) -> None:
+        """A write has returned; perhaps none is under way any more."""

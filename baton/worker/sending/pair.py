@@ -1,0 +1,242 @@
+"""The control stream to one decode worker: connecting, the handshake, the lease, and coming back after a break.
+
+DOWN -> CONNECTING -> UP -> DOWN ...        closed for good when the peer is gone or the worker stops
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Protocol
+
+import grpc
+import structlog
+
+from baton import errors
+from baton.rpc.lanes import Lanes
+from baton.rpc.net import listens, open_channel
+from baton.rpc.status import from_rpc_error
+from baton.spec import ProcessRef
+from baton.v1 import transfer_pb2 as wire
+from baton.v1.transfer_pb2_grpc import TransferStub
+from kvtransfer.handoffs.leases import PeerLease
+from kvtransfer.handoffs.messages import RefusalReason
+from kvtransfer.transports.base import Channel, Transport
+
+HANDSHAKE_S = 5.0
+RECONNECT_S = 0.2
+IDLE_S = 300.0
+log = structlog.get_logger(__name__)
+
+Call = grpc.aio.StreamStreamCall[wire.SenderFrame, wire.ReceiverFrame]
+
+
+class PairEvents(Protocol):
+    """Who uses the stream, on the event loop."""
+
+    @property
+    def has_business(self) -> bool:
+        """Whether a stream that broke is worth coming back for."""
+
+    def stream_up(self) -> None:
+        """The handshake is done; frames and writes can go out."""
+
+    def stream_down(self, reason: RefusalReason, message: str) -> None:
+        """What was under way on the stream came to nothing."""
+
+    def take(self, frame: wire.ReceiverFrame) -> None:
+        """A frame from the peer, in order."""
+
+    async def move(self, channel: Channel) -> None:
+        """Writes blocks while the stream is up; raises when the channel breaks."""
+
+
+class PairStream:
+    """One incarnation of a decode worker. `closed` means that it will never be up again."""
+
+    def __init__(
+        self,
+        peer: ProcessRef,
+        handshake: Callable[[], wire.HandshakeRequest],
+        transports: dict[str, Transport],
+        events: PairEvents,
+        executor: Executor,
+    ) -> None:
+        self.peer = peer
+        self.closed = False
+        self.up = False
+        self.transport = ""
+        """What blocks travel by while the stream is up."""
+        self.heard = 0
+        """The peer has acted on the stream's first so many frames: it has answered a renewal that came after them."""
+        self._sent = 0
+        self._handshake, self._transports, self._events, self._executor = handshake, transports, events, executor
+        self._lanes: Lanes[wire.SenderFrame] = Lanes(wire.SenderFrame)
+        self._lease = PeerLease()
+        self._renewed = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._task = asyncio.create_task(self._run(), name=f"stream to {peer.name}")
+
+    def want(self) -> None:
+        """There is something to say: connect, if it is down."""
+        self._wanted.set()
+
+    def send(self, **body: object) -> int:
+        """Queues a frame; only while it is up. Returns its number on this stream, to be compared with `heard`, which
+        holds for small frames: large ones may be overtaken."""
+        assert self.up, "nothing is sent on a stream that is down"
+        self._lanes.put(wire.SenderFrame(**body))  # type: ignore[arg-type]
+        self._sent += 1
+        return self._sent
+
+    def may_write(self) -> bool:
+        """Whether the lease on what the peer granted is valid. Safe on any thread."""
+        return self._lease.valid(time.monotonic())
+
+    async def stop(self) -> None:
+        """Ends the stream for good."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._end("the prefill worker stops")
+
+    async def _run(self) -> None:
+        while await self._until_wanted():
+            reason, message = RefusalReason.UNREACHABLE, "the control stream ended"
+            try:
+                await self._converse()
+            except errors.Mismatch as error:
+                reason, message = RefusalReason.MISMATCH, str(error)
+            except (errors.BatonError, grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+                message = _describe(error)
+            except Exception as error:  # a boundary: this stream fails, the next one may do
+                log.error("unexpected error on a control stream", peer=self.peer.name, exc_info=error)
+                message = f"{type(error).__name__}: {error}"
+            log.info("control stream down", peer=self.peer.name, reason=message)
+            self._events.stream_down(reason, f"{self.peer.name}: {message}")
+            if not await self._listens():
+                break  # refused: the process is gone, and with it the memory that was granted
+            if self._events.has_business:
+                self._wanted.set()
+            await asyncio.sleep(RECONNECT_S)
+        self._end(f"{self.peer.name} is gone")
+
+    async def _listens(self) -> bool:
+        try:
+            return await listens(self.peer.address)
+        except errors.ConfigError:  # no address at all
+            return False
+
+    async def _until_wanted(self) -> bool:
+        """False when nothing was to be said for long; a later bind makes a new sender."""
+        try:
+            async with asyncio.timeout(IDLE_S):
+                await self._wanted.wait()
+        except TimeoutError:
+            return False
+        self._wanted.clear()
+        return True
+
+    async def _converse(self) -> None:
+        async with open_channel(self.peer.address) as connection:
+            call: Call = TransferStub(connection).Handoff()
+            try:
+                endpoint = await self._shake_hands(call)
+                transport = self._transports[endpoint.transport]
+                loop, deadline = asyncio.get_running_loop(), time.monotonic() + HANDSHAKE_S
+                channel = await loop.run_in_executor(
+                    self._executor, transport.connect, endpoint.address, self.peer, deadline
+                )
+                try:
+                    self._come_up(endpoint.transport)
+                    async with asyncio.TaskGroup() as group:
+                        for pump in (self._read(call), self._write(call), self._renew(), self._events.move(channel)):
+                            group.create_task(pump)
+                finally:
+                    channel.close()
+            except BaseExceptionGroup as group_error:
+                raise _first(group_error) from None
+            finally:
+                self.up = False
+                call.cancel()
+
+    async def _shake_hands(self, call: Call) -> wire.Endpoint:
+        self._lease = PeerLease()
+        self._lease.asked(time.monotonic())
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                await call.write(wire.SenderFrame(handshake=self._handshake()))
+                frame = await call.read()
+        except TimeoutError:
+            raise errors.DeadlineExceeded(f"no answer to the handshake within {HANDSHAKE_S:g} s") from None
+        if not isinstance(frame, wire.ReceiverFrame) or frame.WhichOneof("body") != "handshake":
+            raise errors.PeerClosed("no answer to the handshake")
+        answer = frame.handshake
+        if answer.HasField("mismatch"):
+            wrong = answer.mismatch
+            raise errors.Mismatch(wrong.field, wrong.sender_value, wrong.receiver_value)
+        if answer.process.incarnation != self.peer.incarnation:
+            raise errors.PeerClosed("the worker has restarted")
+        self._lease.granted(answer.lease_ms / 1e3)
+        for endpoint in answer.endpoints:
+            if endpoint.transport in self._transports:
+                return endpoint
+        raise errors.Mismatch("transports", ", ".join(self._transports), "none of them")
+
+    def _come_up(self, transport: str) -> None:
+        self.transport = transport
+        self._lanes.clear()
+        self._sent = self.heard = 0
+        self.up = True
+        self._events.stream_up()
+        log.info("control stream up", peer=self.peer.name, transport=transport)
+
+    async def _read(self, call: Call) -> None:
+        while isinstance(frame := await call.read(), wire.ReceiverFrame):
+            if frame.WhichOneof("body") == "renewed":
+                self._lease.granted(frame.renewed.lease_ms / 1e3)
+                self._renewed.set()
+            else:
+                self._events.take(frame)
+        raise errors.PeerClosed("the peer ended the control stream")
+
+    async def _write(self, call: Call) -> None:
+        while True:
+            frame = self._lanes.take()
+            if frame is not None:
+                await call.write(frame)
+            else:
+                await self._lanes.wait(IDLE_S)
+
+    async def _renew(self) -> None:
+        """Asks for a longer lease in good time; a peer that does not answer until it ends is given up."""
+        while (due := self._lease.renew_at()) is not None:
+            await asyncio.sleep(max(0.01, due - time.monotonic()))
+            self._lease.asked(time.monotonic())
+            self._renewed.clear()
+            renewal = self.send(renew=wire.RenewRequestFrame())
+            until = self._lease.deadline or 0.0
+            try:
+                async with asyncio.timeout(max(0.01, until - time.monotonic())):
+                    await self._renewed.wait()
+            except TimeoutError:
+                raise errors.DeadlineExceeded("the lease on granted memory was not renewed") from None
+            self.heard = renewal
+
+    def _end(self, message: str) -> None:
+        self.closed = True
+        self._events.stream_down(RefusalReason.UNREACHABLE, message)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return str(from_rpc_error(error))
+    return str(error) or type(error).__name__

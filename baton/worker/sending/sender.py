@@ -1,0 +1,292 @@
+"""All handoffs to one decode worker: opening, committing, closing, on the pair's control stream.
+
+When the stream breaks, every handoff on it fails, and the router binds anew. What had been granted must still be closed
+towards the peer, which keeps those blocks in quarantine until it hears so: such closes are owed, and are the first
+thing said on the next stream. A close that was said may be lost with its stream, so it is owed again when that breaks
+before the peer has answered a later renewal. To close twice does no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+import structlog
+
+from baton import errors
+from baton.rpc.convert import handoff_from_wire, logprobs_to_wire, spec_to_wire
+from baton.spec import AttemptKey, HandoffKey, ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import transfer_pb2 as wire
+from baton.v1 import worker_pb2
+from baton.worker.sending.mover import Mover
+from baton.worker.sending.outbound import Outbound, OutboundEvents
+from baton.worker.sending.pair import PairStream
+from kvtransfer.handoffs.delivery import DeliveryState, GrantAnswer
+from kvtransfer.handoffs.messages import RefusalReason, Ticket
+from kvtransfer.transports.base import Channel, Transport
+
+log = structlog.get_logger(__name__)
+
+
+class Sender:
+    """All handoffs to one incarnation of a decode worker. Runs on the event loop; implements `Closer`, `MoverEvents`.
+
+    `peer` is where it sends; `closed` means that it never will again, and another bind needs another sender.
+    """
+
+    def __init__(
+        self,
+        peer: ProcessRef,
+        handshake: Callable[[], wire.HandshakeRequest],
+        transports: dict[str, Transport],
+        events: OutboundEvents,
+        executor: Executor,
+        deadline_s: float,
+        counts: Counts,
+    ) -> None:
+        self.peer = peer
+        self._events, self._deadline_s, self._counts = events, deadline_s, counts
+        self._incarnation = handshake().process.incarnation
+        self._outbound: dict[AttemptKey, Outbound] = {}
+        self._owed: dict[HandoffKey, str] = {}
+        self._said: dict[HandoffKey, tuple[int, str]] = {}  # closes that may be lost if the stream breaks
+        self._stream = PairStream(peer, handshake, transports, self, executor)
+        self._mover = Mover(self, executor, self._stream.may_write, deadline_s)
+
+    @property
+    def closed(self) -> bool:
+        """It never sends again; another bind needs another sender."""
+        return self._stream.closed
+
+    @property
+    def transport(self) -> str:
+        """What blocks travel by to this peer, while it is connected; else empty."""
+        return self._stream.transport if self._stream.up else ""
+
+    @property
+    def handoffs(self) -> int:
+        """Handoffs that are under way."""
+        return len(self._outbound)
+
+    def start(self, outbound: Outbound) -> None:
+        """Begins the current handoff: asks for a grant, now or as soon as the stream is up."""
+        outbound.bound_to(outbound.key, self)
+        self._outbound[outbound.key.attempt] = outbound
+        self._mover.add(outbound)
+        self._bound_wait(outbound, "no grant")
+        if self._stream.up:
+            self._open(outbound)
+        self._stream.want()
+
+    def advance(self, outbound: Outbound) -> None:
+        """Something changed (a chunk, the first token, an answer): send and write what has become possible."""
+        if not self._stream.up:
+            return  # it has just broken, and `stream_down` is about to say so
+        ticket = outbound.delivery.ticket
+        blocks = outbound.delivery.take_commit()
+        if blocks is not None and ticket is not None and outbound.first_token is not None:
+            logprobs = outbound.first_logprobs
+            self._stream.send(
+                commit=wire.CommitRequest(
+                    attempt=outbound.key.attempt,
+                    handoff=outbound.key.handoff,
+                    generation=ticket.generation,
+                    blocks=blocks,
+                    first_token=outbound.first_token,
+                    first_logprobs=None if logprobs is None else logprobs_to_wire(logprobs),
+                    first_token_age_us=outbound.first_token_age_us,
+                )
+            )
+        if (
+            outbound.delivery.state is DeliveryState.COMMITTING
+            and not outbound.delivery.in_flight
+            and not outbound.timer
+        ):
+            self._bound_wait(outbound, "no answer to the commit")  # writes under way have a deadline of their own
+        outbound.close_ended()
+        self._mover.wake()
+
+    def drop(self, outbound: Outbound, reason: str) -> None:
+        """Ends the current handoff, without a word to `events`."""
+        outbound.delivery.fail(reason)
+        self._forget(outbound)
+
+    def send_close(self, key: HandoffKey, reason: str) -> None:
+        """See `Closer`."""
+        if self._stream.up:
+            number = self._stream.send(close=wire.CloseNotice(attempt=key.attempt, handoff=key.handoff, reason=reason))
+            self._said = {k: said for k, said in self._said.items() if said[0] > self._stream.heard}
+            self._said[key] = number, reason
+        elif not self.closed:
+            self._owed[key] = reason
+            self._stream.want()
+
+    async def stop(self) -> None:
+        """Ends the stream; the process is about to end, which closes everything. Handoffs under way fail."""
+        await self._stream.stop()
+
+    # -- what the stream reports (`PairEvents`) ------------------------------------------------------------------
+
+    @property
+    def has_business(self) -> bool:
+        """See `PairEvents`."""
+        return bool(self._owed or self._outbound)
+
+    def stream_up(self) -> None:
+        """See `PairEvents`."""
+        owed, self._owed = self._owed, {}
+        for key, reason in owed.items():
+            self.send_close(key, reason)
+        for outbound in self._outbound.values():
+            self._open(outbound)
+
+    def stream_down(self, reason: RefusalReason, message: str) -> None:
+        """See `PairEvents`."""
+        self._owed |= {key: why for key, (number, why) in self._said.items() if number > self._stream.heard}
+        self._said.clear()
+        if self.closed:
+            self._owed.clear()  # nobody is there to wait for them
+        for outbound in list(self._outbound.values()):
+            self._fail(outbound, reason, message)
+
+    async def move(self, channel: Channel) -> None:
+        """See `PairEvents`."""
+        await self._mover.run(channel)
+
+    def take(self, frame: wire.ReceiverFrame) -> None:
+        """See `PairEvents`."""
+        kind = frame.WhichOneof("body")
+        if kind == "grant":
+            self._granted(frame.grant)
+        elif kind == "committed":
+            self._committed(handoff_from_wire(frame.committed))
+        elif kind == "refused":
+            self._refused(handoff_from_wire(frame.refused), frame.refused)
+        elif kind == "abort":
+            self._aborted(handoff_from_wire(frame.abort), frame.abort)
+        else:
+            self._counts.add("frames_unknown")
+
+    def _granted(self, message: wire.Grant) -> None:
+        key = handoff_from_wire(message)
+        outbound = self._known(key)
+        if outbound is None:
+            self._not_here(key)
+            return
+        writer, blocks = self._incarnation, tuple(message.blocks)
+        try:
+            ticket = Ticket(key, message.generation, message.write_token, blocks, message.cached_blocks, writer)
+        except ValueError as error:
+            self._fail(outbound, RefusalReason.MISMATCH, f"the grant is malformed: {error}")
+            return
+        answer = outbound.delivery.granted(ticket)
+        if answer is GrantAnswer.INVALID:
+            self._fail(outbound, RefusalReason.MISMATCH, outbound.delivery.reason)
+            return
+        if answer is GrantAnswer.ACCEPTED:
+            outbound.set_timer(None)
+            outbound.cost.cached_blocks = ticket.cached_blocks
+            self._events.granted(outbound)
+        self.advance(outbound)
+
+    def _committed(self, key: HandoffKey) -> None:
+        outbound = self._known(key)
+        if outbound is not None and outbound.delivery.committed(key):
+            self._forget(outbound)
+            self._events.released(outbound)
+
+    def _refused(self, key: HandoffKey, message: wire.Refused) -> None:
+        outbound = self._known(key)
+        if outbound is None or key != outbound.key:
+            return
+        delivery = outbound.delivery
+        if delivery.refused(key, message.message) or delivery.fail(message.message):
+            retry = message.retry_after_ms / 1e3 if message.HasField("retry_after_ms") else None
+            self._fail(outbound, _reason(message.reason), message.message, retry)
+
+    def _aborted(self, key: HandoffKey, message: wire.AbortNotice) -> None:
+        """The peer gave the handoff up, and waits for our close."""
+        outbound = self._known(key)
+        if outbound is None:
+            self._not_here(key)
+        elif outbound.delivery.aborted(key, message.message):
+            self._fail(outbound, _reason(message.reason), message.message)
+        else:
+            outbound.close_ended()
+
+    def _known(self, key: HandoffKey) -> Outbound | None:
+        outbound = self._outbound.get(key.attempt)
+        if outbound is None:
+            self._counts.add("late_messages")
+        return outbound
+
+    def _not_here(self, key: HandoffKey) -> None:
+        """The peer asks about a handoff that is over here. While a write of it is under way nothing may be promised:
+        its end sends the close."""
+        if not self._mover.writing(key):
+            self.send_close(key, "not under way here any more")
+
+    def _open(self, outbound: Outbound) -> None:
+        outbound.transport = self._stream.transport
+        spec, key = spec_to_wire(outbound.spec, outbound.time_left_s), outbound.key
+        request = wire.OpenRequest(
+            attempt=key.attempt, handoff=key.handoff, spec=spec, transport=self._stream.transport
+        )
+        self._stream.send(open=request)
+
+    # -- what the mover reports ----------------------------------------------------------------------------------
+
+    def handed_out(self, outbound: Outbound) -> None:
+        """See `MoverEvents`."""
+        if self._outbound.get(outbound.key.attempt) is outbound:
+            self.advance(outbound)
+
+    def wrote(self, outbound: Outbound) -> None:
+        """See `MoverEvents`."""
+        if self._outbound.get(outbound.key.attempt) is outbound:
+            self.advance(outbound)
+        else:
+            outbound.close_ended()  # it ended here meanwhile, or is bound to another worker
+        self._events.settled(outbound)
+
+    def write_failed(self, outbound: Outbound, key: HandoffKey, error: errors.BatonError) -> None:
+        """See `MoverEvents`."""
+        self._counts.add("writes_failed")
+        log.warning("write failed", handoff=str(key), peer=self.peer.name, error=str(error))
+        if self._outbound.get(key.attempt) is outbound and key == outbound.key:
+            self._fail(outbound, RefusalReason.UNREACHABLE, str(error))
+        outbound.close_ended()
+        self._events.settled(outbound)
+
+    # -- endings -------------------------------------------------------------------------------------------------
+
+    def _bound_wait(self, outbound: Outbound, what: str) -> None:
+        message = f"{what} from {self.peer.name} within {self._deadline_s:g} s"
+        loop = asyncio.get_running_loop()
+        outbound.set_timer(loop.call_later(self._deadline_s, self._timed_out, outbound, outbound.key, message))
+
+    def _timed_out(self, outbound: Outbound, key: HandoffKey, message: str) -> None:
+        if outbound.key == key and outbound.delivery.fail(message):
+            self._fail(outbound, RefusalReason.EXPIRED, message)
+
+    def _fail(
+        self, outbound: Outbound, reason: RefusalReason, message: str, retry_after_s: float | None = None
+    ) -> None:
+        """A handoff is over without success: the role hears it now, the peer as soon as no write is under way."""
+        outbound.delivery.fail(message)
+        self._forget(outbound)
+        self._events.failed(outbound, reason, message, retry_after_s)
+
+    def _forget(self, outbound: Outbound) -> None:
+        outbound.set_timer(None)
+        self._mover.remove(outbound)
+        if self._outbound.get(outbound.key.attempt) is outbound:
+            del self._outbound[outbound.key.attempt]
+        outbound.close_ended()
+
+
+def _reason(value: int) -> RefusalReason:
+    name = worker_pb2.RefusalReason.Name(value).removeprefix("REFUSAL_REASON_")  # type: ignore[arg-type]
+    return RefusalReason[name] if name in RefusalReason.__members__ else RefusalReason.UNREACHABLE

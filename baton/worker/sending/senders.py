@@ -1,0 +1,75 @@
+"""A worker's senders, one for each incarnation of a decode worker that it was ever bound to and that still lives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from baton.rpc.convert import process_to_wire
+from baton.spec import ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import admin_pb2 as admin
+from baton.v1 import transfer_pb2 as wire
+from baton.worker.sending.outbound import OutboundEvents
+from baton.worker.sending.sender import Sender
+from kvtransfer.transports.base import Transport
+
+WRITE_THREADS = 32
+"""Made when needed; a peer that stalls keeps one busy until its deadline, and the others must not wait for it."""
+
+
+class Senders:
+    """Makes senders and ends them; owns the threads that write."""
+
+    def __init__(
+        self,
+        handshake: Callable[[], wire.HandshakeRequest],
+        transports: dict[str, Transport],
+        events: OutboundEvents,
+        deadline_s: float,
+        counts: Counts,
+    ) -> None:
+        self._handshake, self._transports, self._events = handshake, transports, events
+        self._deadline_s, self._counts = deadline_s, counts
+        self._senders: dict[str, Sender] = {}
+        self._executor = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="kv-write")
+
+    def __len__(self) -> int:
+        return len(self._senders)
+
+    def __iter__(self) -> Iterator[Sender]:
+        return iter(list(self._senders.values()))
+
+    @property
+    def handoffs(self) -> int:
+        """Handoffs under way, to all peers."""
+        return sum(sender.handoffs for sender in self._senders.values())
+
+    def by_transport(self) -> Counter[str]:
+        """Connected peers."""
+        return Counter(sender.transport for sender in self if sender.transport)
+
+    def pairs(self) -> list[admin.Pair]:
+        """Connected peers, one by one."""
+        return [
+            admin.Pair(peer=process_to_wire(sender.peer), transport=sender.transport, handoffs=sender.handoffs)
+            for sender in self
+            if sender.transport
+        ]
+
+    def to(self, peer: ProcessRef) -> Sender:
+        """The sender to exactly this incarnation; a fresh one where the former has closed."""
+        sender = self._senders.get(peer.incarnation)
+        if sender is None or sender.closed:
+            self._senders = {key: other for key, other in self._senders.items() if not other.closed}
+            sender = self._senders[peer.incarnation] = Sender(
+                peer, self._handshake, self._transports, self._events, self._executor, self._deadline_s, self._counts
+            )
+        return sender
+
+    async def stop(self) -> None:
+        """Ends them all, and waits for the writes under way."""
+        await asyncio.gather(*(sender.stop() for sender in self._senders.values()))
+        await asyncio.to_thread(self._executor.shutdown)

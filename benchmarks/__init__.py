@@ -1,0 +1,1 @@
+"""The repository's benchmarks; each is a make target."""

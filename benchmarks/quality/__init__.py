@@ -1,0 +1,1 @@
+"""How far formats are from float32."""

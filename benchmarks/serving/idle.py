@@ -1,0 +1,87 @@
+"""What the unloaded system takes: the serving benchmarks' objectives are multiples of it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from baton.bench.config import LoadConfig
+from baton.bench.schedule.plan import Plan, Planned
+from baton.bench.sending.driver import run_plan
+from baton.bench.sending.target import Target, connect
+from benchmarks.serving.modes import Mode
+
+STEP_SEQUENCES, STEP_TOKENS = 8, 64
+WARM_UP, PASSES, PROMPTS = 2, 3, 3
+LONG_EVERY, STEPS_S = 5.0, 3.0
+"""How many times as long as another a long prompt is given, and the seconds of eight sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Of the unloaded system, in milliseconds: the first token by the prompt's tokens, the shortest prompt first, and a
+    step of eight sequences."""
+
+    ttfts: dict[int, float]
+    step: float
+
+    @property
+    def ttft(self) -> float:
+        """Of the shortest prompt that was measured, the median one."""
+        return next(iter(self.ttfts.values()))
+
+    def longest_within(self, ttft: float) -> float:
+        """Tokens of the longest prompt that is computed in so many milliseconds: between two measured prompts, and past
+        the last, a TTFT grows with a power of the tokens. Raises RuntimeError where a longer one took no more time."""
+        found = 0.0
+        for (tokens, its), (more, longer) in pairwise(self.ttfts.items()):
+            if longer <= its:
+                raise RuntimeError(f"{more} tokens took {longer:.0f} ms, {tokens} {its:.0f}: something else ran")
+            found = tokens * (more / tokens) ** (math.log(ttft / its) / math.log(longer / its))
+            if found <= more:
+                break
+        return found
+
+
+async def idle_times(mode: Mode, prompts: Sequence[int]) -> Idle:
+    """Of a cluster that is started for it."""
+    config = LoadConfig(seed=99)
+    async with mode.start() as address, connect(address, config) as target:
+        return await idle_of(target, prompts, 1.0)
+
+
+async def idle_of(target: Target, prompts: Sequence[int], every_s: float) -> Idle:
+    """`prompts` of so many tokens, the median one first and longer ones behind, so far apart that each is alone, and a
+    step of eight sequences; three times over, since a machine is not equally fast from minute to minute. Medians."""
+    median, *longer = prompts
+    planned: list[Planned] = []
+    at = 0.0
+
+    def plan(tokens: int, outputs: int, rest_s: float) -> None:
+        nonlocal at
+        planned.append(Planned(len(planned), at, tokens, outputs))
+        at += rest_s
+
+    for _ in range(WARM_UP):
+        plan(median, 1, every_s)
+    for _ in range(PASSES):
+        for _ in range(PROMPTS):
+            plan(median, 1, every_s)
+        for tokens in longer:
+            plan(tokens, 1, LONG_EVERY * every_s)
+        for _ in range(STEP_SEQUENCES):
+            plan(STEP_TOKENS, STEP_TOKENS, 0.0)
+        at += STEPS_S
+    run = await run_plan(target, Plan(tuple(planned), at), LoadConfig(seed=99))
+    if failed := [record.status for record in run.records if record.ttft_ms is None]:
+        raise RuntimeError(f"{len(failed)} requests to an idle system had no first token: {failed[0]}")
+    alone = [record for record in run.records[WARM_UP:] if record.planned.output_tokens == 1]
+    ttfts = {
+        tokens: statistics.median(record.ttft_ms or 0.0 for record in alone if record.planned.prompt_tokens == tokens)
+        for tokens in prompts
+    }
+    gaps = [gap for record in run.records if record.planned.output_tokens > 1 for gap in record.gaps_ms]
+    return Idle(ttfts, statistics.median(gaps))

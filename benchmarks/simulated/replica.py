@@ -1,0 +1,341 @@
+"""A cluster on two cores in simulated time: the project's own placement, ledgers, queues and schedulers, around a cost
+model in place of an engine, and delays in place of messages and transfers.
+
+On a machine a run of a minute differs from the next one by more than two policies do. Here ten thousand requests take
+seconds, and nothing but what is changed changes. What is left out: blocks never run short, no cache holds anything,
+nothing fails.
+
+    request: arrive -> (queue of a worker) -> start -> first token -> (handed over) -> resident -> end
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from baton.bench.schedule.plan import Planned
+from baton.config import PathChoice, RoleName
+from baton.cost import HANDOFF_S, CostModel, StepCost, StepShape
+from baton.engine import api
+from baton.engine.api import Work, shape_of
+from baton.engine.simulated.load import typical_steps
+from baton.spec import AttemptKey, Objectives, ProcessRef, Sampling, SequenceSpec
+from baton.telemetry import Counts
+from baton.worker.prompt_queue import PromptQueue
+from decode_worker.scheduler import DecodeScheduler, Expected
+from prefill_worker.scheduler import PrefillScheduler
+from router.placement.offers import Way
+from router.placement.policy import Plan
+from router.placement.snapshot import Demand
+from router.requests.attempt import Attempt
+from router.requests.order import Order
+from router.requests.placer import Placer
+from router.text.detokenisation import OutputText
+from router.workers.ledger import Reported
+from router.workers.link import WorkerLink
+from router.workers.registry import ServedModel
+from router.workers.worker import Layout, ModelCard, Registration, Worker
+
+CHUNK, BLOCKS, SLOTS, BLOCK_TOKENS = 512, 1 << 20, 256, 16
+HOP_S = 0.001
+"""A message between router and worker."""
+REPORT_S = 0.05
+CARD = ModelCard("m", "f" * 32, 8192, 1000, frozenset(), "", "", Layout(1, BLOCK_TOKENS, 1, 1, 64, "bfloat16", 0, 1))
+ROUTER = ProcessRef("router", "r", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Two cores. A step takes `cost`, times a lognormal factor of `noise`, times `contention` while the other core
+    computes; on the first core each frame and each token of it also cost the router and the client their time."""
+
+    cost: StepCost
+    noise: float = 0.1
+    contention: float = 1.1
+    frame_s: float = 1.5e-4
+    token_s: float = 1.5e-4
+
+
+@dataclass(slots=True)
+class Served:
+    """A request, and what became of it; times in seconds from the start. Implements `prompt_queue.Waiting`."""
+
+    planned: Planned
+    spec: SequenceSpec
+    demand: Demand
+    plan: Plan | None = None
+    attempt: Attempt | None = None
+    received_at: float = 0.0
+    rank: float = 0.0
+    work_s: float = 0.0
+    late: bool = False
+    sequence: api.Sequence | None = None
+    first_at: float | None = None
+    last_at: float = 0.0
+    tokens: int = 0
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.spec.attempt
+
+    @property
+    def uncomputed(self) -> int:
+        """Prompt tokens still to compute."""
+        return self.sequence.remaining if self.sequence is not None and not self.sequence.output_tokens else 0
+
+    @property
+    def ttft_s(self) -> float:
+        return (math.inf if self.first_at is None else self.first_at) - self.planned.at_s
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.last_at - (self.first_at or 0.0)) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+    @property
+    def kept(self) -> bool:
+        """Both objectives; a limit that is absent is kept."""
+        asked = self.planned.traffic
+        within = [(asked.ttft_ms, self.ttft_s), (asked.tpot_ms, self.tpot_s)]
+        return all(limit is None or seconds * 1e3 <= limit for limit, seconds in within)
+
+
+class ReplicaWorker:
+    """One worker: its side of the queue, and as the router sees it."""
+
+    def __init__(self, replica: Replica, role: RoleName, index: int, budget_s: float | None) -> None:
+        self.replica, self.role, self.core = replica, role, index
+        process = ProcessRef(f"{role}-{index}", f"{role}-{index}", "")
+        link = WorkerLink(process, ROUTER, on_frame=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
+        link.attached = True
+        registration = Registration(process, frozenset({role}), CARD, BLOCKS, SLOTS, ())
+        self.seen = Worker(registration, link, 0.0, language_ready=True)
+        self.model = CostModel(typical_steps(replica.machine.cost))
+        self.seen.cost = self.model.cost
+        self.scheduler: PrefillScheduler | DecodeScheduler = (
+            PrefillScheduler(CHUNK, lambda: self.model.cost)
+            if role == "prefill"
+            else DecodeScheduler(CHUNK, lambda: self.model.cost, budget_s, lambda: replica.now)
+        )
+        self.queue: PromptQueue[Served] = PromptQueue()
+        self.started: dict[AttemptKey, Served] = {}
+        self.residents: dict[AttemptKey, Served] = {}
+        self.expected: dict[AttemptKey, Expected] = {}
+        self.busy = False
+        self._began: float | None = None
+        self._reported_at = -math.inf
+
+    def receive(self, served: Served) -> None:
+        """A prompt has come."""
+        spec, now = served.spec, self.replica.now
+        served.received_at = now
+        if spec.objectives.ttft_ms is not None:
+            left = spec.objectives.ttft_ms / 1e3 - (now - served.planned.at_s)
+            served.spec = replace(spec, ttft_left_s=left)
+        self.queue.push(served, self.model.cost.prefill(spec.known_tokens, 0, CHUNK))
+        self._start_waiting()
+
+    def expect(self, served: Served) -> None:
+        """A sequence was granted its room."""
+        tpot_ms = served.spec.objectives.tpot_ms
+        if served.key not in self.residents and tpot_ms is not None:
+            self._expect({**self.expected, served.key: Expected(served.spec.max_tokens - 1, tpot_ms / 1e3)})
+
+    def take(self, served: Served) -> None:
+        """A sequence has been handed over."""
+        self._expect({key: known for key, known in self.expected.items() if key != served.key})
+        sequence = api.Sequence.from_spec(served.spec, [], served.spec.known_tokens)
+        sequence.tokens.append(0)
+        sequence.first_token_at = self.replica.now - HANDOFF_S
+        served.sequence = sequence
+        self.residents[served.key] = served
+        self.scheduler.add(sequence)
+        self._wake()
+
+    def _expect(self, expected: dict[AttemptKey, Expected]) -> None:
+        self.expected = expected
+        if isinstance(self.scheduler, DecodeScheduler):
+            self.scheduler.expected = tuple(expected.values())
+
+    def _start_waiting(self) -> None:
+        while (served := self.queue.first(self.replica.now, self._ahead_s)) is not None:
+            if self._ahead(served) >= 2 * CHUNK:
+                break
+            self.queue.remove(served)
+            served.sequence = api.Sequence.from_spec(served.spec, [], 0, served.rank, served.late)
+            self.started[served.key] = served
+            self.scheduler.add(served.sequence)
+            self.replica.after(HOP_S, self.replica.on_started, served)
+        self._wake()
+
+    def _ahead(self, served: Served) -> int:
+        return sum(other.uncomputed for other in self.started.values() if other.rank <= served.rank)
+
+    def _ahead_s(self, served: Served) -> float:
+        under_way = 0.0 if self._began is None else self.replica.now - self._began
+        return max(0.0, self.model.cost.prefill(self._ahead(served), 0, CHUNK) - under_way)
+
+    def _wake(self) -> None:
+        if not self.busy:
+            self.busy = True
+            self.replica.after(0.0, self._step)
+
+    def _step(self) -> None:
+        batch = self.scheduler.pick()
+        self.busy = bool(batch)
+        if batch:
+            shape = shape_of(batch)
+            seconds, self._began = self.replica.seconds(self, shape), self.replica.now
+            self.replica.after(seconds, self._stepped, batch, shape, seconds)
+
+    def _stepped(self, batch: Sequence[Work], shape: StepShape, seconds: float) -> None:
+        self._began = None
+        self.model.observe(shape, seconds)
+        drawn = [work.sequence for work in batch if work.samples]
+        for work in batch:
+            work.sequence.computed += work.count
+        for sequence in drawn:
+            sequence.tokens.append(0)
+            self._drew(self.replica.served[sequence.key], sequence)
+        self.replica.streamed(len(drawn))
+        self._report()
+        self._start_waiting()
+        self._step()
+
+    def _drew(self, served: Served, sequence: api.Sequence) -> None:
+        over = sequence.rule.reason(0, sequence.output_tokens) is not None
+        self.started.pop(served.key, None)
+        self.replica.after(HOP_S, self.replica.on_token, served)
+        if self.role == "decode":
+            self.residents[served.key] = served
+        elif not over:
+            self.replica.after(HANDOFF_S / 2, self.replica.hand_over, served)
+        if over:
+            self.scheduler.remove(served.key)
+            self.residents.pop(served.key, None)
+            self.replica.after(HOP_S, self.replica.on_end, served)
+
+    def _report(self) -> None:
+        if self.replica.now - self._reported_at < REPORT_S:
+            return
+        self._reported_at, seen = self.replica.now, self.seen
+        seen.cost = self.model.cost
+        seen.prefill.reported(self.queue.tokens + sum(served.uncomputed for served in self.started.values()))
+        held = sum(served.demand.blocks for served in self.residents.values())
+        tokens = sum(len(served.sequence.tokens) for served in self.residents.values() if served.sequence)
+        seen.decode.reported(Reported(BLOCKS - held, tokens))
+
+
+class Replica:
+    """The cluster: the events of its time, its router, and its workers. `path` is direct for colocated workers."""
+
+    def __init__(self, machine: Machine, path: PathChoice, budget_s: float | None = None, seed: int = 0) -> None:
+        roles: tuple[RoleName, ...] = ("decode", "decode") if path == "direct" else ("prefill", "decode")
+        self.now, self.machine, self.served = 0.0, machine, dict[AttemptKey, Served]()
+        self.workers = [ReplicaWorker(self, role, index, budget_s) for index, role in enumerate(roles)]
+        self.placer = Placer(path, Counts(), lambda: self.now)
+        self.model = ServedModel(CARD, workers=[worker.seen for worker in self.workers])
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order, self._chance, self._owed_s = itertools.count(), random.Random(seed), 0.0
+
+    def after(self, seconds: float, call: Callable[..., None], *given: Any) -> None:
+        """Calls it then."""
+        heapq.heappush(self._events, (self.now + seconds, next(self._order), call, given))
+
+    def run(self, requests: Sequence[Planned]) -> list[Served]:
+        """Until all have ended; each as the plan says."""
+        for planned in requests:
+            self.after(planned.at_s, self._arrive, planned)
+        while self._events:
+            self.now, _, call, given = heapq.heappop(self._events)
+            call(*given)
+        return list(self.served.values())
+
+    def seconds(self, worker: ReplicaWorker, shape: StepShape) -> float:
+        """Of a step that begins now."""
+        found = self.machine.cost.seconds(shape) * math.exp(self._chance.gauss(0.0, self.machine.noise))
+        if any(other.busy for other in self.workers if other is not worker):
+            found *= self.machine.contention
+        if worker.core == 0:
+            found, self._owed_s = found + self._owed_s, 0.0
+        return found
+
+    def streamed(self, tokens: int) -> None:
+        """A frame with so many tokens goes to the router and on: that costs the first core, if it is busy."""
+        if tokens and self.workers[0].busy:
+            self._owed_s += self.machine.frame_s + tokens * self.machine.token_s
+
+    def on_started(self, served: Served) -> None:
+        """A worker computes the prompt: time to bind a decode worker."""
+        if served.first_at is not None or served.attempt is None or served.plan is None:
+            return
+        served.attempt.prefill.prefill.started(served.key, self.now)
+        if served.plan.way is Way.PREFILL and served.spec.max_tokens > 1:
+            self._bind(served)
+
+    def on_token(self, served: Served) -> None:
+        """A token has come, perhaps the first one."""
+        attempt, plan = served.attempt, served.plan
+        assert attempt is not None, "it was placed"
+        assert plan is not None, "it was placed"
+        served.tokens += 1
+        served.last_at = self.now
+        if served.first_at is None:
+            served.first_at = self.now
+            attempt.computed(self.now)
+            if plan.raw_ttft_s is not None:
+                attempt.prefill.accuracy.observe(plan.raw_ttft_s, served.ttft_s, plan.ttft_s, self.now)
+        elif attempt.decode is not None:
+            attempt.resident()
+
+    def hand_over(self, served: Served) -> None:
+        """Its blocks have landed; a prompt that was over before its `Started` came is bound first."""
+        assert served.attempt is not None, "it was placed"
+        if served.attempt.decode is None:
+            self._bind(served)
+        self._at(served.attempt.decode).take(served)
+
+    def on_end(self, served: Served) -> None:
+        """Nothing is held for it any more."""
+        assert served.attempt is not None, "it was placed"
+        served.attempt.release(self.now)
+        self.placer.settled(served.key)
+
+    def _arrive(self, planned: Planned) -> None:
+        tokens, output, asked = planned.prompt_tokens, planned.output_tokens, planned.traffic
+        spec = SequenceSpec(
+            planned.index.to_bytes(16, "little"), str(planned.index), (0,) * tokens, Sampling(), output, ROUTER,
+            objectives=Objectives(asked.ttft_ms, asked.tpot_ms), priority=asked.priority or 0,
+        )  # fmt: skip
+        demand = Demand(-(-(tokens + output) // BLOCK_TOKENS), tokens)
+        served = self.served[spec.attempt] = Served(planned, spec, demand)
+        worker, served.plan = self.placer.place(self._order_of(served), self.model, {})
+        served.attempt = Attempt(spec.attempt, worker)
+        worker.prefill.place(spec.attempt, tokens, served.plan.queued)
+        if served.plan.way is Way.DIRECT:
+            served.attempt.stay(demand, _seconds(spec.objectives.tpot_ms))
+        elif output > 1:
+            self.placer.placed(self.model, spec.attempt, tokens)
+        self.after(HOP_S, self._at(worker).receive, served)
+
+    def _bind(self, served: Served) -> None:
+        assert served.attempt is not None, "it was placed"
+        self.placer.settled(served.key)
+        choice = self.placer.choose_decode(self.model, self._order_of(served), {}, frozenset(), "")
+        assert choice is not None, "decode workers never leave here"
+        served.attempt.bind(choice.worker, served.demand, _seconds(served.spec.objectives.tpot_ms))
+        self.after(2 * HOP_S, self._at(choice.worker).expect, served)
+
+    def _order_of(self, served: Served) -> Order:
+        return Order(served.spec, cast(OutputText, None), served.demand, served.planned.at_s, math.inf, 1.0)
+
+    def _at(self, worker: Worker | None) -> ReplicaWorker:
+        return next(each for each in self.workers if each.seen is worker)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3

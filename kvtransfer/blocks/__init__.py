@@ -1,0 +1,1 @@
+"""KV blocks: their layout, the pool, cached prefixes, memory."""

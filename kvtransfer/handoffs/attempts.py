@@ -1,0 +1,87 @@
+"""What a decode worker remembers of attempts that it has met: the latest handoff, and how that ended.
+
+A message for a finished or cancelled attempt must not bring it back. So the memory outlives the attempt by the longest
+lease, after which no peer can still mean it. It is bounded: beyond `limit` ended attempts the oldest is forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.spec import AttemptKey, HandoffKey
+from kvtransfer.handoffs.leases import LeaseTable
+from kvtransfer.handoffs.messages import Refusal, RefusalReason
+
+
+@dataclass(slots=True)
+class _Attempt:
+    highest: int = 0
+    ended: Refusal | None = None  # the answer to the highest handoff once it is over
+    cancelled: bool = False
+
+
+class AttemptMemory:
+    """Pure; time is monotonic seconds. An attempt with a live grant is never forgotten."""
+
+    def __init__(self, seconds: float, limit: int) -> None:
+        self._seconds = seconds
+        self._limit = limit
+        self._attempts: dict[AttemptKey, _Attempt] = {}
+        self._ended: LeaseTable[AttemptKey] = LeaseTable()
+
+    @property
+    def tombstones(self) -> int:
+        """How many ended attempts are remembered."""
+        return len(self._ended)
+
+    def verdict(self, key: HandoffKey) -> Refusal | None:
+        """Why `key` can't be opened; None when it is new, or is the latest and still live."""
+        attempt = self._attempts.get(key.attempt)
+        if attempt is None:
+            return None
+        if attempt.cancelled:
+            return Refusal(key, RefusalReason.CANCELLED, "the attempt was cancelled")
+        if key.handoff < attempt.highest:
+            return Refusal(key, RefusalReason.EXPIRED, f"handoff {attempt.highest} took its place")
+        return attempt.ended if key.handoff == attempt.highest else None
+
+    def is_cancelled(self, attempt: AttemptKey) -> bool:
+        """Whether it was cancelled, and that is not forgotten yet."""
+        known = self._attempts.get(attempt)
+        return known is not None and known.cancelled
+
+    def latest(self, attempt: AttemptKey) -> HandoffKey | None:
+        """The highest handoff of a known attempt."""
+        known = self._attempts.get(attempt)
+        return HandoffKey(attempt, known.highest) if known else None
+
+    def opened(self, key: HandoffKey) -> None:
+        """`key` is the attempt's live handoff from now on."""
+        attempt = self._attempts.setdefault(key.attempt, _Attempt())
+        attempt.highest, attempt.ended = key.handoff, None
+        self._ended.drop(key.attempt)
+
+    def ended(self, refusal: Refusal, now: float) -> None:
+        """The handoff is over, or never began: `refusal` answers it from now on. Ignored for an older handoff."""
+        attempt = self._attempts.setdefault(refusal.key.attempt, _Attempt())
+        if refusal.key.handoff < attempt.highest:
+            return
+        attempt.highest, attempt.ended = refusal.key.handoff, refusal
+        self._bury(refusal.key.attempt, now)
+
+    def cancelled(self, attempt: AttemptKey, now: float, live: bool) -> None:
+        """No handoff of this attempt may open any more. `live`: one is resident, and ends later."""
+        self._attempts.setdefault(attempt, _Attempt()).cancelled = True
+        if not live:
+            self._bury(attempt, now)
+
+    def expire(self, now: float) -> None:
+        for attempt in self._ended.expire(now):
+            del self._attempts[attempt]
+
+    def _bury(self, attempt: AttemptKey, now: float) -> None:
+        self._ended.grant(attempt, now, self._seconds)
+        while len(self._ended) > self._limit:
+            oldest = self._ended.pop_earliest()
+            assert oldest is not None, "an empty table is over its limit"
+            del self._attempts[oldest]

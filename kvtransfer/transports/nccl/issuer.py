@@ -1,0 +1,220 @@
+"""The one thread that calls NCCL for a device: communicators within a bound, and every wait with a deadline.
+
+    waiting --room--> opening --both ranks--> idle --post--> busy --event--> idle ...
+                          |                     |               |
+                          +--- error, deadline, abort, evicted -+--> aborting --stream drained--> gone
+
+A wait is an event query, a check for asynchronous errors and a deadline, again and again; it never blocks inside the
+library. Since one thread makes all calls, none is ever inside a communicator that is aborted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from kvtransfer.transports.nccl.seam import RECEIVER, Communicator, CommunicatorError, Device, Span
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 100e-6  # while something is under way
+CLOSE_SECONDS = 10.0
+MAX_LINKS = 64
+RETIRED = "the communicator made room for another"
+
+
+class Link:
+    """One communicator as the others see it. Only the issuing thread changes it, and each field goes one way only, so
+    that a late look misses nothing; `changed` is called there after each change."""
+
+    def __init__(self, rank: int, unique_id: bytes, deadline: float, changed: Callable[[Link], None]) -> None:
+        self.rank = rank
+        self.unique_id = unique_id
+        self.deadline = deadline
+        self.changed = changed
+        self.wanted = True
+        """Its owner's hint: a batch is waiting for it, so that it is not the one to be evicted."""
+        self.opened = False
+        self.posted = 0
+        """Groups that were issued, and of these `completed` have ended."""
+        self.completed = 0
+        self.failure = ""
+        """Why it was aborted; empty while it is good. `late`: a deadline had passed."""
+        self.late = False
+        self.gone = False
+        """Proof: the abort has returned and the stream is drained."""
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is under way."""
+        return self.opened and self.posted == self.completed and not self.failure
+
+
+class Issuer:
+    """Owns a device's communicators. All methods may be called from any thread and return at once, but for `close`."""
+
+    def __init__(self, device: Device, max_links: int = MAX_LINKS) -> None:
+        self._device = device
+        self._max_links = max_links
+        self._waiting: deque[Link] = deque()
+        self._links: OrderedDict[Link, Communicator] = OrderedDict()  # least recently used first
+        self._stuck: set[Link] = set()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closing_until: float | None = None
+        self._thread = threading.Thread(target=self._run, name="kv-nccl-device", daemon=True)
+        self._thread.start()
+
+    def open(self, rank: int, unique_id: bytes, deadline: float, changed: Callable[[Link], None]) -> Link:
+        """Begin a communicator. Without a unique id one is minted, once there is room for the communicator."""
+        link = Link(rank, unique_id, deadline, changed)
+        if not self._call(partial(self._waiting.append, link)):
+            link.failure, link.gone = "the transport is closed", True
+        return link
+
+    def post(self, link: Link, group: Sequence[Span], fence: object | None, deadline: float) -> None:
+        """Issue one group on an opened link with nothing under way."""
+        self._call(partial(self._post, link, group, fence, deadline))
+
+    def abort(self, link: Link, why: str) -> None:
+        """End it. `gone` follows when nothing is read or written any more; nothing else does after that."""
+        self._call(partial(self._abort, link, why))
+
+    def close(self) -> None:
+        """Abort everything and end the thread. Idempotent. A library that does not let go is left behind."""
+        with self._changed:
+            if self._closing_until is None:
+                self._closing_until = time.monotonic() + CLOSE_SECONDS
+            self._changed.notify()
+        self._thread.join(2 * CLOSE_SECONDS)
+        if self._thread.is_alive() or self._links:
+            log.error("nccl: %d communicators could not be ended", len(self._links))
+
+    def _call(self, command: Callable[[], None]) -> bool:
+        with self._changed:
+            if self._closing_until is not None:
+                return False
+            self._commands.append(command)
+            self._changed.notify()
+        return True
+
+    def _run(self) -> None:
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Serve what was asked and look once at everything under way; whether to go on."""
+        with self._changed:
+            if not self._commands and self._closing_until is None:
+                self._changed.wait(POLL_SECONDS if self._pending() else None)
+            commands = list(self._commands)
+            self._commands.clear()
+            closing_until = self._closing_until
+        for command in commands:
+            _guard(command)
+        if closing_until is not None:
+            for link in [*self._waiting, *self._links]:
+                self._abort(link, "the transport is closed")
+            if not self._pending() or time.monotonic() > closing_until:
+                return False
+            time.sleep(POLL_SECONDS)
+        for link in [link for link in self._links if not link.settled and link not in self._stuck]:
+            _guard(partial(self._advance, link))
+        _guard(self._admit)
+        return True
+
+    def _pending(self) -> bool:
+        return bool(self._waiting) or any(not link.settled and link not in self._stuck for link in self._links)
+
+    def _advance(self, link: Link) -> None:
+        communicator = self._links[link]
+        try:
+            if link.failure:
+                if communicator.drained():
+                    del self._links[link]
+                    link.gone = True
+                    link.changed(link)
+            elif communicator.poll():
+                link.completed = link.posted
+                link.opened = True
+                link.changed(link)
+            elif time.monotonic() >= link.deadline:
+                self._abort(
+                    link, "the group did not end in time" if link.opened else "the peer did not join in time", late=True
+                )
+        except CommunicatorError as error:
+            if link.failure:
+                self._give_up(link, error)
+            else:
+                self._abort(link, str(error))
+
+    def _post(self, link: Link, group: Sequence[Span], fence: object | None, deadline: float) -> None:
+        if link.failure:
+            return
+        assert link.settled, "one group at a time"
+        self._links.move_to_end(link)
+        link.deadline = deadline
+        link.posted += 1
+        try:
+            self._links[link].post(group, fence)
+        except CommunicatorError as error:
+            self._abort(link, str(error))
+        else:
+            link.changed(link)
+
+    def _abort(self, link: Link, why: str, late: bool = False) -> None:
+        if link.failure:
+            return
+        link.failure, link.late = why, late
+        if link in self._links:
+            try:
+                self._links[link].abort()
+            except CommunicatorError as error:
+                self._give_up(link, error)
+        else:
+            self._waiting.remove(link)
+            link.gone = True
+        link.changed(link)
+
+    def _give_up(self, link: Link, error: CommunicatorError) -> None:
+        """There will be no proof: whoever waits for it keeps its blocks, and the place stays taken."""
+        log.error("nccl: a communicator could not be ended: %s", error)
+        self._stuck.add(link)
+
+    def _admit(self) -> None:
+        """Start the links that wait, as far as there is room; the least recently used idle one makes room."""
+        now = time.monotonic()
+        for link in [link for link in self._waiting if now >= link.deadline]:
+            self._abort(link, "no communicator became free", late=True)
+        while self._waiting:
+            if len(self._links) >= self._max_links:
+                self._evict()
+                return
+            self._start(self._waiting.popleft())
+
+    def _evict(self) -> None:
+        if any(link.failure and link not in self._stuck for link in self._links):
+            return  # one is leaving
+        idle = next((link for link in self._links if link.settled and not link.wanted), None)
+        if idle is not None:
+            self._abort(idle, RETIRED)
+
+    def _start(self, link: Link) -> None:
+        try:
+            if link.rank == RECEIVER:
+                link.unique_id = self._device.mint()
+            self._links[link] = self._device.open(link.unique_id, link.rank)
+        except CommunicatorError as error:
+            link.failure, link.gone = str(error), True
+        link.changed(link)
+
+
+def _guard(function: Callable[[], None]) -> None:
+    try:
+        function()
+    except Exception:  # the thread serves everybody: one fault must not end it
+        log.exception("nccl: the issuing thread met a fault")

@@ -1,0 +1,1 @@
+"""NIXL, the library of RDMA clusters."""

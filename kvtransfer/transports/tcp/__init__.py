@@ -1,0 +1,1 @@
+"""TCP between hosts, plain or under TLS."""

@@ -1,0 +1,217 @@
+"""From live workers to a snapshot, and from a plan to a worker: what placement needs of the router around it.
+
+Predicting takes some microseconds for each worker, so the few with the least to do are looked at first. Only where none
+of these will do, many are: nobody is refused because the right worker was not looked at, among up to `SECOND_LOOK`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from baton.config import PathChoice, RoleName
+from baton.errors import ResourceExhausted, Unavailable
+from baton.spec import AttemptKey
+from baton.telemetry import Counts
+from router.placement.explanations import Explanations
+from router.placement.policy import Plan, pick_decode, plan
+from router.placement.snapshot import Ask
+from router.requests.order import Choice, Order
+from router.workers.registry import NOBODY_RETRY_S, ServedModel
+from router.workers.worker import Worker
+
+FIRST_LOOK, SECOND_LOOK = 2, 64
+"""Workers of each role that a decision looks at."""
+COMPUTE_PROMPTS: dict[PathChoice, tuple[RoleName, ...]] = {
+    "adaptive": ("prefill", "decode"), "disaggregated": ("prefill",), "direct": ("decode",)
+}  # fmt: skip
+PROBE_S, PROBE_MOST = 10.0, 3.0
+"""What an idle worker was found to take is doubted after so many seconds without a first token from it: predictions
+are learned from what is served, so a slow minute would have it refuse for ever. Then one request is let in whose
+objective is missed by no more than that factor, whoever was asked to refuse it."""
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Sequences of one model that are admitted and that no decode worker has yet."""
+
+    sequences: int = 0
+    tokens: int = 0
+
+    def add(self, sequences: int, tokens: int) -> None:
+        """More, or less."""
+        self.sequences += sequences
+        self.tokens += tokens
+
+
+class Placer:
+    """Plans requests and binds them. `path` fixes the way; adaptive lets each request have its own."""
+
+    def __init__(self, path: PathChoice, counts: Counts, clock: Callable[[], float] | None = None) -> None:
+        """`clock` in seconds; the running event loop's where there is none."""
+        self._path, self._counts = path, counts
+        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self._unbound: dict[AttemptKey, tuple[str, int]] = {}  # -> model, tokens
+        self._on_the_way: dict[str, Waiting] = {}
+        self.explanations = Explanations()
+
+    @property
+    def unbound(self) -> int:
+        """Requests that are placed but that no decode worker has yet."""
+        return len(self._unbound)
+
+    @property
+    def roles(self) -> tuple[RoleName, ...]:
+        """Without workers of these nothing can be served."""
+        return ("decode",) if self._path == "direct" else ("prefill", "decode")
+
+    def place(self, order: Order, model: ServedModel, cached: Mapping[Worker, int]) -> tuple[Worker, Plan]:
+        """The worker that computes the prompt; `cached` are tokens of it that workers hold already.
+
+        Raises Unavailable without workers; ResourceExhausted without a pool that is large enough, or where the
+        objectives can't be met and the request wants to be refused then.
+        """
+        workers = {role: model.usable(role) for role in self.roles}
+        for role, there in workers.items():
+            if not there:
+                raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
+        now = self._clock()
+        blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
+        found, seen = self._plan(order, now, model, blocks, cached)
+        if found is None:
+            raise _too_large(blocks, order.demand.blocks, workers)
+        chosen, refused = seen[found.chosen], order.refuses and not found.meets
+        if refused and _may_probe(chosen, found, now):
+            chosen.probed_at, refused = now, False
+            chosen.accuracy.forget()
+            found = found._replace(reason=f"{found.reason}; let in to see whether that is still so")
+            self._counts.add("probes")
+        unseen = sum(len(workers[role]) for role in COMPUTE_PROMPTS[self._path]) - len(found.candidates)
+        self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now, unseen, refused)
+        if refused:
+            self._counts.add(f"refused_{found.constraint}")
+            raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
+        if found.ttft_s is None:
+            self._counts.add("placed_unpredicted")
+        if not found.meets:
+            self._counts.add(f"placed_missing_{found.constraint}")
+        chosen.chosen_at = now
+        return chosen, found
+
+    def placed(self, model: ServedModel, attempt: AttemptKey, tokens: int) -> None:
+        """It needs a decode worker, later."""
+        name = model.card.name
+        self._unbound[attempt] = name, tokens
+        self._on_the_way.setdefault(name, Waiting()).add(1, tokens)
+
+    def settled(self, attempt: AttemptKey) -> None:
+        """It has one, or needs none any more. Idempotent."""
+        name, tokens = self._unbound.pop(attempt, ("", 0))
+        if name:
+            waiting = self._on_the_way[name]
+            waiting.add(-1, -tokens)
+            if not waiting.sequences:
+                del self._on_the_way[name]
+
+    def choose_decode(
+        self, model: ServedModel, order: Order, cached: Mapping[Worker, int], refused_by: Set[str], avoid: str
+    ) -> Choice | None:
+        """The decode worker to bind; `cached` are tokens of the prompt that workers hold already, `refused_by`
+        incarnations that won't take it. None when nobody is left."""
+        workers, now = model.ranking("decode"), self._clock()
+
+        def fits(worker: Worker) -> bool:
+            return worker.registration.blocks >= order.demand.blocks
+
+        def may(worker: Worker) -> bool:
+            return fits(worker) and worker.name != avoid and worker.process.incarnation not in refused_by
+
+        for width in (FIRST_LOOK, SECOND_LOOK):
+            some = workers.least(width, cached, may) or workers.least(width, cached, fits)
+            excluded = {worker.name for worker in some if worker.process.incarnation in refused_by}
+            loads = [worker.decode_load(now, cached.get(worker, 0)) for worker in some]
+            decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
+            if len(workers) <= width or (decision is not None and decision.keeps):
+                break
+        if decision is None:
+            return None
+        unseen = len(workers) - len(decision.candidates)
+        self.explanations.decode(order.spec.tenant_salt, order.spec.request_id, decision, now, unseen)
+        room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
+        return Choice(next(worker for worker in some if worker.name == decision.chosen), room)
+
+    def _plan(
+        self, order: Order, now: float, model: ServedModel, blocks: int, cached: Mapping[Worker, int]
+    ) -> tuple[Plan | None, dict[str, Worker]]:
+        """Of few workers where that will do, else of many; and those that were looked at, by name."""
+        rankings = {role: model.ranking(role) for role in self.roles}
+        ask = self._ask(order, now, model.card.name, len(rankings["decode"]))
+        for width in (FIRST_LOOK, SECOND_LOOK):
+            some = []
+            if "prefill" in rankings:
+                some = rankings["prefill"].least(width, cached, lambda worker: worker.registration.blocks >= blocks)
+            others = rankings["decode"].least(
+                width, cached, lambda worker: worker.registration.blocks >= order.demand.blocks
+            )
+            found = plan(
+                ask,
+                [worker.prefill_load(now, cached.get(worker, 0)) for worker in some],
+                [worker.decode_load(now, cached.get(worker, 0)) for worker in others],
+                blocks,
+                direct=self._path != "disaggregated",
+            )
+            if (found is not None and found.meets) or max(map(len, rankings.values())) <= width:
+                break
+        return found, {worker.name: worker for worker in (*some, *others)}
+
+    def _ask(self, order: Order, now: float, model: str, decodes: int) -> Ask:
+        spec, share = order.spec, max(decodes, 1)
+        waiting = self._on_the_way.get(model) or Waiting()
+        return Ask(
+            now,
+            len(spec.prompt),
+            order.demand,
+            order.ttft_left_s(now),
+            order.tpot_s,
+            spec.priority,
+            waiting.sequences / share,
+            waiting.tokens / share,
+            spec.max_tokens - len(spec.output) - 1,
+        )
+
+
+def _may_probe(worker: Worker, found: Plan, now: float) -> bool:
+    """Whether what is known of an idle worker is so old that it may be wrong, and the request one to find out with."""
+    if found.constraint not in ("ttft", "tpot") or len(worker.prefill) or len(worker.decode):
+        return False
+    if worker.probed_at is None:
+        worker.probed_at = now  # what it measured when it started is fresh
+    miss = next(offer.miss for offer in found.candidates if offer.name == found.chosen and offer.way is found.way)
+    return miss <= PROBE_MOST and now - max(worker.accuracy.observed_at, worker.probed_at) >= PROBE_S
+
+
+def _too_large(prompt: int, whole: int, workers: Mapping[RoleName, Sequence[Worker]]) -> ResourceExhausted:
+    """Why no pool will do: the prompt's blocks on a prefill worker, those of the whole sequence on a decode worker."""
+    needed: dict[RoleName, int] = {"prefill": prompt, "decode": whole}
+    for role, there in workers.items():
+        if all(worker.registration.blocks < needed[role] for worker in there):
+            return ResourceExhausted(f"no {role} worker's pool has {needed[role]} blocks", constraint=f"{role}_blocks")
+    return ResourceExhausted("no worker that was looked at can take it", constraint="decode_blocks")
+
+
+def _refusal(order: Order, found: Plan) -> str:
+    asked, spec = [], order.spec.objectives
+    if spec.ttft_ms is not None:
+        asked.append(f"ttft {spec.ttft_ms:g} ms")
+    if spec.tpot_ms is not None:
+        asked.append(f"tpot {spec.tpot_ms:g} ms")
+    times = [
+        f"{name} {seconds * 1e3:.0f} ms"
+        for name, seconds in (("ttft", found.ttft_s), ("tpot", found.tpot_s))
+        if seconds is not None
+    ]
+    if found.constraint == "decode_room":
+        return f"no decode worker has {order.demand.blocks} blocks and a sequence slot free now"
+    what = "others' objectives" if found.constraint == "others" else f"its objective for {found.constraint}"
+    return f"{what} can't be kept now: asked {' and '.join(asked) or 'nothing'}, expected {' and '.join(times)}"

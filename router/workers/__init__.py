@@ -1,0 +1,1 @@
+"""The workers: registration, links, ledgers of what was placed, cached prefixes."""

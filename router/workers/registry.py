@@ -1,0 +1,323 @@
+"""The workers there are, by their own registration, and the models they serve.
+
+    register -> JOINING --stream up and artifacts here--> USABLE --lease over, stream lost, replaced, left--> gone
+
+A worker holds a lease that it renews; one timer waits for the earliest lease to end. The first worker of a model
+defines it, and others with the same model name must agree in everything. A model is forgotten with its last worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import structlog
+
+from baton.config import RoleName
+from baton.errors import BatonError, InvalidArgument, Mismatch, NotFound, Unavailable
+from baton.identity import fingerprint_difference
+from baton.rpc import net
+from baton.spec import ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import worker_pb2 as wire
+from router.text.tokenisation import Language
+from router.workers.artifacts import ArtifactStore
+from router.workers.link import WorkerLink
+from router.workers.ranking import Ranking
+from router.workers.worker import ModelCard, Registration, Worker
+
+NOBODY_RETRY_S = 1.0
+PROBE_S = 0.25
+LEFT = "it left"
+"""A worker that says goodbye is no cause for alarm."""
+log = structlog.get_logger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class ServedModel:
+    """A model while it has workers. `language` is there once some worker has delivered it."""
+
+    card: ModelCard
+    language: Language | None = None
+    workers: list[Worker] = field(default_factory=list)
+    """By name."""
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _usable: dict[RoleName, list[Worker]] = field(default_factory=dict)
+    _rankings: dict[RoleName, Ranking] = field(default_factory=dict)
+
+    def usable(self, role: RoleName) -> list[Worker]:
+        """Workers of that role that take new work, by name. Not to be changed: the next caller gets it too."""
+        found = self._usable.get(role)
+        if found is None:
+            found = [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
+            self._usable[role] = found
+        return found
+
+    def changed(self) -> None:
+        """What is usable may be different now."""
+        self._usable.clear()
+        self._rankings.clear()
+
+    def ranking(self, role: RoleName) -> Ranking:
+        """The usable ones in the order of what they carry; where there is none, those whose stream is broken but may
+        come back."""
+        found = self._rankings.get(role)
+        if found is None:
+            found = self._rankings[role] = Ranking(self.usable(role) or self._away(role), role)
+        return found
+
+    def _away(self, role: RoleName) -> list[Worker]:
+        return [
+            worker
+            for worker in self.workers
+            if worker.language_ready and not worker.lost and role in worker.registration.roles
+        ]
+
+
+class Registry:
+    """Owns the workers, their links and their leases. Lives on one event loop.
+
+    `on_joined(worker)` is called when a worker's stream starts, `on_frame(worker, frame)` with what it sends,
+    `on_lost(worker, reason)` when it is gone (once), `on_change()` whenever what is usable may have changed.
+    """
+
+    def __init__(
+        self,
+        router: Callable[[], ProcessRef],
+        lease_s: float,
+        executor: Executor,
+        counts: Counts,
+        *,
+        on_joined: Callable[[Worker], None],
+        on_frame: Callable[[Worker, wire.WorkerFrame], None],
+        on_lost: Callable[[Worker, str], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.lease_s = lease_s
+        self.models: dict[str, ServedModel] = {}
+        self._router, self._executor, self._counts = router, executor, counts
+        self._on_joined, self._on_frame = on_joined, on_frame
+        self._on_lost, self._on_change = on_lost, on_change
+        self._workers: dict[str, Worker] = {}
+        self._artifacts = ArtifactStore()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def workers(self) -> list[Worker]:
+        """All that hold a lease, by name."""
+        return sorted(self._workers.values(), key=lambda worker: worker.name)
+
+    def by_name(self, name: str) -> Worker:
+        """The worker that has this name now; it must exist."""
+        return self._workers[name]
+
+    def find_model(self, name: str) -> ServedModel:
+        """The model, or the only one where the name is empty. Raises InvalidArgument, or Unavailable without any."""
+        if not self.models:
+            raise Unavailable("no worker has joined this router", NOBODY_RETRY_S, "workers")
+        if not name and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            known = ", ".join(sorted(self.models))
+            raise InvalidArgument(
+                "model", f"{name!r} is not served here; models: {known}" if name else f"one of {known}"
+            )
+        return self.models[name]
+
+    async def register(self, given: Registration) -> Worker:
+        """A worker joins, or confirms that it is there.
+
+        A new incarnation of a name takes the place of an old one that is gone. Raises InvalidArgument while the old one
+        lives: two that both renew would evict each other for ever. Mismatch when its model differs from that of the
+        same name; Unavailable when the router is closing.
+        """
+        known = self._workers.get(given.process.name)
+        if known is not None and await _lives_beside(known, given):
+            where = known.process.address
+            message = f"{known.name!r} is the name of a live worker at {where}; this one needs another"
+            raise InvalidArgument("worker.name", message)
+        if self._closed:
+            raise Unavailable("the router is shutting down", NOBODY_RETRY_S)
+        known = self._workers.get(given.process.name)
+        if known is not None and known.registration == given:
+            known.lease_until = self._now() + self.lease_s
+            return known
+        others = {model.card.name: model for model in self.models.values() if model.workers != [known]}
+        if given.card.name in others:
+            check_card(others[given.card.name].card, given.card)
+        if known is not None:
+            self.lose(known, "it registered anew")
+        return self._join(given)
+
+    def renew(self, process: ProcessRef) -> None:
+        """Extends the lease. Raises NotFound for whom it does not know (any more)."""
+        self._holder(process).lease_until = self._now() + self.lease_s
+
+    def deregister(self, process: ProcessRef) -> None:
+        """The worker leaves. Idempotent."""
+        worker = self._workers.get(process.name)
+        if worker is not None and worker.process.incarnation == process.incarnation:
+            self.lose(worker, LEFT)
+
+    def lose(self, worker: Worker, reason: str) -> None:
+        """The worker is gone: its place, its lease, its stream, and the model with the last one. Idempotent."""
+        if worker.lost:
+            return
+        worker.lost = True
+        del self._workers[worker.name]
+        model = self.models[worker.card.name]
+        if worker in model.workers:
+            model.workers.remove(worker)
+        if not model.workers:
+            del self.models[worker.card.name]
+        (log.info if self._closed or reason == LEFT else log.warning)("worker lost", worker=worker.name, reason=reason)
+        self._counts.add("workers_lost")
+        worker.link.abandon()
+        self._spawn(worker.link.wait_closed(), f"farewell to {worker.name}")
+        model.changed()  # before anybody looks for another
+        self._on_lost(worker, reason)
+        self._on_change()
+
+    async def close(self) -> None:
+        """Ends all streams in order and forgets everybody."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.gather(*(worker.link.close() for worker in self.workers()))
+        for worker in self.workers():
+            self.lose(worker, "the router is shutting down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _join(self, given: Registration) -> Worker:
+        link = WorkerLink(
+            given.process,
+            self._router(),
+            on_frame=lambda frame: self._on_frame(worker, frame),
+            on_state=lambda: self._changed(model),
+            on_lost=lambda reason: self.lose(worker, reason),
+        )
+        worker = Worker(given, link, self._now() + self.lease_s)
+        self._workers[worker.name] = worker
+        model = self.models.setdefault(given.card.name, ServedModel(given.card))
+        bisect.insort(model.workers, worker, key=lambda other: other.name)
+        log.info("worker joined", worker=worker.name, roles=sorted(given.roles), model=given.card.name)
+        self._counts.add("workers_joined")
+        self._spawn(self._prepare(worker, model), f"artifacts of {worker.name}")
+        self._arm()
+        return worker
+
+    async def _prepare(self, worker: Worker, model: ServedModel) -> None:
+        try:
+            async with model.loading:
+                if model.language is None:
+                    model.language = await self._load(model.card, worker.process.address)
+        except BatonError as error:
+            self.lose(worker, f"its artifacts can't be used: {error}")  # it registers again, and may do better
+            return
+        if worker.lost:
+            return
+        worker.language_ready = True
+        self._on_joined(worker)
+        worker.link.start()  # only now: a worker that finds itself attached can be used
+        self._changed(model)
+
+    async def _load(self, card: ModelCard, address: str) -> Language:
+        tokenizer = await self._artifacts.get(card.tokenizer_sha256, address)
+        template = await self._artifacts.get(card.chat_template_sha256, address) if card.chat_template_sha256 else None
+
+        def build() -> Language:
+            return Language(
+                card.name,
+                tokenizer,
+                None if template is None else template.decode(errors="replace"),
+                bos_token_id=card.bos_token_id,
+                bos_token=card.bos_token,
+                eos_token=card.eos_token,
+            )
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, build)
+
+    def _changed(self, model: ServedModel) -> None:
+        model.changed()
+        self._on_change()
+
+    def _holder(self, process: ProcessRef) -> Worker:
+        worker = self._workers.get(process.name)
+        if worker is None or worker.process.incarnation != process.incarnation:
+            raise NotFound(f"{process.name} is not registered here (any more)")
+        return worker
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("unexpected error", task=task.get_name(), exc_info=error)
+
+    def _arm(self) -> None:
+        """One timer for the earliest lease; a renewal needs no new timer, this one finds it extended."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._workers and not self._closed:
+            earliest = min(worker.lease_until for worker in self._workers.values())
+            self._timer = asyncio.get_running_loop().call_at(earliest, self._expire)
+
+    def _expire(self) -> None:
+        now = self._now()
+        for worker in self.workers():
+            if worker.lease_until <= now:
+                self.lose(worker, f"it has not renewed its lease for {self.lease_s:g} s")
+        self._arm()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+async def _lives_beside(known: Worker, given: Registration) -> bool:
+    """Whether `known` is another process, and alive: its stream is up. That of one that has just died may still seem
+    to be, so its address is asked; and who serves at that address now is its successor."""
+    if not known.link.attached or known.process.incarnation == given.process.incarnation:
+        return False
+    if known.process.address == given.process.address:
+        return False
+    return await net.listens(known.process.address, PROBE_S) and known.link.attached
+
+
+def check_card(ours: ModelCard, theirs: ModelCard) -> None:
+    """Raises Mismatch naming the first field in which two workers of one model differ, and both values."""
+    found = _differences(asdict(ours), asdict(theirs))
+    # The fingerprint covers the rest, so it tells least: another field, if one differs, says what is wrong.
+    for name, mine, other in sorted(found, key=lambda difference: difference[0] == "fingerprint"):
+        if name == "fingerprint":
+            name, mine, other = fingerprint_difference(mine, other)
+        raise Mismatch(f"model.{name}", mine, other, _mismatch_text(ours.name, name, mine, other))
+
+
+def _differences(
+    ours: dict[str, object], theirs: dict[str, object], prefix: str = ""
+) -> Iterable[tuple[str, str, str]]:
+    for name, mine in ours.items():
+        other = theirs[name]
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from _differences(mine, other, f"{prefix}{name}.")
+        elif mine != other:
+            yield f"{prefix}{name}", _show(mine), _show(other)
+
+
+def _show(value: object) -> str:
+    return str(sorted(value)) if isinstance(value, frozenset) else str(value)
+
+
+def _mismatch_text(model: str, field: str, ours: str, theirs: str) -> str:
+    return f"model.{field}: {theirs} differs from {ours}, which the workers here that serve {model} have"

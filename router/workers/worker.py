@@ -1,0 +1,169 @@
+"""A worker as the router sees it: who it is, what it can do, what is on it.
+
+JOINING -> USABLE <-> DETACHED -> LOST      the registry owns it; LOST is final, coming back makes a new Worker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from baton.config import RoleName
+from baton.cost import StepCost
+from baton.handoff_times import HandoffTimes
+from baton.rpc.convert import cost_from_wire
+from baton.spec import ProcessRef
+from baton.v1 import worker_pb2 as wire
+from router.placement.accuracy import Accuracy
+from router.placement.snapshot import DecodeLoad, PrefillLoad
+from router.workers.ledger import DecodeLedger, PrefillLedger, Reported
+from router.workers.link import WorkerLink
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a KV block on the wire; the router needs only the number of tokens in one."""
+
+    version: int
+    block_tokens: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    rank: int
+    ranks: int
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens, the last perhaps in part."""
+        return -(-tokens // self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What all workers of one model have in common."""
+
+    name: str
+    fingerprint: str
+    context_tokens: int
+    vocabulary_size: int
+    eos_token_ids: frozenset[int]
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    kv_layout: Layout
+    bos_token_id: int | None = None
+    bos_token: str = ""
+    eos_token: str = ""
+    simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What a worker says of itself when it joins."""
+
+    process: ProcessRef
+    roles: frozenset[RoleName]
+    card: ModelCard
+    blocks: int
+    max_sequences: int
+    transports: tuple[str, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """One incarnation of a worker, from its registration until it is lost. Compared by identity."""
+
+    registration: Registration
+    link: WorkerLink
+    lease_until: float
+    language_ready: bool = False
+    lost: bool = False
+    load: wire.LoadReport | None = None
+    cost: StepCost | None = None
+    chunk_tokens: int = 512
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    handoffs: HandoffTimes = field(default_factory=HandoffTimes)
+    chosen_at: float = 0.0
+    probed_at: float | None = None
+    """When a request was last let in to see what it takes, or could first have been."""
+    name: str = field(init=False)
+    prefill: PrefillLedger = field(init=False)
+    decode: DecodeLedger = field(init=False)
+    watchers: dict[RoleName, Callable[[Worker], None]] = field(default_factory=dict)
+    """Who is told, by role, whenever what the worker carries has changed."""
+
+    def __post_init__(self) -> None:
+        self.name = self.registration.process.name  # placement asks for it all the time
+        self.prefill = PrefillLedger(self._changed)
+        self.decode = DecodeLedger(self.registration.blocks, self._changed)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def process(self) -> ProcessRef:
+        return self.registration.process
+
+    @property
+    def card(self) -> ModelCard:
+        return self.registration.card
+
+    @property
+    def usable(self) -> bool:
+        """New work may be placed here."""
+        return not self.lost and self.language_ready and self.link.attached
+
+    def reported(self, load: wire.LoadReport) -> None:
+        """The worker's freshest account of itself."""
+        self.load = load
+        if load.HasField("cost"):
+            self.cost, self.chunk_tokens = cost_from_wire(load.cost), load.cost.chunk_tokens or self.chunk_tokens
+        self.prefill.reported(load.waiting_tokens)
+        # What is granted is in the ledger as bound: it would be taken off twice until it is resident.
+        free = load.free_blocks + load.cached_blocks + load.granted_blocks
+        self.decode.reported(Reported(free, load.resident_tokens))
+
+    def keepable(self, tpot_s: float | None) -> float | None:
+        """An objective per token, if a step with one more sequence could keep it: one that nothing could must not count
+        against those who come later."""
+        if tpot_s is None or self.cost is None or not self.cost.knows_decode:
+            return tpot_s
+        return tpot_s if self.cost.decode(len(self.decode) + 1, self.decode.tokens) <= tpot_s else None
+
+    def _changed(self) -> None:
+        for watcher in self.watchers.values():
+            watcher(self)
+
+    def prefill_load(self, now: float, cached_tokens: int = 0) -> PrefillLoad:
+        """This worker in a snapshot, for a prompt of which it holds so many tokens."""
+        return PrefillLoad(
+            self.name,
+            self.prefill.queued_tokens,
+            self.registration.blocks,
+            self.cost,
+            self.chunk_tokens,
+            self.prefill.queue(now),
+            cached_tokens,
+            self.accuracy.factor,
+            self.chosen_at,
+        )
+
+    def decode_load(self, now: float, cached_tokens: int = 0) -> DecodeLoad:
+        """This worker in a snapshot, for a prompt of which it holds so many tokens."""
+        decode = self.decode
+        return DecodeLoad(
+            self.name,
+            decode.tokens,
+            len(decode),
+            decode.free_blocks,
+            self.registration.blocks,
+            self.registration.max_sequences,
+            self.cost,
+            self.chunk_tokens,
+            decode.strictest_s,
+            self.prefill.queue(now),
+            cached_tokens,
+            self.accuracy.factor,
+            decode.mean_blocks * self.card.kv_layout.block_tokens,
+            self.chosen_at,
+            self.handoffs.expected_s,
+        )

@@ -1,0 +1,80 @@
+"""A real cluster under load: the figures hold together, shared prefixes are shared, and a stopped worker shows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from baton.bench.measuring import measure_once
+from baton.bench.schedule.plan import Plan, Planned
+from baton.bench.sending.driver import run_plan
+from baton.bench.sending.target import connect
+from tests.bench.builders import config
+from tests.cluster.conftest import Running, running, settled
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[Running]:
+    async with running(prefill=1, decode=1) as started:
+        yield started
+
+
+async def test_a_mooncake_replay_shares_its_prefixes_and_agrees_with_the_timelines(
+    cluster: Running, tmp_path: Path
+) -> None:
+    """Six prompts of 128 tokens that share their first 96, one after the other at 2 a second."""
+    rows = [
+        {"timestamp": 500 * index, "input_length": 2048, "output_length": 192, "hash_ids": [1, 2, 3, 10 + index]}
+        for index in range(6)
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    load = config(trace=trace, length_scale=1 / 16, slo="ttft_ms=60000,tpot_ms=60000")
+    measured, run = await measure_once(cluster.cluster.address, load)
+    summary = measured.summary
+    assert summary.statuses == {"OK": 6}
+    assert (summary.attainment, summary.cross_check.disagreements) == (1.0, 0)
+    assert [record.output_tokens for record in run.records] == 6 * [12]
+    usages = [record.finished.usage for record in run.records if record.finished]
+    assert [usage.prompt_tokens for usage in usages] == 6 * [128]
+    assert usages[0].cached_prompt_tokens == 0
+    assert usages[-1].cached_prompt_tokens == 96
+    for record in run.records:
+        assert record.finished is not None
+        seen_ms = (record.stamps[0] - record.sent_s) * 1e3
+        assert seen_ms >= record.finished.timeline.ttft_ms - 1, "nobody sees a token before the router sends it"
+    await settled(cluster)
+
+
+async def test_a_stopped_decode_worker_shows_in_every_stream_at_its_true_length(cluster: Running) -> None:
+    worker = next(child for child in cluster.cluster.processes if child.role == "decode")
+    plan = Plan(tuple(Planned(index, 0.0, 32, 250) for index in range(4)), 1.0)
+    load = config(timeout_s=60.0)
+    async with connect(cluster.cluster.address, load) as target:
+        seen = asyncio.Event()
+        running_load = asyncio.create_task(
+            run_plan(target, plan, load, lambda where: seen.set() if where.tokens > 40 else None)
+        )
+        await asyncio.wait_for(seen.wait(), 30)
+        os.kill(worker.pid, signal.SIGSTOP)
+        stopped = time.perf_counter()
+        await asyncio.sleep(1.0)
+        going = time.perf_counter()
+        os.kill(worker.pid, signal.SIGCONT)
+        run = await running_load
+    stall_ms = (going - stopped) * 1e3
+    for record in run.records:
+        assert record.status == "OK"
+        assert record.stamps[-1] + run.zero > going, "it was under way during the stall"
+        assert stall_ms - 20 <= max(record.gaps_ms) <= stall_ms + 1500
+    await settled(cluster)

@@ -1,0 +1,129 @@
+"""A receiver in this process and writers in others, over `nccl`: on one GPU with the real library (`nccl-cuda`), or
+over the double (`nccl`), which shows that this program itself is right where there is no GPU.
+
+    python -m tests.kvtransfer.nccl_pair KIND SCENARIO
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from baton.spec import HandoffKey
+from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.handoffs.messages import Ticket
+from kvtransfer.transports.nccl.double import DoubleDevice
+from kvtransfer.transports.nccl.library import NcclDevice
+from kvtransfer.transports.nccl.transport import NcclTransport
+from tests.kvtransfer.transports.cuda_memory import CudaMemory
+from tests.kvtransfer.transports.harness import BLOCKS, LAYOUT, ProcessWriter, Recorder, expected, moves
+
+ZERO = bytes(LAYOUT.block_bytes)
+
+
+class Pair:
+    """What a scenario needs."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.host = PoolMemory(LAYOUT, BLOCKS, shared=False)
+        self.events = Recorder()
+        self.gpu = CudaMemory(self.host) if kind == "nccl-cuda" else None
+        device = NcclDevice() if self.gpu is not None else DoubleDevice()
+        self.transport = NcclTransport(self.gpu or self.host, "receiver", device, self.events)
+        self.writers: list[ProcessWriter] = []
+
+    def writer(self, name: str) -> ProcessWriter:
+        self.writers.append(ProcessWriter(self.kind, name, len(self.writers) + 1))
+        self.writers[-1].connect(self.transport.endpoint())
+        return self.writers[-1]
+
+    def ticket(self, blocks: list[int], writer: str) -> Ticket:
+        ticket = Ticket(HandoffKey(os.urandom(16), 1), 1, os.urandom(16), tuple(blocks), 0, writer)
+        self.transport.admit(ticket)
+        return ticket
+
+    def block(self, index: int) -> bytes:
+        return self.gpu.read(index) if self.gpu is not None else bytes(self.host.block(index))
+
+    def clear(self) -> None:
+        for index in range(BLOCKS):
+            self.host.block(index)[:] = ZERO
+        if self.gpu is not None:
+            self.gpu.clear()
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+        self.transport.close()
+
+
+def intact(pair: Pair) -> None:
+    """Every block of a pool, scattered, from two writers in turn, in batches of any size."""
+    draw = random.Random(7)
+    for name in ("one", "two", "one", "two"):
+        writer = next((w for w in pair.writers if w.incarnation == name), None) or pair.writer(name)
+        blocks = draw.sample(range(BLOCKS), BLOCKS)
+        ticket = pair.ticket(blocks, name)
+        first = 0
+        while first < BLOCKS:
+            count = min(draw.randint(1, 20), BLOCKS - first)
+            receipt = writer.write(ticket, moves(ticket, range(first, first + count)))
+            assert receipt.bytes == count * LAYOUT.block_bytes
+            first += count
+        assert pair.events.landed_indices(ticket.key) == set(range(BLOCKS))
+        assert all(pair.block(blocks[i]) == expected(writer, i) for i in range(BLOCKS))
+
+
+def killed(pair: Pair) -> None:
+    """A writer dies by kill -9 in the middle; the grant is proven unwritten, and another writer is served."""
+    writer = pair.writer("one")
+    ticket = pair.ticket(list(range(BLOCKS)), "one")
+    writer.hammer(ticket, moves(ticket, range(BLOCKS)))
+    pair.events.wait(lambda e: len(e.landings) >= 2)
+    writer.kill()
+    pair.transport.revoke(ticket.key)
+    pair.events.wait(lambda e: ticket.key in e.revocations)
+    pair.clear()
+    time.sleep(0.2)  # long enough for a write that is still there to be seen
+    assert all(pair.block(block) == ZERO for block in range(BLOCKS))
+    other, second = pair.writer("two"), pair.ticket(list(range(8)), "two")
+    other.write(second, moves(second, range(8)))
+    assert all(pair.block(block) == expected(other, block) for block in range(8))
+
+
+def stopped(pair: Pair) -> None:
+    """A writer freezes in the middle and comes back later: the proof needs nothing of it, and its late sends go
+    nowhere."""
+    writer = pair.writer("one")
+    ticket = pair.ticket(list(range(BLOCKS)), "one")
+    writer.hammer(ticket, moves(ticket, range(BLOCKS)))
+    pair.events.wait(lambda e: len(e.landings) >= 2)
+    writer.process.send_signal(signal.SIGSTOP)
+    pair.transport.revoke(ticket.key)
+    pair.events.wait(lambda e: ticket.key in e.revocations)
+    pair.clear()
+    writer.process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert all(pair.block(block) == ZERO for block in range(BLOCKS))
+
+
+SCENARIOS: dict[str, Callable[[Pair], None]] = {"intact": intact, "killed": killed, "stopped": stopped}
+
+
+def main() -> None:
+    kind, scenario = sys.argv[1:]
+    pair = Pair(kind)
+    try:
+        SCENARIOS[scenario](pair)
+    finally:
+        pair.close()
+    print("intact", scenario)
+
+
+if __name__ == "__main__":
+    main()

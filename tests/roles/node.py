@@ -1,0 +1,213 @@
+"""One worker in the test's process: a real role behind a real gRPC server, over a real transport or the double."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from baton.identity import host_id, mint_process
+from baton.rpc.convert import process_to_wire
+from baton.rpc.net import Server, service, start_server
+from baton.spec import ProcessRef
+from baton.telemetry import Counts
+from baton.v1 import transfer_pb2, transfer_pb2_grpc, worker_pb2_grpc
+from baton.worker.cache_events import CacheEvents
+from baton.worker.service import WorkerService
+from baton.worker.wire import layout_to_wire
+from decode_worker.events import LoopEvents
+from decode_worker.service import DecodeRole
+from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
+from kvtransfer.blocks.layout import KvLayout
+from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.outcomes import LedgerLimits
+from kvtransfer.transports.base import Transport
+from kvtransfer.transports.memory import MemoryNetwork, MemoryTransport
+from kvtransfer.transports.shm.transport import ShmTransport
+from kvtransfer.transports.tcp.transport import TcpTransport
+from prefill_worker.service import PrefillRole
+from tests.roles.counting import LAYOUT, CountingEngine
+
+EXPIRE_EVERY_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Of one worker."""
+
+    kind: str = "memory"
+    host: str = "127.0.0.1"
+    blocks: int = 64
+    chunk_tokens: int = 32
+    max_ungranted: int = 4
+    handoff_deadline_s: float = 20.0
+    lease_s: float = 10.0
+    max_sequences: int = 8
+    fingerprint: str = "f" * 32
+    layout: KvLayout = LAYOUT
+
+
+class Node:
+    """What both roles have in common."""
+
+    role: PrefillRole | DecodeRole
+
+    def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
+        self.name, self.network, self.settings = name, network, settings
+        self.process = mint_process("worker", "", name)
+        self.memory = PoolMemory(settings.layout, settings.blocks, shared=settings.kind == "shm")
+        self.pool = BlockPool(settings.blocks)
+        self.engine = CountingEngine(self.memory)
+        self.counts = Counts()
+        self.worker = WorkerService(lambda: self.process, {}, self.counts)
+        self.transport: Transport
+        self._server: Server | None = None
+        self._expiry: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serves."""
+        services = [service(worker_pb2_grpc.add_WorkerServicer_to_server, self.worker, "Worker")]
+        self._server = await start_server(f"{self.settings.host}:0", [*services, *self.compose()])
+        self.process = replace(self.process, address=self._server.address)
+        self.worker.add_handler(self.role)
+        self.worker.add_handler(CacheEvents(self.pool, self.counts))
+        self._expiry = asyncio.create_task(self._expire(), name=f"expiry of {self.name}")
+
+    def compose(self) -> list[Any]:
+        """Makes the role; returns further services."""
+        raise NotImplementedError
+
+    def count(self, name: str) -> int:
+        """How often something happened."""
+        return self.counts.snapshot().get(name, 0)
+
+    def busy(self) -> dict[str, int]:
+        """What it holds, apart from memories of what is over."""
+        statistics = self.pool.statistics()
+        live = {name: count for name, count in self.role.live.items() if "tombstones" not in name and name != "senders"}
+        held = {"held": statistics.held, "quarantined": statistics.quarantined}
+        return {name: count for name, count in (live | held).items() if count}
+
+    def check(self) -> None:
+        """Whether its books balance."""
+        self.pool.check_integrity()
+        assert self.engine.corrupt == []
+        assert self.count("commands_failed") == 0
+
+    async def die(self) -> None:
+        """What others see when its process is killed."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop(0)
+        self.transport.close()
+
+    async def stop(self) -> None:
+        """Ends it in order."""
+        self.engine.gate.set()
+        self.worker.close()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._server is not None:
+            await self._server.stop(0)
+        await self.role.stop()
+        self.transport.close()
+        self.engine.close()
+        self.memory.close()
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            self.role.expire()
+
+    def _transport(self, events: LoopEvents | None) -> Transport:
+        incarnation = self.process.incarnation
+        if self.settings.kind == "shm":
+            return ShmTransport(self.memory, incarnation, events)
+        if self.settings.kind == "tcp":
+            return TcpTransport(self.memory, incarnation, events, host=self.settings.host, checksums=True)
+        return MemoryTransport(self.memory, incarnation, self.network, events)
+
+
+class PrefillNode(Node):
+    """A prefill worker. `says` replaces fields of its handshake."""
+
+    role: PrefillRole
+
+    def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
+        super().__init__(name, network, settings)
+        self.says: dict[str, Any] = {}
+
+    def compose(self) -> list[Any]:
+        """See `Node`."""
+        settings = self.settings
+        self.transport = self._transport(None)
+        self.role = PrefillRole(
+            engine=self.engine,
+            pool=self.pool,
+            fingerprint=settings.fingerprint,
+            transports={settings.kind: self.transport},
+            handshake=self.handshake,
+            chunk_tokens=settings.chunk_tokens,
+            max_ungranted=settings.max_ungranted,
+            handoff_deadline_s=settings.handoff_deadline_s,
+            worker=self.worker,
+            counts=self.counts,
+        )
+        return []
+
+    def handshake(self) -> transfer_pb2.HandshakeRequest:
+        """What it tells a decode worker."""
+        fields: dict[str, Any] = {
+            "process": process_to_wire(self.process),
+            "version_min": PROTOCOL_VERSION,
+            "version_max": PROTOCOL_VERSION,
+            "fingerprint": self.settings.fingerprint,
+            "kv_layout": layout_to_wire(self.settings.layout),
+            "transports": [self.settings.kind],
+            "host": host_id(),
+            "checksums": True,
+        }
+        return transfer_pb2.HandshakeRequest(**(fields | self.says))
+
+
+class DecodeNode(Node):
+    """A decode worker."""
+
+    role: DecodeRole
+    transfer: TransferService
+
+    def compose(self) -> list[Any]:
+        """See `Node`."""
+        settings = self.settings
+        events = LoopEvents()
+        self.transport = self._transport(events)
+        self.role = DecodeRole(
+            engine=self.engine,
+            pool=self.pool,
+            fingerprint=settings.fingerprint,
+            transports={settings.kind: self.transport},
+            limits=LedgerLimits(lease_s=settings.lease_s),
+            max_sequences=settings.max_sequences,
+            chunk_tokens=settings.chunk_tokens,
+            worker=self.worker,
+            counts=self.counts,
+        )
+        events.deliver_to(self.role)
+        self.transfer = TransferService(self.role, lambda: self.process, settings.lease_s, self.counts, True)
+        return [service(transfer_pb2_grpc.add_TransferServicer_to_server, self.transfer, "Transfer")]
+
+    def check(self) -> None:
+        """See `Node`."""
+        super().check()
+        self.role.ledger.check_integrity()
+
+    def break_control_streams(self) -> None:
+        """The control streams of all writers end; the process stays."""
+        for stream in list(self.transfer._streams.values()):
+            stream.end()
+
+
+def somebody(name: str = "somebody") -> ProcessRef:
+    """A process that nobody runs."""
+    return mint_process("worker", "127.0.0.1:1", name)

@@ -1,0 +1,338 @@
+"""Streams that break, processes that go, steps that fail: everything is freed, and what can go on does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from baton.spec import Sampling
+from baton.v1 import worker_pb2 as wire
+from decode_worker import residents as decode_service
+from prefill_worker import service as prefill_service
+from tests.roles.conftest import Cluster
+from tests.roles.counting import LAYOUT
+from tests.roles.test_cancel import StalledWrite
+from tests.rpc.waiting import until
+
+BLOCK = LAYOUT.block_tokens
+UNREACHABLE = wire.REFUSAL_REASON_UNREACHABLE
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.worker.service.GRACE_S", 0.1)
+
+
+async def at_every_point(cluster: Cluster) -> list[Any]:
+    """One request waits, one computes, one is computed, one transfers, one is resident."""
+    specs = [cluster.router.spec(20, max_tokens=300) for _ in range(5)]
+    resident, moving, computed, computing, waiting = specs
+    cluster.d.engine.gate.clear()
+    await cluster.bound(resident)
+    await cluster.router.hears(cluster.d, "resident", resident)
+    await cluster.router.hears(cluster.p, "prefill_report", resident)
+    cluster.faults().flowing.clear()
+    await cluster.bound(moving)
+    await until(cluster.writing, "the write")
+    await cluster.started(computed)
+    await until(lambda: cluster.router.tokens(cluster.p, computed), "its first token")
+    cluster.p.engine.gate.clear()
+    await cluster.started(computing)
+    cluster.router.prefill(cluster.p, waiting)
+    await until(lambda: cluster.p.busy().get("attempts") == 4, "all there")
+    return specs
+
+
+async def test_router_lost(cluster: Cluster, short_grace: None) -> None:
+    await cluster.add_prefill(max_ungranted=2)
+    await cluster.add_decode()
+    await at_every_point(cluster)
+    await cluster.router.stop()
+    await until(lambda: cluster.p.count("routers_lost") and cluster.d.count("routers_lost"), "both noticed")
+    cluster.faults().flowing.set()
+    cluster.p.engine.gate.set()
+    cluster.d.engine.gate.set()
+    await cluster.idle()
+    assert cluster.p.worker.sessions == cluster.d.worker.sessions == []
+
+
+async def test_a_broken_router_stream_loses_nothing(cluster: Cluster) -> None:
+    await cluster.add_prefill()
+    await cluster.add_decode()
+    spec = cluster.router.spec(100, max_tokens=40)
+    await cluster.bound(spec)
+    for _ in range(3):
+        for node in (cluster.p, cluster.d):
+            await cluster.router.links[node.name].detach()
+            await cluster.router.links[node.name].attach()
+    await cluster.finished(spec)
+    assert all(link.resumed == [False, True, True, True] for link in cluster.router.links.values())
+
+
+async def test_write_fails_and_the_pair_is_bound_again(pair: Cluster) -> None:
+    """A torn connection blacklists nobody."""
+    await pair.serve(pair.router.spec(3))
+    pair.faults().tear_after = 1
+    spec = pair.router.spec(60, max_tokens=4)
+    await pair.bound(spec)
+    failed = await pair.router.hears(pair.p, "handoff_failed", spec)
+    assert failed.reason == UNREACHABLE
+    assert "broke in the middle" in failed.message
+    pair.faults().tear_after = None
+    pair.router.bind(pair.p, spec, pair.d, 2)
+    await pair.finished(spec)
+
+
+async def test_a_stalled_write_ends_at_the_deadline(cluster: Cluster) -> None:
+    await cluster.add_prefill(handoff_deadline_s=0.3)
+    await cluster.add_decode()
+    await cluster.serve(cluster.router.spec(3))
+    cluster.faults().flowing.clear()
+    spec = cluster.router.spec(60, max_tokens=4)
+    await cluster.bound(spec)
+    failed = await cluster.router.hears(cluster.p, "handoff_failed", spec)
+    assert "did not end in time" in failed.message
+    cluster.faults().flowing.set()
+    cluster.router.bind(cluster.p, spec, cluster.d, 2)
+    await cluster.finished(spec)
+
+
+async def test_decode_process_gone(cluster: Cluster) -> None:
+    await cluster.add_prefill()
+    await cluster.add_decode()
+    other = await cluster.add_decode("d1")
+    spec = cluster.router.spec(60, max_tokens=4)
+    cluster.p.engine.gate.clear()
+    await cluster.bound(spec)
+    await until(lambda: cluster.d.role.live["grants"], "the grant")
+    await cluster.d.die()
+    failed = await cluster.router.hears(cluster.p, "handoff_failed", spec)
+    assert failed.reason == UNREACHABLE
+    cluster.router.bind(cluster.p, spec, other, 2)
+    cluster.p.engine.gate.set()
+    await cluster.router.hears(other, "ended", spec)
+    assert cluster.router.output(spec) == cluster.router.expected(spec)
+    await until(lambda: cluster.p.role.live["deliveries"] == 0, "nothing under way")
+    cluster.d.role.on_router_lost(cluster.d.worker.sessions[0])  # the dead one's books are of no interest
+
+
+async def test_prefill_process_gone_before_and_after_resident(cluster: Cluster) -> None:
+    """What was only granted is freed; the resident goes on."""
+    await cluster.add_prefill()
+    await cluster.add_decode()
+    resident, granted = cluster.router.spec(20, max_tokens=50), cluster.router.spec(60)
+    cluster.d.engine.gate.clear()
+    await cluster.bound(resident)
+    await cluster.router.hears(cluster.d, "resident", resident)
+    await cluster.router.hears(cluster.p, "prefill_report", resident)
+    cluster.p.engine.gate.clear()
+    await cluster.bound(granted)
+    await until(lambda: cluster.d.role.live["grants"], "the grant")
+    await cluster.p.die()
+    await until(lambda: not cluster.d.role.live["grants"], "the grant freed")
+    cluster.d.engine.gate.set()
+    await cluster.finished(resident)
+    cluster.p.role.on_router_lost(cluster.p.worker.sessions[0])
+    cluster.p.engine.gate.set()
+
+
+async def test_a_lease_that_is_not_renewed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grant ends with it, but its blocks are free only after the writer's proof."""
+    monkeypatch.setattr("decode_worker.service.DecodeRole.renew", lambda self, writer: None)
+    await cluster.add_prefill(kind="shm")
+    await cluster.add_decode(kind="shm", lease_s=0.4)
+    monkeypatch.setattr("baton.worker.sending.sender.Sender._not_here", lambda self, key: None)
+    cluster.p.engine.gate.clear()
+    spec = cluster.router.spec(60, max_tokens=4)
+    closes: list[object] = []
+    closed = cluster.d.role.closed
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.d.role, "closed", closes.append)
+        await cluster.bound(spec)
+        await until(lambda: cluster.d.role.live["grants"], "the grant")
+        failed = await cluster.router.hears(cluster.p, "handoff_failed", spec)
+        assert failed.reason == wire.REFUSAL_REASON_EXPIRED
+        assert "lease ran out" in failed.message
+        await until(lambda: closes, "the close")
+        assert cluster.d.pool.statistics().quarantined == 4
+    for key in closes:
+        closed(key)  # type: ignore[arg-type]
+    assert cluster.d.pool.statistics().quarantined == 0
+    cluster.router.cancel(cluster.p, spec)
+    cluster.p.engine.gate.set()
+
+
+async def test_renewed_leases_outlive_their_first_end(cluster: Cluster) -> None:
+    await cluster.add_prefill()
+    await cluster.add_decode(lease_s=0.4)
+    cluster.p.engine.gate.clear()
+    spec = cluster.router.spec(60, max_tokens=4)
+    renewals: list[str] = []
+    renew = cluster.d.role.renew
+    cluster.d.role.renew = lambda writer: renewals.append(writer) or renew(writer)  # type: ignore[method-assign,func-returns-value]
+    await cluster.bound(spec)
+    await until(lambda: len(renewals) >= 6, "renewals")
+    cluster.p.engine.gate.set()
+    await cluster.finished(spec)
+    assert cluster.router.heard(cluster.p, "handoff_failed", spec) == []
+
+
+async def test_a_prefill_step_fails(cluster: Cluster) -> None:
+    await cluster.add_prefill(chunk_tokens=64)
+    await cluster.add_decode()
+    cluster.p.engine.gate.clear()
+    specs = [cluster.router.spec(20, max_tokens=3) for _ in range(3)]
+    await cluster.bound(specs[0])
+    await until(cluster.p.engine.waiting.is_set, "the step")
+    cluster.p.engine.fail = RuntimeError("out of luck")
+    cluster.p.engine.gate.set()
+    ended = await cluster.router.hears(cluster.p, "ended", specs[0])
+    assert ended.status == 13
+    assert "RuntimeError: out of luck" in ended.message
+    await cluster.idle()
+    for spec in specs[1:]:
+        await cluster.serve(spec)
+
+
+async def test_a_decode_step_fails(pair: Cluster) -> None:
+    pair.d.engine.gate.clear()
+    specs = [pair.router.spec(20, max_tokens=30) for _ in range(3)]
+    for spec in specs:
+        await pair.bound(spec)
+        await pair.router.hears(pair.d, "resident", spec)
+    pair.router.cancel(pair.d, specs[2])
+    pair.d.engine.fail = RuntimeError("out of luck")
+    pair.d.engine.gate.set()
+    ended = await pair.router.hears(pair.d, "ended", specs[0])
+    assert ended.status == 13
+    assert "out of luck" in ended.message
+    await pair.router.hears(pair.d, "freed", specs[2])
+    if not pair.router.heard(pair.d, "ended", specs[1]):  # it was not in that step
+        await pair.finished(specs[1])
+    await pair.idle()
+    await pair.serve(pair.router.spec(20, sampling=Sampling(temperature=0.0, logprobs=2)))
+
+
+def breaking(working: Callable[..., Any], concerns: Callable[[Any], bool]) -> Callable[..., Any]:
+    """The function, which raises the first time that its first argument is of concern."""
+    raised: list[bool] = []
+
+    def broken(first: Any, *rest: Any) -> Any:
+        if concerns(first) and not raised:
+            raised.append(True)
+            raise ValueError("broken on purpose")
+        return working(first, *rest)
+
+    return broken
+
+
+@pytest.mark.parametrize("what", ["run_to_wire", "remember"])
+async def test_a_prefill_result_that_raises_costs_the_others_nothing(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """All three are in one step. The first token is out already where what raises comes after it."""
+    await cluster.add_prefill(chunk_tokens=256)
+    await cluster.add_decode()
+    specs = [cluster.router.spec(20, max_tokens=3) for _ in range(3)]
+    victim = specs[0].attempt
+    if what == "remember":
+        admission = cluster.p.role._admission
+        broken = breaking(admission.remember, lambda blocks: True)  # the first of them is the victim
+        monkeypatch.setattr(admission, "remember", broken)
+    else:
+        broken = breaking(vars(prefill_service)["run_to_wire"], lambda key: key == victim)
+        monkeypatch.setattr(prefill_service, "run_to_wire", broken)
+    cluster.p.engine.gate.clear()
+    for spec in specs:
+        await cluster.bound(spec)
+    cluster.p.engine.gate.set()
+    ended = await cluster.router.hears(cluster.p, "ended", specs[0])
+    assert (ended.status, cluster.p.count("results_failed")) == (13, 1)
+    assert ended.message == "prefill failed: ValueError: broken on purpose"
+    for spec in specs[1:]:
+        await cluster.finished(spec)
+
+
+@pytest.mark.parametrize("what", ["run_to_wire", "block_digests"])
+async def test_a_decode_result_that_raises_costs_the_others_nothing(
+    pair: Cluster, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Also where what raises is the end itself."""
+    pair.d.engine.gate.clear()
+    specs = [pair.router.spec(20, max_tokens=4) for _ in range(3)]
+    for spec in specs:
+        await pair.bound(spec)
+        await pair.router.hears(pair.d, "resident", spec)
+    concerns = {
+        "run_to_wire": lambda key: key == specs[0].attempt,
+        "block_digests": lambda tokens: tuple(tokens[:20]) == specs[0].prompt,
+    }
+    working = vars(decode_service)[what]
+    monkeypatch.setattr(decode_service, what, breaking(working, concerns[what]))
+    pair.d.engine.gate.set()
+    ended = await pair.router.hears(pair.d, "ended", specs[0])
+    assert (ended.status, pair.d.count("results_failed")) == (13, 1)
+    assert ended.message == "decode failed: ValueError: broken on purpose"
+    for spec in specs[1:]:
+        await pair.finished(spec)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "bind"])
+async def test_a_command_that_raises_ends_its_attempt(
+    pair: Cluster, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What it took by then is given back, and the router is told."""
+    role, spec = pair.p.role, pair.router.spec(40)
+
+    def broken(*_: Any) -> None:
+        raise ValueError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        if kind == "prefill":
+            patch.setattr(role, "_start_waiting", broken)  # it is in the queue by then
+            pair.router.prefill(pair.p, spec)
+            ended = await pair.router.hears(pair.p, "ended", spec)
+        else:
+            await pair.started(spec)
+            patch.setattr(role.senders, "to", broken)
+            pair.router.bind(pair.p, spec, pair.d)
+            ended = await pair.router.hears(pair.p, "ended", spec)
+    assert (ended.status, ended.message) == (13, "the worker failed: ValueError: broken on purpose")
+    assert pair.p.count("commands_failed") == 1
+    pair.p.counts.add("commands_failed", -1)  # or the fixture finds it
+
+
+async def test_a_prompt_that_never_fits(cluster: Cluster) -> None:
+    await cluster.add_prefill(blocks=4)
+    await cluster.add_decode()
+    spec = cluster.router.spec(4 * BLOCK + 1)
+    cluster.router.prefill(cluster.p, spec)
+    ended = await cluster.router.hears(cluster.p, "ended", spec)
+    assert ended.status == 8
+    assert ended.message == "the prompt needs 5 blocks, the pool has 4"
+    await cluster.serve(cluster.router.spec(4 * BLOCK))
+
+
+async def test_a_write_that_ends_after_a_rebind_elsewhere(cluster: Cluster) -> None:
+    """The news goes to the former worker; the commit to the new one."""
+    await cluster.add_prefill()
+    await cluster.add_decode()
+    other = await cluster.add_decode("d1")
+    await cluster.serve(cluster.router.spec(3))
+    spec = cluster.router.spec(60, max_tokens=4)
+    with StalledWrite(cluster) as stalled:
+        await cluster.bound(spec)
+        await until(stalled.entered.is_set, "the write")
+        cluster.router.bind(cluster.p, spec, other, 2)
+        faults = cluster.network.faults(cluster.p.process.incarnation, other.transport.endpoint())
+        faults.flowing.clear()
+        await until(lambda: other.role.live["grants"], "the second grant")
+        await until(lambda: sum(bool(s._mover._under_way) for s in cluster.p.role.senders) == 2, "both")
+        stalled.go_on.set()
+        await until(lambda: not cluster.d.busy(), "the first is closed")
+        faults.flowing.set()
+    await cluster.router.hears(other, "ended", spec)
+    assert cluster.router.output(spec) == cluster.router.expected(spec)
+    assert cluster.router.heard(cluster.p, "handoff_failed", spec) == []
