@@ -6,7 +6,7 @@ Protobuf stops at the edge (`baton.rpc.convert`); schedulers, engines and polici
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
 AttemptKey = bytes
 """16 random bytes that the router mints for each attempt at a request."""
@@ -63,39 +63,23 @@ class Objectives:
     tpot_ms: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSpec:
-    """Everything about a sequence; travels whole wherever it goes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSpec:
+    """What a request asks for. `max_tokens` bounds its whole output, whatever the number of attempts."""
 
-    `output` are the tokens of earlier attempts, kept apart from `prompt` because penalties, `max_tokens` and usage
-    depend on it. `max_tokens` counts all output, that of earlier attempts included. `deadline_s` is the time left
-    when the spec was received; `ttft_left_s` that until its first token is due, negative when it is late.
-    """
-
-    attempt: AttemptKey
     request_id: str
     prompt: tuple[int, ...]
     sampling: Sampling
     max_tokens: int
     router: ProcessRef
-    output: tuple[int, ...] = ()
-    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
-    eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
     objectives: Objectives = Objectives()
     priority: int = 0
-    deadline_s: float | None = None
     tenant_salt: str = ""
-    ttft_left_s: float | None = None
 
     def __post_init__(self) -> None:
-        assert len(self.attempt) == 16, "an attempt key has 16 bytes"
         assert self.prompt, "a sequence has at least one prompt token"
-        assert self.max_tokens > len(self.output), "nothing left to generate"
-
-    @property
-    def known_tokens(self) -> int:
-        """Tokens there are before anything is computed."""
-        return len(self.prompt) + len(self.output)
 
     @property
     def total_tokens(self) -> int:
@@ -107,6 +91,42 @@ class SequenceSpec:
         """Positions whose KV may be needed: the very last token is never fed back."""
         return self.total_tokens - 1
 
+    def attempted(
+        self,
+        attempt: AttemptKey,
+        output: tuple[int, ...] = (),
+        deadline_s: float | None = None,
+        ttft_left_s: float | None = None,
+    ) -> SequenceSpec:
+        """The same for one attempt."""
+        own = {name.name: getattr(self, name.name) for name in fields(RequestSpec)}
+        return SequenceSpec(**own, attempt=attempt, output=output, deadline_s=deadline_s, ttft_left_s=ttft_left_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec(RequestSpec):
+    """Everything about a sequence, as one attempt carries it; travels whole wherever it goes.
+
+    `output` are the tokens of earlier attempts, kept apart from `prompt` because penalties, `max_tokens` and usage
+    depend on it. `deadline_s` is the time left when the spec was received; `ttft_left_s` that until its first token is
+    due, negative when it is late.
+    """
+
+    attempt: AttemptKey
+    output: tuple[int, ...] = ()
+    deadline_s: float | None = None
+    ttft_left_s: float | None = None
+
+    def __post_init__(self) -> None:
+        RequestSpec.__post_init__(self)
+        assert len(self.attempt) == 16, "an attempt key has 16 bytes"
+        assert self.max_tokens > len(self.output), "nothing left to generate"
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens there are before anything is computed."""
+        return len(self.prompt) + len(self.output)
+
 
 class FinishReason(enum.IntEnum):
     """Why a sequence ended; the numbers are those of the wire's FinishReason."""
@@ -115,6 +135,20 @@ class FinishReason(enum.IntEnum):
     STOP_TOKEN = 2
     STOP_STRING = 3
     LENGTH = 4
+
+
+class RefusalReason(enum.IntEnum):
+    """Why a handoff came to nothing; the numbers are those of the wire's RefusalReason."""
+
+    UNSPECIFIED = 0
+    NO_CAPACITY = 1
+    CANCELLED = 2
+    UNKNOWN_ROUTER = 3
+    MISMATCH = 4
+    UNREACHABLE = 5
+    DRAINING = 6
+    TOO_LARGE = 7
+    EXPIRED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +160,7 @@ class StopRule:
     max_tokens: int
 
     @classmethod
-    def of(cls, spec: SequenceSpec) -> StopRule:
+    def of(cls, spec: RequestSpec) -> StopRule:
         """The rule that a spec asks for."""
         return cls(spec.stop_token_ids, spec.eos_token_ids, spec.max_tokens)
 

@@ -1,42 +1,44 @@
-"""From the transports' threads to the decode role's event loop."""
+"""From the transports' threads to the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from baton.spec import HandoffKey
-from decode_worker.service import DecodeRole
+
+
+class HandoffEvents(Protocol):
+    """What a transport's receiver reports, on the event loop."""
+
+    def landed(self, key: HandoffKey, generation: int, indices: tuple[int, ...]) -> None: ...
+
+    def revoked(self, key: HandoffKey) -> None: ...
+
+    def writer_gone(self, incarnation: str) -> None: ...
+
+    def refused_write(self, key: HandoffKey, why: str) -> None: ...
 
 
 class LoopEvents:
-    """Implements `kvtransfer.transports.base.ReceiverEvents` for a role that is made after the transports."""
+    """A `kvtransfer.transports.base.ReceiverEvents` that calls `target` on the running event loop."""
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._role: DecodeRole | None = None
-
-    def deliver_to(self, role: DecodeRole) -> None:
-        """Events before this have nobody to hear them: nothing is admitted yet."""
-        self._role = role
+    def __init__(self, target: HandoffEvents) -> None:
+        self._loop, self._target = asyncio.get_running_loop(), target
 
     def landed(self, key: HandoffKey, generation: int, indices: Sequence[int]) -> None:
-        """See `ReceiverEvents`."""
-        blocks = tuple(indices)
-        self._post(lambda role: role.landed(key, generation, blocks))
+        self._post(self._target.landed, key, generation, tuple(indices))
 
     def revoked(self, key: HandoffKey) -> None:
-        """See `ReceiverEvents`."""
-        self._post(lambda role: role.revoked(key))
+        self._post(self._target.revoked, key)
 
     def writer_gone(self, incarnation: str) -> None:
-        """See `ReceiverEvents`."""
-        self._post(lambda role: role.writer_gone(incarnation))
+        self._post(self._target.writer_gone, incarnation)
 
     def refused_write(self, key: HandoffKey, why: str) -> None:
-        """See `ReceiverEvents`."""
-        self._post(lambda role: role.refused_write(key, why))
+        self._post(self._target.refused_write, key, why)
 
-    def _post(self, action: Callable[[DecodeRole], None]) -> None:
-        if self._role is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(action, self._role)
+    def _post(self, action: Callable[..., None], *given: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action, *given)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+import enum
+from dataclasses import dataclass
 
-from baton.spec import AttemptKey, HandoffKey, SequenceSpec, TokenLogprobs
-from baton.v1 import worker_pb2 as wire
-from baton.worker.service import RouterSession
+from baton.messages import Ended, Freed, PrefillReport
+from baton.spec import HandoffKey, SequenceSpec, TokenLogprobs
+from baton.worker.session import RouterSession
 from decode_worker.scheduler import Expected
 from kvtransfer.blocks.admission import Room
-from kvtransfer.handoffs.messages import Aborted
 
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """What a commit carries: the token that the prefill worker drew, and when, in this worker's monotonic seconds."""
+    """What a commit carries: the token that the sender drew, and when, in this worker's monotonic seconds."""
 
     token: int
     logprobs: TokenLogprobs | None
@@ -24,7 +23,7 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A granted sequence until it is resident."""
+    """A granted sequence until it is resident. `writer` is the sender's incarnation."""
 
     spec: SequenceSpec
     router: RouterSession
@@ -41,7 +40,7 @@ class Pending:
 
 @dataclass(slots=True)
 class PromptHere:
-    """Of a sequence whose prompt is computed on this worker: its own blocks, and what it took. Monotonic seconds."""
+    """Of a sequence whose prompt is computed on this worker: its room, and what it took. Monotonic seconds."""
 
     room: Room
     digests: list[bytes]
@@ -49,21 +48,26 @@ class PromptHere:
     queue_ms: float
     first_token_at: float | None = None
 
-    def report(self, attempt: AttemptKey) -> wire.PrefillReport:
+    def report(self, attempt: bytes) -> PrefillReport:
         """What computing it cost."""
         done = self.started_at if self.first_token_at is None else self.first_token_at
-        return wire.PrefillReport(
-            attempt=attempt,
-            queue_ms=self.queue_ms,
-            prefill_ms=(done - self.started_at) * 1e3,
-            cached_tokens=self.room.cached_tokens,
-        )
+        return PrefillReport(attempt, self.queue_ms, (done - self.started_at) * 1e3, self.room.cached_tokens)
+
+
+class ResidentState(enum.Enum):
+    RUNNING = enum.auto()
+    STOPPING = enum.auto()
+    RELEASED = enum.auto()
 
 
 @dataclass(slots=True)
 class Resident:
-    """A sequence that decodes here. `tokens` mirrors the engine's and `computed` is how many of them have their KV;
-    times are monotonic. `prompt` is set where the prompt is computed here, `rank` orders such."""
+    """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's and `computed` is how many of
+    them have their KV; times are monotonic seconds.
+
+    `prompt` is set where the prompt is computed here, and `rank` orders such. `farewell` is told to the router when a
+    sequence that is STOPPING is out of the engine.
+    """
 
     key: HandoffKey
     spec: SequenceSpec
@@ -71,10 +75,9 @@ class Resident:
     tokens: list[int]
     resident_at: float
     computed: int
+    state: ResidentState = ResidentState.RUNNING
     first_step_at: float | None = None
-    ending: bool = field(default=False)
-    failure: str = ""
-    """Why it ends, where its own results could not be handled."""
+    farewell: Freed | Ended | None = None
     prompt: PromptHere | None = None
     rank: float = 0.0
 
@@ -83,13 +86,3 @@ class Resident:
         """Prompt tokens still to compute here."""
         waits = self.prompt is not None and self.prompt.first_token_at is None
         return len(self.tokens) - self.computed if waits else 0
-
-
-class Writers(Protocol):
-    """The control streams of the workers that hand over to this one, by incarnation."""
-
-    def committed(self, writer: str, key: HandoffKey) -> None:
-        """Tells the writer that the sequence is resident."""
-
-    def aborted(self, writer: str, aborted: Aborted) -> None:
-        """Tells the writer to stop writing and to answer with a close."""

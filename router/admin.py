@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from baton.errors import NotFound
-from baton.rpc.convert import process_to_wire
+from baton.rpc.convert import ROLES, process_to_wire
+from baton.rpc.frames import load_to_wire
 from baton.rpc.status import abort
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
@@ -23,15 +23,13 @@ from router.requests.table import Requests
 from router.workers.registry import Registry
 from router.workers.worker import Worker
 
-ROLES = {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE}
-
 
 class AdminService(AdminServicer):
     """The workers there are, and what this router holds."""
 
     def __init__(
         self,
-        router: Callable[[], ProcessRef],
+        router: ProcessRef,
         registry: Registry,
         requests: Requests,
         counts: Counts,
@@ -46,7 +44,6 @@ class AdminService(AdminServicer):
         return admin.ListWorkersResponse(workers=[_info(worker, now) for worker in self._registry.workers()])
 
     async def Explain(self, request: admin.ExplainRequest, context: Any) -> admin.ExplainResponse:
-        """See the proto."""
         now = asyncio.get_running_loop().time()
         found = self._explanations.find(request.tenant_salt, request.request_id)
         if not found:
@@ -60,12 +57,12 @@ class AdminService(AdminServicer):
             "workers": len(workers),
             "sessions": sum(worker.link.attached for worker in workers),
             "models": len(self._registry.models),
-            "prefix_blocks": len(self._requests.prefixes),
+            "prefix_blocks": len(self._requests.placer.prefixes),
             "tasks": len(asyncio.all_tasks()),
             "threads": threading.active_count(),
         }
         return admin.GetStatusResponse(
-            process=process_to_wire(self._router()),
+            process=process_to_wire(self._router),
             live=live,
             counters=self._counts.snapshot(),
             resident_bytes=resident_bytes(),
@@ -119,7 +116,7 @@ def _info(worker: Worker, now: float) -> admin.WorkerInfo:
         transports=given.transports,
         attached=worker.link.attached,
         lease_left_ms=max(0.0, worker.lease_until - now) * 1e3,
-        load=worker.load,
+        load=None if worker.load is None else load_to_wire(worker.load),
         attempts=len(worker.prefill) + len(worker.decode),
         predictions=_predictions(worker.accuracy),
         handoff_ms=worker.handoffs.expected_s * 1e3 if len(worker.handoffs) else None,

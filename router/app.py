@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import structlog
 
@@ -13,7 +12,6 @@ from baton.config import RouterConfig
 from baton.errors import Unavailable
 from baton.identity import mint_process
 from baton.rpc import collector, net
-from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
@@ -21,6 +19,7 @@ from router.admin import AdminService
 from router.clients.service import GenerationService, add_generation
 from router.requests.placer import Placer
 from router.requests.table import Requests
+from router.workers.prefixes import Prefixes
 from router.workers.registry import NOBODY_RETRY_S, Registry
 from router.workers.service import RegistryService
 
@@ -36,24 +35,25 @@ class Router:
     """All parts of a router. `start` once, then `stop`."""
 
     def __init__(self, config: RouterConfig) -> None:
+        """Binds its address. Raises ConfigError when that can't be used."""
         self.config, self.counts = config, Counts()
-        self.process = mint_process("router", config.listen, config.name)
+        self._server = net.Server(config.listen)
+        self.process = mint_process("router", self._server.address, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
-        self.placer = Placer(config.path, self.counts)
-        self.requests = Requests(config.max_requests, self.counts, self.placer, config.prefix_index_blocks)
+        self.placer = Placer(config.path, Prefixes(config.prefix_index_blocks, self.counts), self.counts)
+        self.requests = Requests(config.max_requests, self.placer, self.counts)
         self.registry = Registry(
-            self._identity,
+            self.process,
             config.lease_s,
             self.executor,
             self.counts,
-            on_joined=self.requests.prefixes.on_joined,
-            on_frame=self.requests.on_frame,
+            on_joined=self.requests.on_joined,
+            on_event=self.requests.on_event,
             on_lost=self.requests.on_lost,
             on_change=self._on_change,
         )
         self._changed = asyncio.Event()
         self._stopped = False
-        self._server: net.Server | None = None
         self._readiness: asyncio.Task[None] | None = None
 
     @property
@@ -62,23 +62,17 @@ class Router:
         return any(all(map(model.usable, self.placer.roles)) for model in self.registry.models.values())
 
     async def start(self) -> None:
-        """Serves from here on; ready once workers have joined. Raises ConfigError when the address can't be used."""
-        generation = GenerationService(self.config, self._identity, self.registry, self.requests, self.executor)
-        registry = RegistryService(self.registry, self._identity)
-        admin = AdminService(self._identity, self.registry, self.requests, self.counts, self.placer.explanations)
-        try:
-            self._server = await net.start_server(
-                self.config.listen,
-                [
-                    net.service(add_generation, generation, "Generation"),
-                    net.service(add_RegistryServicer_to_server, registry, "Registry"),
-                    net.service(add_AdminServicer_to_server, admin, "Admin"),
-                ],
-            )
-        except BaseException:
-            self.executor.shutdown(wait=False)
-            raise
-        self.process = replace(self.process, address=self._server.address)
+        """Serves from here on; ready once workers have joined."""
+        generation = GenerationService(self.config, self.process, self.registry, self.requests, self.executor)
+        registry = RegistryService(self.registry, self.process)
+        admin = AdminService(self.process, self.registry, self.requests, self.counts, self.placer.explanations)
+        await self._server.start(
+            [
+                net.service(add_generation, generation, "Generation"),
+                net.service(add_RegistryServicer_to_server, registry, "Registry"),
+                net.service(add_AdminServicer_to_server, admin, "Admin"),
+            ]
+        )
         self._readiness = asyncio.create_task(self._follow_readiness(self._server), name="readiness")
 
     async def stop(self) -> None:
@@ -86,7 +80,6 @@ class Router:
 
         Idempotent.
         """
-        assert self._server is not None, "started before"
         assert self._readiness is not None, "started before"
         if self._stopped:
             return
@@ -94,14 +87,11 @@ class Router:
         self.requests.refuse_all(Unavailable("the router is shutting down", NOBODY_RETRY_S))
         async with net.cancelling(self._readiness):
             await self._server.set_ready(False)
-        if not await self.requests.wait_freed(FREED_S):
+        if not await self.requests.commands.wait_freed(FREED_S):
             log.warning("workers have not freed everything", **self.requests.live())
         await self.registry.close()
         await self._server.stop(STOP_GRACE_S)
         self.executor.shutdown(wait=False, cancel_futures=True)
-
-    def _identity(self) -> ProcessRef:
-        return self.process
 
     def _on_change(self) -> None:
         self._changed.set()

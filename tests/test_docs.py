@@ -17,7 +17,7 @@ from baton import errors
 from baton.cli.app import app
 from baton.config import RouterConfig, WorkerConfig
 from baton.rpc.status import KINDS, code_of
-from router.requests.handoff import Refusal
+from baton.spec import RefusalReason
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -111,4 +111,4 @@ def test_every_exception_is_told_with_its_code() -> None:
 
 def test_every_refusal_is_told() -> None:
     told = text("protocol.md")
-    assert all(f"`{refusal.name}`" in told for refusal in Refusal if refusal is not Refusal.UNSPECIFIED)
+    assert all(f"`{refusal.name}`" in told for refusal in RefusalReason if refusal)

@@ -1,6 +1,6 @@
 """One worker process: the model, the pool, the transports, its roles, and the services in front of them.
 
-The only place that knows both roles. `run` reads from top to bottom: load, compose, serve, join, wait, leave.
+The only place that knows both roles. `run` reads from top to bottom: load, bind, compose, serve, join, wait, leave.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
@@ -16,28 +16,29 @@ import structlog
 from baton.config import WorkerConfig
 from baton.cost import CostModel
 from baton.errors import ConfigError
-from baton.identity import host_id, mint_process
+from baton.identity import mint_process
 from baton.launch.tcp_settings import tcp_transport
 from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_cuda import check_device, nccl_transport
 from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
 from baton.rpc import collector
-from baton.rpc.convert import process_to_wire
-from baton.rpc.net import Server, Service, parse_address, service, start_server
+from baton.rpc.convert import ROLES, process_to_wire
+from baton.rpc.net import Server, Service, parse_address, service
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
-from baton.v1 import admin_pb2, admin_pb2_grpc, transfer_pb2, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.v1 import admin_pb2_grpc, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.worker.cache_events import CacheEvents
-from baton.worker.registration import Registration
+from baton.worker.registration import Membership
 from baton.worker.runner import Runner
+from baton.worker.sending.senders import Senders
 from baton.worker.service import RoleHandler, WorkerService, artifact_table
-from baton.worker.wire import layout_to_wire
-from decode_worker.events import LoopEvents
+from baton.worker.wire import handshake_of, layout_to_wire
 from decode_worker.service import DecodeRole
-from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
+from decode_worker.transfer import TransferService
+from decode_worker.writer_streams import WriterStreams
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.outcomes import LedgerLimits
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import ReceiverEvents, Transport
 from kvtransfer.transports.nccl.library import DevicePool
 from kvtransfer.transports.nixl.transport import NixlTransport
 from kvtransfer.transports.shm.transport import ShmTransport
@@ -48,14 +49,15 @@ STOP_GRACE_S = 1.0
 WILDCARDS = ("0.0.0.0", "::")
 HANDOFF_LIMIT_S = 600.0
 """The longest a decode worker waits for a sequence that it granted room for; its writer renews the lease meanwhile."""
-ROLES = {"prefill": worker_pb2.ROLE_PREFILL, "decode": worker_pb2.ROLE_DECODE}
 log = structlog.get_logger(__name__)
 
 
 class Role(RoleHandler, Protocol):
     """What both roles have beside their commands."""
 
-    runner: Runner
+    @property
+    def runner(self) -> Runner:
+        """The engine's thread."""
 
     @property
     def live(self) -> dict[str, int]:
@@ -74,29 +76,18 @@ class Parts:
 
     config: WorkerConfig
     loaded: Loaded
-    pool: BlockPool
     process: ProcessRef
-    worker: WorkerService
     counts: Counts
+    pool: BlockPool
+    worker: WorkerService
+    streams: WriterStreams = field(default_factory=WriterStreams)
     transports: dict[str, Transport] = field(default_factory=dict)
     roles: list[Role] = field(default_factory=list)
-    transfer: TransferService | None = None
-    check_books: Callable[[], None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.check_books = self.pool.check_integrity
-
-    def current_process(self) -> ProcessRef:
-        """Its address is known once the server listens."""
-        return self.process
+    senders: Senders | None = None
 
     def live(self) -> dict[str, int]:
         """What the roles hold, together."""
         return {"sessions": len(self.worker.sessions)} | {k: v for role in self.roles for k, v in role.live.items()}
-
-    def pairs(self) -> list[admin_pb2.Pair]:
-        """Decode workers that its prefill role is connected to."""
-        return [pair for role in self.roles if isinstance(role, PrefillRole) for pair in role.senders.pairs()]
 
 
 async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -108,12 +99,14 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     check_device(config)
     claim_cpus(config)
     loaded = await asyncio.to_thread(load, config)
-    process = mint_process("-".join(sorted(config.roles)), config.listen, config.name)
-    parts = _parts(config, loaded, process)
+    server = Server(config.listen)
+    process = mint_process("-".join(sorted(config.roles)), config.advertise or server.address, config.name)
+    counts, card = Counts(), loaded.card
+    artifacts = artifact_table(card.tokenizer_json, card.chat_template.encode())
+    worker = WorkerService(process, artifacts, counts)
+    parts = Parts(config, loaded, process, counts, BlockPool(loaded.memory.blocks), worker)
     try:
-        services = _compose(parts)
-        server = await start_server(config.listen, services)
-        parts.process = replace(parts.process, address=config.advertise or server.address)
+        await server.start(_compose(parts))
         collector.settle()
         await _serve(parts, server, on_ready, stop)
     finally:
@@ -122,7 +115,7 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
 
 
 def check_address(config: WorkerConfig) -> None:
-    """Raises ConfigError where nobody could dial the worker back."""
+    """Raises ConfigError where no router could dial the worker back."""
     host, _ = parse_address(config.listen, "listen")
     if config.advertise:
         parse_address(config.advertise, "advertise")
@@ -131,10 +124,8 @@ def check_address(config: WorkerConfig) -> None:
 
 
 async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
-    registration = Registration(
-        parts.config.router, lambda: _register_request(parts), lambda router: log.debug("router", name=router.name)
-    )
-    joined = asyncio.create_task(registration.run(stop), name="registration")
+    membership = Membership(parts.config.router, _register_request(parts))
+    joined = asyncio.create_task(membership.run(stop), name="registration")
     expiry = asyncio.create_task(_expire(parts), name="expiry")
     announce = asyncio.create_task(_announce(parts, server, on_ready), name="announce")
     try:
@@ -148,8 +139,7 @@ async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], 
         await asyncio.gather(expiry, announce, joined, return_exceptions=True)
         await server.set_ready(False)
         parts.worker.close()
-        if parts.transfer is not None:
-            parts.transfer.close()
+        parts.streams.end()
         await server.stop(STOP_GRACE_S)
         for role in parts.roles:
             await role.stop()
@@ -174,74 +164,92 @@ async def _expire(parts: Parts) -> None:
             role.expire()
 
 
-def _parts(config: WorkerConfig, loaded: Loaded, process: ProcessRef) -> Parts:
-    counts = Counts()
-    holder: list[Parts] = []
-    card = loaded.card
-    artifacts = artifact_table(card.tokenizer_json, card.chat_template.encode())
-    worker = WorkerService(lambda: holder[0].process, artifacts, counts)
-    parts = Parts(config, loaded, BlockPool(loaded.memory.blocks), process, worker, counts)
-    holder.append(parts)
-    return parts
-
-
 def _compose(parts: Parts) -> list[Service]:
     """Makes the roles, and the services that this worker's roles need."""
     config, loaded, counts = parts.config, parts.loaded, parts.counts
+    check_books = parts.pool.check_integrity
     services = [service(worker_pb2_grpc.add_WorkerServicer_to_server, parts.worker, "Worker")]
     if "decode" in config.roles:
-        events = LoopEvents()
-        parts.transports = _transports(parts, events)
-        decode = DecodeRole(
-            engine=loaded.engine,
-            pool=parts.pool,
-            fingerprint=loaded.card.fingerprint,
-            transports=parts.transports,
-            limits=LedgerLimits(lease_s=config.lease_s, handoff_s=HANDOFF_LIMIT_S, tombstone_s=HANDOFF_LIMIT_S),
-            max_sequences=config.max_sequences,
-            chunk_tokens=config.chunk_tokens,
-            tpot_budget_s=config.tpot_budget_ms / 1e3 or None,
-            worker=parts.worker,
-            counts=counts,
-            model=CostModel(loaded.measured),
-        )
-        events.deliver_to(decode)
+        decode = _decode_role(parts)
         transfer = TransferService(
-            decode, parts.current_process, config.lease_s, counts, config.checksums, config.tcp_tls
+            decode,
+            parts.streams,
+            parts.worker,
+            parts.process,
+            config.lease_s,
+            counts,
+            config.checksums,
+            config.tcp_tls,
         )
-        parts.transfer, parts.check_books = transfer, decode.ledger.check_integrity
+        check_books = decode.ledger.check_integrity
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
         parts.roles.append(decode)
     if "prefill" in config.roles:
-        parts.transports = parts.transports or _transports(parts, None)
-        prefill = PrefillRole(
-            engine=loaded.engine,
-            pool=parts.pool,
-            fingerprint=loaded.card.fingerprint,
-            transports=parts.transports,
-            handshake=lambda: _handshake(parts),
-            chunk_tokens=config.chunk_tokens,
-            max_ungranted=config.max_ungranted,
-            handoff_deadline_s=config.handoff_deadline_s,
-            worker=parts.worker,
-            counts=counts,
-            model=CostModel(loaded.measured),
-        )
+        prefill = _prefill_role(parts)
+        parts.senders = prefill.senders
         parts.roles.append(prefill)
     for role in parts.roles:
         role.runner.stand_back(config.compute_nice)
         parts.worker.add_handler(role)
     parts.worker.add_handler(CacheEvents(parts.pool, counts))
-    kinds = [ROLES[name] for name in sorted(config.roles)]
     sizes = Sizes(loaded.memory.bytes, loaded.weight_bytes)
     admin = WorkerAdmin(
-        parts.current_process, kinds, parts.pool, sizes, parts.live, parts.check_books, counts, parts.pairs
-    )
+        parts.process, config.roles, parts.pool, sizes, parts.live, check_books, counts, parts.senders
+    )  # fmt: skip
     services.append(service(admin_pb2_grpc.add_AdminServicer_to_server, admin, "Admin"))
     return services
 
 
-def _transports(parts: Parts, events: LoopEvents | None) -> dict[str, Transport]:
+def _decode_role(parts: Parts) -> DecodeRole:
+    config, loaded = parts.config, parts.loaded
+
+    def make_receivers(events: ReceiverEvents) -> dict[str, Transport]:
+        parts.transports = _transports(parts, events)
+        return parts.transports
+
+    return DecodeRole(
+        engine=loaded.engine,
+        pool=parts.pool,
+        fingerprint=loaded.card.fingerprint,
+        writers=parts.streams,
+        make_receivers=make_receivers,
+        limits=LedgerLimits(lease_s=config.lease_s, handoff_s=HANDOFF_LIMIT_S, tombstone_s=HANDOFF_LIMIT_S),
+        max_sequences=config.max_sequences,
+        chunk_tokens=config.chunk_tokens,
+        tpot_budget_s=config.tpot_budget_ms / 1e3 or None,
+        worker=parts.worker,
+        counts=parts.counts,
+        model=CostModel(loaded.measured),
+    )
+
+
+def _prefill_role(parts: Parts) -> PrefillRole:
+    config, loaded, card = parts.config, parts.loaded, parts.loaded.card
+    parts.transports = writers = _transports(parts, None)
+    handshake = handshake_of(
+        parts.process,
+        card.fingerprint,
+        card.kv_layout,
+        writers,
+        checksums=config.checksums,
+        tcp_tls=config.tcp_tls,
+    )
+    return PrefillRole(
+        engine=loaded.engine,
+        pool=parts.pool,
+        fingerprint=card.fingerprint,
+        writers=writers,
+        handshake=handshake,
+        chunk_tokens=config.chunk_tokens,
+        max_ungranted=config.max_ungranted,
+        handoff_deadline_s=config.handoff_deadline_s,
+        worker=parts.worker,
+        counts=parts.counts,
+        model=CostModel(loaded.measured),
+    )
+
+
+def _transports(parts: Parts, events: ReceiverEvents | None) -> dict[str, Transport]:
     """Those that the configuration allows, best first."""
     config, memory, incarnation = parts.config, parts.loaded.memory, parts.process.incarnation
     host, _ = parse_address(config.listen, "listen")
@@ -258,20 +266,6 @@ def _transports(parts: Parts, events: LoopEvents | None) -> dict[str, Transport]
     if config.transport in ("auto", "tcp"):
         made["tcp"] = tcp_transport(config, memory, incarnation, events, host, advertised)
     return made
-
-
-def _handshake(parts: Parts) -> transfer_pb2.HandshakeRequest:
-    return transfer_pb2.HandshakeRequest(
-        process=process_to_wire(parts.process),
-        version_min=PROTOCOL_VERSION,
-        version_max=PROTOCOL_VERSION,
-        fingerprint=parts.loaded.card.fingerprint,
-        kv_layout=layout_to_wire(parts.loaded.card.kv_layout),
-        transports=list(parts.transports),
-        host=host_id(),
-        checksums=parts.config.checksums,
-        tcp_tls=parts.config.tcp_tls,
-    )
 
 
 def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:

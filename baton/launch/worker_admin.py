@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baton import errors
-from baton.rpc.convert import process_to_wire
+from baton.config import RoleName
+from baton.rpc.convert import ROLES, process_to_wire
 from baton.rpc.status import abort
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import admin_pb2 as wire
-from baton.v1 import worker_pb2
 from baton.v1.admin_pb2_grpc import AdminServicer
+from baton.worker.sending.senders import Senders
 from kvtransfer.blocks.pool import BlockPool, PoolCorrupt
 
 
@@ -34,18 +35,19 @@ class WorkerAdmin(AdminServicer):
 
     def __init__(
         self,
-        process: Callable[[], ProcessRef],
-        roles: list[worker_pb2.Role.ValueType],
+        process: ProcessRef,
+        roles: Iterable[RoleName],
         pool: BlockPool,
         sizes: Sizes,
         live: Callable[[], dict[str, int]],
         check_books: Callable[[], None],
         counts: Counts,
-        pairs: Callable[[], list[wire.Pair]],
+        senders: Senders | None = None,
     ) -> None:
-        """`check_books` raises PoolCorrupt where the pool and the ledgers over it do not add up."""
+        """`check_books` raises PoolCorrupt where the pool and the ledgers over it do not add up; `senders` are those of
+        a worker that hands over."""
         self._process, self._roles, self._pool, self._live, self._counts = process, roles, pool, live, counts
-        self._sizes, self._check_books, self._pairs = sizes, check_books, pairs
+        self._sizes, self._check_books, self._senders = sizes, check_books, senders
 
     async def ListWorkers(self, request: wire.ListWorkersRequest, context: Any) -> wire.ListWorkersResponse:
         """Only a router knows the workers."""
@@ -56,12 +58,11 @@ class WorkerAdmin(AdminServicer):
         await abort(context, errors.Unimplemented("", "ask the router why a request went where it did"))
 
     async def GetStatus(self, request: wire.GetStatusRequest, context: Any) -> wire.GetStatusResponse:
-        """See the proto."""
         statistics = self._pool.statistics()
         live = self._live() | {"tasks": len(asyncio.all_tasks()), "threads": threading.active_count()}
         return wire.GetStatusResponse(
-            process=process_to_wire(self._process()),
-            roles=self._roles,
+            process=process_to_wire(self._process),
+            roles=[ROLES[name] for name in sorted(self._roles)],
             pool=wire.PoolStatus(
                 blocks=statistics.total,
                 free=statistics.free,
@@ -75,7 +76,10 @@ class WorkerAdmin(AdminServicer):
             live=live,
             counters=self._counts.snapshot(),
             resident_bytes=resident_bytes(),
-            pairs=self._pairs(),
+            pairs=[
+                wire.Pair(peer=process_to_wire(sender.peer), transport=sender.transport, handoffs=sender.handoffs)
+                for sender in ([] if self._senders is None else self._senders.connected())
+            ],
         )
 
 

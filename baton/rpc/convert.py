@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
+from baton.config import RoleName
 from baton.cost import StepCost
 from baton.errors import InvalidArgument
-from baton.spec import HandoffKey, Objectives, ProcessRef, Sampling, SequenceSpec, TokenLogprobs
+from baton.spec import HandoffKey, Objectives, ProcessRef, RefusalReason, Sampling, SequenceSpec, TokenLogprobs
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
 
+ROLES: dict[RoleName, wire.Role.ValueType] = {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE}
+ROLE_NAMES: dict[int, RoleName] = {number: name for name, number in ROLES.items()}
+
 
 def process_to_wire(process: ProcessRef) -> wire.ProcessId:
-    """See `ProcessRef`."""
     return wire.ProcessId(name=process.name, incarnation=process.incarnation, address=process.address)
 
 
 def process_from_wire(message: wire.ProcessId) -> ProcessRef:
-    """See `ProcessRef`."""
     return ProcessRef(message.name, message.incarnation, message.address)
 
 
@@ -27,7 +30,6 @@ def handoff_from_wire(message: object) -> HandoffKey:
 
 
 def sampling_to_wire(sampling: Sampling) -> wire.SamplingParams:
-    """See `Sampling`."""
     return wire.SamplingParams(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
@@ -42,7 +44,6 @@ def sampling_to_wire(sampling: Sampling) -> wire.SamplingParams:
 
 
 def sampling_from_wire(message: wire.SamplingParams) -> Sampling:
-    """See `Sampling`."""
     return Sampling(
         message.temperature,
         message.top_k,
@@ -56,8 +57,7 @@ def sampling_from_wire(message: wire.SamplingParams) -> Sampling:
     )
 
 
-def spec_to_wire(spec: SequenceSpec, deadline_s: float | None, ttft_left_s: float | None = None) -> wire.SequenceSpec:
-    """`deadline_s` and `ttft_left_s` are what is left now, which the spec itself can't know."""
+def spec_to_wire(spec: SequenceSpec) -> wire.SequenceSpec:
     return wire.SequenceSpec(
         attempt=spec.attempt,
         request_id=spec.request_id,
@@ -69,10 +69,10 @@ def spec_to_wire(spec: SequenceSpec, deadline_s: float | None, ttft_left_s: floa
         eos_token_ids=sorted(spec.eos_token_ids),
         slo=gen.Slo(ttft_ms=spec.objectives.ttft_ms, tpot_ms=spec.objectives.tpot_ms),
         priority=spec.priority,
-        deadline_ms=None if deadline_s is None else deadline_s * 1e3,
+        deadline_ms=None if spec.deadline_s is None else spec.deadline_s * 1e3,
         router=process_to_wire(spec.router),
         tenant_salt=spec.tenant_salt,
-        ttft_left_ms=None if ttft_left_s is None else ttft_left_s * 1e3,
+        ttft_left_ms=None if spec.ttft_left_s is None else spec.ttft_left_s * 1e3,
     )
 
 
@@ -106,22 +106,25 @@ def spec_from_wire(message: wire.SequenceSpec) -> SequenceSpec:
 
 
 def logprobs_to_wire(logprobs: TokenLogprobs) -> gen.TokenLogprobs:
-    """See `TokenLogprobs`."""
     return gen.TokenLogprobs(
         logprob=logprobs.logprob, top=[gen.Alternative(id=token, logprob=value) for token, value in logprobs.top]
     )
 
 
 def logprobs_from_wire(message: gen.TokenLogprobs) -> TokenLogprobs:
-    """See `TokenLogprobs`."""
     return TokenLogprobs(message.logprob, tuple((entry.id, entry.logprob) for entry in message.top))
 
 
-def run_to_wire(
-    attempt: bytes, position: int, ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]
-) -> wire.TokenRun:
-    """Consecutive tokens of one sequence; `position` is that of ids[0]."""
-    return wire.TokenRun(attempt=attempt, position=position, ids=ids, logprobs=map(logprobs_to_wire, logprobs))
+def refusal_from_wire(reason: int) -> RefusalReason:
+    """A reason that this process does not know reads as UNSPECIFIED."""
+    try:
+        return RefusalReason(reason)
+    except ValueError:
+        return RefusalReason.UNSPECIFIED
+
+
+def cost_to_wire(cost: StepCost, error: float, chunk_tokens: int) -> wire.StepCost:
+    return wire.StepCost(**asdict(cost), error=error, chunk_tokens=chunk_tokens)
 
 
 def cost_from_wire(message: wire.StepCost) -> StepCost:

@@ -91,13 +91,33 @@ def service(add: Callable[[Any, grpc.aio.Server], None], servicer: object, name:
 
 
 class Server:
-    """A gRPC server with health and reflection. Serving from `start` on; ready when `set_ready` says so."""
+    """A gRPC server with health and reflection: bound when it is made, serving from `start` on, ready when `set_ready`
+    says so. So a process knows its own address before anything is composed."""
 
-    def __init__(
-        self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer, names: Sequence[str]
-    ) -> None:
-        self._server, self._health, self._names = server, health_servicer, names
-        self.address = ""
+    def __init__(self, listen: str) -> None:
+        """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours."""
+        host, port = parse_address(listen, "listen")
+        _check_free(host, port)
+        self._server = grpc.aio.server(options=OPTIONS)
+        try:
+            bound = self._server.add_insecure_port(listen)
+        except RuntimeError:
+            raise ConfigError(f"cannot listen on {listen}: the address is in use or not available here") from None
+        self.address = format_address(host, bound)
+        self._health = health.aio.HealthServicer()
+        self._names: list[str] = []
+
+    async def start(self, services: Sequence[Service]) -> None:
+        """Answers from here on."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for entry in services:
+            entry.add(entry.servicer, self._server)
+        self._names = [entry.full_name for entry in services]
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        await self._server.start()
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        await self.set_ready(False)
 
     async def set_ready(self, ready: bool) -> None:
         """What load balancers see under ``, `readiness` and each service's name."""
@@ -111,25 +131,9 @@ class Server:
 
 
 async def start_server(listen: str, services: Sequence[Service]) -> Server:
-    """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours."""
-    host, port = parse_address(listen, "listen")
-    _check_free(host, port)
-    raw = grpc.aio.server(options=OPTIONS)
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, raw)
-    for entry in services:
-        entry.add(entry.servicer, raw)
-    names = [entry.full_name for entry in services]
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], raw)
-    try:
-        bound = raw.add_insecure_port(listen)
-    except RuntimeError:
-        raise ConfigError(f"cannot listen on {listen}: the address is in use or not available here") from None
-    await raw.start()
-    server = Server(raw, health_servicer, names)
-    server.address = format_address(host, bound)
-    await health_servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
-    await server.set_ready(False)
+    """A server that needs no address of its own before it starts."""
+    server = Server(listen)
+    await server.start(services)
     return server
 
 

@@ -45,6 +45,17 @@ def code_of(error: errors.BatonError) -> grpc.StatusCode:
     return next((code for kind, code in CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
+def number_of(error: errors.BatonError) -> int:
+    """The number of its status code, as google.rpc.Code has it."""
+    return int(code_pb2.Code.Value(code_of(error).name))
+
+
+def error_of_code(number: int, message: str) -> errors.BatonError:
+    """The error that stands for a status code's number."""
+    kind = next((kind for kind, code in CODES if code.value[0] == number), errors.Internal)
+    return _rebuild(kind, message, "", None, {})
+
+
 def to_status(error: errors.BatonError) -> status_pb2.Status:
     """The error as a status with its details."""
     metadata = {}
@@ -63,7 +74,7 @@ def to_status(error: errors.BatonError) -> status_pb2.Status:
             delay.FromNanoseconds(int(error.retry_after_s * 1e9))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     details.insert(0, error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN, metadata=metadata))
-    status = status_pb2.Status(code=code_pb2.Code.Value(code_of(error).name), message=str(error))
+    status = status_pb2.Status(code=number_of(error), message=str(error))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)

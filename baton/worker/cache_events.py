@@ -11,9 +11,9 @@ import asyncio
 import itertools
 from collections.abc import Iterable
 
+from baton.messages import CacheSyncCommand, CacheUpdate, Command
 from baton.telemetry import Counts
-from baton.v1 import worker_pb2 as wire
-from baton.worker.service import RouterSession
+from baton.worker.session import RouterSession
 from kvtransfer.blocks.pool import BlockPool, CacheChange
 
 INTERVAL_S = 0.05
@@ -42,14 +42,14 @@ class CacheFeed:
         if self._pending.pop(digest, None) is None:
             self._pending[digest] = change
 
-    def take(self) -> wire.CacheEvents:
+    def take(self) -> CacheUpdate:
         """The next message."""
         self._sequence += 1
-        events = wire.CacheEvents(sync=self._sync, sequence=self._sequence)
+        inserted: list[bytes] = []
+        evicted: list[bytes] = []
         for digest in list(itertools.islice(self._pending, PIECE_DIGESTS)):
-            inserted = self._pending.pop(digest) is CacheChange.INSERTED
-            (events.inserted if inserted else events.evicted).append(digest)
-        return events
+            (inserted if self._pending.pop(digest) is CacheChange.INSERTED else evicted).append(digest)
+        return CacheUpdate(self._sync, self._sequence, inserted, evicted)
 
 
 class CacheEvents:
@@ -61,15 +61,13 @@ class CacheEvents:
         self._timer: asyncio.TimerHandle | None = None
         pool.listeners.append(self._changed)
 
-    def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
-        """See `RoleHandler`."""
-        if frame.WhichOneof("body") == "cache_sync":
+    def on_command(self, router: RouterSession, command: Command) -> None:
+        if isinstance(command, CacheSyncCommand):
             self._counts.add("cache_snapshots")
-            self._feeds[router] = CacheFeed(frame.cache_sync.sync, self._pool.digests())
+            self._feeds[router] = CacheFeed(command.sync, self._pool.digests())
             self._arm(PIECE_S)
 
     def on_router_lost(self, router: RouterSession) -> None:
-        """See `RoleHandler`."""
         self._feeds.pop(router, None)
         if not self._feeds and self._timer is not None:
             self._timer.cancel()
@@ -90,7 +88,7 @@ class CacheEvents:
         self._timer = None
         for router, feed in self._feeds.items():
             if feed.due and router.link.pending < BACKLOG_FRAMES:
-                router.send(cache_events=feed.take())
+                router.send(feed.take())
         late = [router.link.pending >= BACKLOG_FRAMES for router, feed in self._feeds.items() if feed.due]
         if late:
             self._arm(INTERVAL_S if all(late) else PIECE_S)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 
 import structlog
 
@@ -21,19 +20,11 @@ TRANSIENT = (errors.Unavailable, errors.DeadlineExceeded, errors.Cancelled)
 log = structlog.get_logger(__name__)
 
 
-class Registration:
+class Membership:
     """Keeps one worker registered with one router. `request` is sent again whenever the router has forgotten it."""
 
-    def __init__(
-        self,
-        router_address: str,
-        request: Callable[[], wire.RegisterRequest],
-        on_router: Callable[[wire.ProcessId], None],
-    ) -> None:
-        """`on_router` hears which router answered, at every registration."""
-        self._address = router_address
-        self._request = request
-        self._on_router = on_router
+    def __init__(self, router_address: str, request: wire.RegisterRequest) -> None:
+        self._address, self._request = router_address, request
 
     async def run(self, stop: asyncio.Event) -> None:
         """Returns after `stop`, having left. Raises Mismatch or InvalidArgument where the router refuses the worker:
@@ -55,14 +46,13 @@ class Registration:
         attempt = 0
         while not stop.is_set():
             try:
-                answer = await call(stub.Register(self._request()), CALL_TIMEOUT_S)
+                answer = await call(stub.Register(self._request), CALL_TIMEOUT_S)
             except TRANSIENT as error:
                 if attempt % 20 == 0:
                     log.warning("waiting for the router", router=self._address, error=str(error))
                 await _pause(stop, BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
                 attempt += 1
                 continue
-            self._on_router(answer.router)
             log.info("registered", router=answer.router.name, lease_ms=answer.lease_ms)
             return answer.lease_ms / 1e3, answer.router.incarnation
         return None
@@ -73,7 +63,7 @@ class Registration:
         """A router that is unreachable for a moment keeps us registered; one that restarted does not know us."""
         while not await _pause(stop, lease_s / 3):
             try:
-                answer = await call(stub.Renew(wire.RenewRequest(worker=self._request().worker)), CALL_TIMEOUT_S)
+                answer = await call(stub.Renew(wire.RenewRequest(worker=self._request.worker)), CALL_TIMEOUT_S)
             except errors.NotFound:
                 log.info("the router forgot this worker; registering again")
                 return
@@ -85,7 +75,7 @@ class Registration:
 
     async def _leave(self, stub: RegistryStub) -> None:
         with contextlib.suppress(errors.BatonError):  # a router that is gone already needs no goodbye
-            await call(stub.Deregister(wire.DeregisterRequest(worker=self._request().worker)), CALL_TIMEOUT_S)
+            await call(stub.Deregister(wire.DeregisterRequest(worker=self._request.worker)), CALL_TIMEOUT_S)
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> bool:

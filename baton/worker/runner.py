@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -26,6 +26,7 @@ from baton.spec import AttemptKey, FinishReason, TokenLogprobs
 
 IDLE_CHECK_S = 1.0
 JOIN_S = 10.0
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -200,3 +201,17 @@ class Runner:
             self._loop.call_soon_threadsafe(callback, argument)
         except RuntimeError:  # the event loop is closed: the process ends and nobody is left to hear it
             self._stopping = True
+
+
+def for_each(items: Iterable[T], act: Callable[[T], None], fail: Callable[[T, str], None]) -> None:
+    """Calls `act` with each item. Where that raises, `fail` gets the item and the reason, and the others go on: one
+    sequence's trouble must not cost the rest of its step their tokens."""
+    for item in items:
+        try:
+            act(item)
+        except Exception as error:
+            log.error("a step's result could not be handled", exc_info=error)
+            try:
+                fail(item, f"{type(error).__name__}: {error}")
+            except Exception as second:
+                log.error("and its sequence could not be ended", exc_info=second)

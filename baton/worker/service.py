@@ -14,56 +14,36 @@ from typing import Any, Protocol
 import structlog
 
 from baton import errors
+from baton.messages import CancelCommand, Command, Ended
 from baton.rpc.convert import process_from_wire, process_to_wire
+from baton.rpc.frames import attempt_of, command_from_frame
 from baton.rpc.lanes import FRAGMENT_BYTES
-from baton.rpc.link import GRACE_S, SILENCE_S, Session, read_frames
+from baton.rpc.link import GRACE_S, SILENCE_S, read_frames
 from baton.rpc.net import cancelling
 from baton.rpc.status import abort
-from baton.spec import ProcessRef
+from baton.spec import AttemptKey, ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerServicer
+from baton.worker.session import RouterSession
 
-INTERNAL = 13  # google.rpc.Code
 log = structlog.get_logger(__name__)
-
-
-class RouterSession:
-    """A router as a worker sees it: somewhere to send frames to, until it is lost."""
-
-    def __init__(self, router: ProcessRef, session_id: str, on_frame: Callable[[wire.RouterFrame], None]) -> None:
-        self.router = router
-        self.session_id = session_id
-        self.link: Session[wire.WorkerFrame, wire.RouterFrame] = Session(
-            wire.WorkerFrame, wire.RouterFrame, f"to {router.name}", on_frame
-        )
-        self.streams = 0
-        self.grace: asyncio.TimerHandle | None = None
-
-    def send(self, **body: Any) -> None:
-        """Queues one frame, as in `send(freed=Freed(...))`. Dropped when the router is lost. A router that does not
-        acknowledge is given up: its stream ends, and it is lost when that has been noticed."""
-        try:
-            self.link.send(wire.WorkerFrame(**body))
-        except errors.ResourceExhausted as error:
-            log.warning("router does not acknowledge; given up", router=self.router.name, error=str(error))
-            self.link.close()
 
 
 class RoleHandler(Protocol):
     """What a role does with a router's commands. Called on the event loop; must not block."""
 
-    def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
-        """A command, exactly once and in order."""
+    def on_command(self, router: RouterSession, command: Command) -> None:
+        """A command, exactly once and in order; ignored where it is for another role."""
 
     def on_router_lost(self, router: RouterSession) -> None:
-        """Nobody waits for this router's sequences any more."""
+        """No router waits for this router's sequences any more."""
 
 
 class WorkerService(WorkerServicer):
     """Serves `Worker`. `artifacts` maps SHA-256 (hexadecimal) to bytes."""
 
-    def __init__(self, process: Callable[[], ProcessRef], artifacts: dict[str, bytes], counts: Counts) -> None:
+    def __init__(self, process: ProcessRef, artifacts: dict[str, bytes], counts: Counts) -> None:
         self._process = process
         self._artifacts = artifacts
         self._counts = counts
@@ -75,7 +55,7 @@ class WorkerService(WorkerServicer):
         self.detached.set()
 
     def add_handler(self, handler: RoleHandler) -> None:
-        """Every handler hears every command and takes those that are its own."""
+        """Every handler hears every command."""
         self._handlers.append(handler)
 
     def session(self, router: ProcessRef) -> RouterSession | None:
@@ -90,7 +70,6 @@ class WorkerService(WorkerServicer):
     async def Attach(
         self, request_iterator: AsyncIterator[wire.RouterFrame], context: Any
     ) -> AsyncIterator[wire.WorkerFrame]:
-        """See the proto."""
         try:
             async with asyncio.timeout(SILENCE_S):
                 first = await anext(request_iterator)
@@ -102,7 +81,7 @@ class WorkerService(WorkerServicer):
         try:
             yield wire.WorkerFrame(
                 hello=wire.Hello(
-                    process=process_to_wire(self._process()),
+                    process=process_to_wire(self._process),
                     session=record.session_id,
                     received=record.link.received,
                     resumed=resumed,
@@ -118,7 +97,6 @@ class WorkerService(WorkerServicer):
     async def FetchArtifact(
         self, request: wire.FetchArtifactRequest, context: Any
     ) -> AsyncIterator[wire.FetchArtifactResponse]:
-        """See the proto."""
         data = self._artifacts.get(request.sha256)
         if data is None:
             await abort(context, errors.NotFound(f"no artifact with SHA-256 {request.sha256!r} here"))
@@ -159,7 +137,7 @@ class WorkerService(WorkerServicer):
             self.detached.clear()
 
     def _begin(self, router: ProcessRef, session_id: str) -> RouterSession:
-        record: RouterSession = RouterSession(router, session_id, lambda frame: self._dispatch(record, frame))
+        record = RouterSession(router, session_id, lambda frame: self._dispatch(record, frame))
         return record
 
     async def _read(self, record: RouterSession, stream: int, source: AsyncIterator[wire.RouterFrame]) -> None:
@@ -187,29 +165,30 @@ class WorkerService(WorkerServicer):
         record.grace = loop.call_later(GRACE_S, self._lose, record, "it did not come back within the grace time")
 
     def _dispatch(self, record: RouterSession, frame: wire.RouterFrame) -> None:
+        try:
+            command = command_from_frame(frame)
+        except errors.InvalidArgument as error:
+            record.send(Ended(attempt_of(frame), error=errors.Internal(str(error))))
+            return
+        if command is None:
+            return  # a newer router's
         for handler in self._handlers:
             try:
-                handler.on_command(record, frame)
+                handler.on_command(record, command)
             except Exception as error:  # a boundary: one command fails, the stream and all other requests go on
                 self._counts.add("commands_failed")
-                log.error("a command failed", kind=frame.WhichOneof("body"), exc_info=error)
-                self._fail(record, handler, frame, error)
+                log.error("a command failed", kind=type(command).__name__, exc_info=error)
+                self._fail(record, handler, attempt_of(frame), f"{type(error).__name__}: {error}")
 
-    def _fail(self, record: RouterSession, handler: RoleHandler, frame: wire.RouterFrame, error: Exception) -> None:
-        """Ends the attempt that a command failed on, so that nobody waits for it: what it took is given back first."""
-        attempt = {
-            "prefill": frame.prefill.spec.attempt,
-            "direct": frame.direct.spec.attempt,
-            "bind": frame.bind.attempt,
-        }.get(frame.WhichOneof("body") or "")
+    def _fail(self, record: RouterSession, handler: RoleHandler, attempt: AttemptKey, reason: str) -> None:
+        """Ends the attempt that a command failed on: what it took is given back first."""
         if not attempt:
             return
-        reason = f"{type(error).__name__}: {error}"
         try:
-            handler.on_command(record, wire.RouterFrame(cancel=wire.CancelCommand(attempt=attempt, reason=reason)))
-        except Exception as second:
-            log.error("what a failed command took could not be freed", exc_info=second)
-        record.send(ended=wire.Ended(attempt=attempt, status=INTERNAL, message=f"the worker failed: {reason}"))
+            handler.on_command(record, CancelCommand(attempt, reason))
+        except Exception as error:
+            log.error("what a failed command took could not be freed", exc_info=error)
+        record.send(Ended(attempt, error=errors.Internal(f"the worker failed: {reason}")))
 
     def _lose(self, record: RouterSession, reason: str) -> None:
         if record.grace is not None:

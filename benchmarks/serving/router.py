@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import uvloop
@@ -25,9 +24,9 @@ import uvloop
 from baton.client import Client
 from baton.client.types import Finished
 from baton.cost import StepCost
+from baton.messages import CacheUpdate, LoadReport
 from baton.rpc import collector
 from baton.telemetry import configure_logs
-from baton.v1 import worker_pb2 as wire
 from benchmarks.report import Row, publish, spread
 from benchmarks.serving.streaming import Flow, alone, cpu_s, pid_of, simulated, steady
 from kvtransfer.blocks.prefix import block_digests
@@ -64,23 +63,10 @@ class Timed:
 async def placements() -> list[Row]:
     """Requests through a router in this process, whose two placing calls are timed."""
     async with crowd(WORKERS, WORKERS, lambda spec: [10, 11, EOS]) as cluster:
-        requests = cluster.router.requests
-        start, lookup = Timed(requests.start), Timed(requests.prefixes.cached_tokens)
-        place = Timed(requests._placer.place)
-        choose = requests.choose_decode
-
-        def choose_decode(*given: Any) -> Any:
-            """Its own look-up, of digests that are there already, counts with it and not with the first one."""
-            looked_up = len(lookup.took)
-            chosen = choose(*given)
-            del lookup.took[looked_up:]
-            return chosen
-
-        bind = Timed(choose_decode)
-        requests.start = start  # type: ignore[method-assign, assignment]
-        requests.choose_decode = bind  # type: ignore[method-assign, assignment]
-        requests.prefixes.cached_tokens = lookup  # type: ignore[method-assign, assignment]
-        requests._placer.place = place  # type: ignore[method-assign, assignment]
+        placer = cluster.router.requests.placer
+        place, bind = Timed(placer.place), Timed(placer.choose_decode)
+        placer.place = place  # type: ignore[method-assign, assignment]
+        placer.choose_decode = bind  # type: ignore[method-assign, assignment]
         chance = random.Random(1)
         known = _fill(cluster.router, chance)
         collector.settle()  # as the router's own process does
@@ -88,12 +74,10 @@ async def placements() -> list[Row]:
             starts = [_prompt(chance) for _ in range(4)] + chance.sample(known, 4)
             asked = [start + _prompt(chance) + _prompt(chance) for start in starts]
             await asyncio.gather(*(cluster.generate(token_ids={"ids": ids}, slo=SLO) for ids in asked))
-    both = sum(statistics.median(timed.took) for timed in (lookup, place, bind))
+    both = sum(statistics.median(timed.took) for timed in (place, bind))
     parts = {
-        "look its prefix up": lookup,
-        "place the prompt": place,
-        "pick the decode worker, its prefix looked up": bind,
-        "for comparison, all of admitting: placed, recorded, sent": start,
+        "look its prefix up, and place the prompt": place,
+        "look its prefix up, and pick the decode worker": bind,
     }
     return [
         *(
@@ -111,7 +95,7 @@ def _prompt(chance: random.Random) -> list[int]:
 
 def _fill(router: Router, chance: random.Random) -> list[list[int]]:
     """All workers have told what a step costs them, and one each of these prompts is in their caches."""
-    workers = router.registry.workers()
+    workers, prefixes = router.registry.workers(), router.requests.placer.prefixes
     layout = workers[0].card.kv_layout
     prompts = [_prompt(chance) for _ in range(CACHED_BLOCKS * layout.block_tokens // PROMPT)]
     held: dict[Worker, list[bytes]] = {worker: [] for worker in workers}
@@ -119,11 +103,10 @@ def _fill(router: Router, chance: random.Random) -> list[list[int]]:
         worker = workers[index % len(workers)]
         held[worker] += block_digests(prompt, layout.block_tokens, "", worker.card.fingerprint)
     for worker, digests in held.items():
-        worker.reported(wire.LoadReport(free_blocks=worker.registration.blocks, cost=wire.StepCost(**asdict(COST))))
-        sync = router.requests.prefixes.expects(worker)
-        events = wire.CacheEvents(sync=sync.sync, sequence=sync.sequence, inserted=digests)
-        router.requests.prefixes.on_frame(worker, wire.WorkerFrame(cache_events=events))
-    assert len(router.requests.prefixes) == CACHED_BLOCKS, "all blocks are indexed"
+        worker.reported(LoadReport(free_blocks=worker.registration.blocks, cost=COST))
+        sync = prefixes.expects(worker)
+        prefixes.on_update(worker, CacheUpdate(sync.sync, sync.sequence, digests, ()))
+    assert len(prefixes) == CACHED_BLOCKS, "all blocks are indexed"
     return prompts
 
 

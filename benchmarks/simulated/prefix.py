@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from baton.messages import CacheUpdate
 from baton.spec import ProcessRef, Sampling, SequenceSpec
 from baton.telemetry import Counts
-from baton.v1 import worker_pb2 as wire
 from baton.worker.cache_events import INTERVAL_S, CacheFeed
 from benchmarks.report import Row, publish, spread
 from kvtransfer.blocks.admission import Admission, Room
@@ -33,8 +33,8 @@ from kvtransfer.blocks.layout import BLOCK_TOKENS, KvLayout
 from kvtransfer.blocks.pool import BlockPool, CacheChange
 from kvtransfer.blocks.prefix import block_digests
 from router.workers.link import WorkerLink
-from router.workers.prefixes import Prefixes
-from router.workers.worker import Layout, ModelCard, Registration, Worker
+from router.workers.prefixes import Prefixes, digests_of
+from router.workers.worker import ModelCard, Registration, Worker
 
 TRACE_BLOCK = 512
 TARGET = 0.8
@@ -42,9 +42,7 @@ UTILISATION = 0.7
 """Of the workers, if nothing were cached: prompts wait for one another, so the best cached worker may be a busy one."""
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32")
 ROUTER = ProcessRef("router", "router", "")
-CARD = ModelCard(
-    "trace", "trace", 1 << 20, 1 << 32, frozenset(), "", "", Layout(1, BLOCK_TOKENS, 1, 1, 1, "float32", 0, 1)
-)
+CARD = ModelCard("trace", "trace", 1 << 20, 1 << 32, frozenset(), "", "", LAYOUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class SimulatedWorker:
 
     def __init__(self, number: int, blocks: int) -> None:
         process = ProcessRef(f"prefill-{number}", f"prefill-{number}", "")
-        link = WorkerLink(process, ROUTER, on_frame=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
+        link = WorkerLink(process, ROUTER, on_event=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
         self.known = Worker(Registration(process, frozenset({"prefill"}), CARD, blocks, 1, ()), link, 0.0)
         self.pool = BlockPool(blocks)
         self.admission = Admission(self.pool, LAYOUT, CARD.fingerprint)
@@ -144,8 +142,10 @@ class Simulation:
         heapq.heappush(self._agenda, (at, self._steps, step))
 
     def _arrive(self, prompt: Prompt) -> None:
-        spec = SequenceSpec(bytes(16), "", prompt.tokens, Sampling(), 1, ROUTER)
-        cached = self.prefixes.cached_tokens(CARD, spec)
+        spec = SequenceSpec(
+            attempt=bytes(16), request_id="", prompt=prompt.tokens, sampling=Sampling(), max_tokens=1, router=ROUTER
+        )
+        cached = self.prefixes.cached_tokens(CARD, len(prompt.tokens), digests_of(CARD, prompt.tokens, ""))
 
         def done_at(worker: SimulatedWorker) -> tuple[float, int]:
             wait = max(0.0, worker.busy_until - self.now) + worker.queued / self.rate
@@ -181,7 +181,7 @@ class Simulation:
 
     def _tell(self, worker: SimulatedWorker) -> None:
         while worker.feed.due:
-            self.prefixes.on_frame(worker.known, wire.WorkerFrame(cache_events=worker.feed.take()))
+            self.prefixes.on_update(worker.known, worker.feed.take())
 
 
 def clairvoyant(prompts: Sequence[Prompt], blocks: int) -> int:
@@ -254,15 +254,15 @@ def look_up_cost(workers: int = 64, blocks: int = 10_000) -> list[Row]:
         worker = SimulatedWorker(number, blocks).known
         prefixes.on_joined(worker)
         others = [draw.randbytes(16) for _ in range(blocks - 64)]
-        event = wire.CacheEvents(sync=1, sequence=1, inserted=[*others, *block_digests(cached, fingerprint="trace")])
-        prefixes.on_frame(worker, wire.WorkerFrame(cache_events=event))
+        inserted = [*others, *block_digests(cached, fingerprint="trace")]
+        prefixes.on_update(worker, CacheUpdate(1, 1, inserted, ()))
     rows = []
     for case, prompt in (("1,024 cached tokens", (*cached, 1)), ("nothing cached", (*cached[1:], 1, 1))):
-        spec = SequenceSpec(bytes(16), "", prompt, Sampling(), 1, ROUTER)
-        times = [
-            1e6 * seconds
-            for seconds in timeit.repeat(partial(prefixes.cached_tokens, CARD, spec), number=1, repeat=300)
-        ]
+
+        def look_up(prompt: tuple[int, ...] = prompt) -> None:
+            prefixes.cached_tokens(CARD, len(prompt), digests_of(CARD, prompt, ""))
+
+        times = [1e6 * seconds for seconds in timeit.repeat(look_up, number=1, repeat=300)]
         ours = statistics.median(times)
         case = f"look up {case}, {workers} x {blocks} blocks"
         rows.append(Row(case, "µs", ours, "", None, False, "<= 100", ours <= 100, spread(times)))

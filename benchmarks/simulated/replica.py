@@ -24,28 +24,29 @@ from baton.cost import HANDOFF_S, CostModel, StepCost, StepShape
 from baton.engine import api
 from baton.engine.api import Work, shape_of
 from baton.engine.simulated.load import typical_steps
-from baton.spec import AttemptKey, Objectives, ProcessRef, Sampling, SequenceSpec
+from baton.spec import AttemptKey, HandoffKey, Objectives, ProcessRef, RequestSpec, Sampling, SequenceSpec
 from baton.telemetry import Counts
 from baton.worker.prompt_queue import PromptQueue
 from decode_worker.scheduler import DecodeScheduler, Expected
+from kvtransfer.blocks.layout import KvLayout
 from prefill_worker.scheduler import PrefillScheduler
-from router.placement.offers import Way
-from router.placement.policy import Plan
 from router.placement.snapshot import Demand
+from router.requests.admitted import Admitted
 from router.requests.attempt import Attempt
-from router.requests.order import Order
+from router.requests.commands import Commands
 from router.requests.placer import Placer
 from router.text.detokenisation import OutputText
 from router.workers.ledger import Reported
 from router.workers.link import WorkerLink
+from router.workers.prefixes import Prefixes, digests_of
 from router.workers.registry import ServedModel
-from router.workers.worker import Layout, ModelCard, Registration, Worker
+from router.workers.worker import ModelCard, Registration, Worker
 
 CHUNK, BLOCKS, SLOTS, BLOCK_TOKENS = 512, 1 << 20, 256, 16
 HOP_S = 0.001
 """A message between router and worker."""
 REPORT_S = 0.05
-CARD = ModelCard("m", "f" * 32, 8192, 1000, frozenset(), "", "", Layout(1, BLOCK_TOKENS, 1, 1, 64, "bfloat16", 0, 1))
+CARD = ModelCard("m", "f" * 32, 8192, 1000, frozenset(), "", "", KvLayout(1, 1, 64, "bfloat16"))
 ROUTER = ProcessRef("router", "r", "")
 
 
@@ -68,7 +69,6 @@ class Served:
     planned: Planned
     spec: SequenceSpec
     demand: Demand
-    plan: Plan | None = None
     attempt: Attempt | None = None
     received_at: float = 0.0
     rank: float = 0.0
@@ -104,13 +104,21 @@ class Served:
         return all(limit is None or seconds * 1e3 <= limit for limit, seconds in within)
 
 
+class Unsent(Commands):
+    """Commands take their time in the simulation; nothing is sent."""
+
+    def prompt(self, worker: Worker, spec: SequenceSpec, *, direct: bool) -> None: ...
+
+    def bind(self, worker: Worker, key: HandoffKey, decode: Worker) -> None: ...
+
+
 class ReplicaWorker:
     """One worker: its side of the queue, and as the router sees it."""
 
     def __init__(self, replica: Replica, role: RoleName, index: int, budget_s: float | None) -> None:
         self.replica, self.role, self.core = replica, role, index
         process = ProcessRef(f"{role}-{index}", f"{role}-{index}", "")
-        link = WorkerLink(process, ROUTER, on_frame=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
+        link = WorkerLink(process, ROUTER, on_event=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
         link.attached = True
         registration = Registration(process, frozenset({role}), CARD, BLOCKS, SLOTS, ())
         self.seen = Worker(registration, link, 0.0, language_ready=True)
@@ -237,7 +245,9 @@ class Replica:
         roles: tuple[RoleName, ...] = ("decode", "decode") if path == "direct" else ("prefill", "decode")
         self.now, self.machine, self.served = 0.0, machine, dict[AttemptKey, Served]()
         self.workers = [ReplicaWorker(self, role, index, budget_s) for index, role in enumerate(roles)]
-        self.placer = Placer(path, Counts(), lambda: self.now)
+        counts = Counts()
+        self.placer = Placer(path, Prefixes(0, counts), counts, lambda: self.now)
+        self.commands, self.counts = Unsent(counts), counts
         self.model = ServedModel(CARD, workers=[worker.seen for worker in self.workers])
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order, self._chance, self._owed_s = itertools.count(), random.Random(seed), 0.0
@@ -271,71 +281,58 @@ class Replica:
 
     def on_started(self, served: Served) -> None:
         """A worker computes the prompt: time to bind a decode worker."""
-        if served.first_at is not None or served.attempt is None or served.plan is None:
-            return
-        served.attempt.prefill.prefill.started(served.key, self.now)
-        if served.plan.way is Way.PREFILL and served.spec.max_tokens > 1:
-            self._bind(served)
+        attempt = served.attempt
+        if served.first_at is None and attempt is not None and attempt.started(attempt.prefill) and attempt.hands_over:
+            self._bind(served, attempt)
 
     def on_token(self, served: Served) -> None:
         """A token has come, perhaps the first one."""
-        attempt, plan = served.attempt, served.plan
+        attempt = served.attempt
         assert attempt is not None, "it was placed"
-        assert plan is not None, "it was placed"
         served.tokens += 1
         served.last_at = self.now
         if served.first_at is None:
             served.first_at = self.now
-            attempt.computed(self.now)
+            plan = attempt.plan
             if plan.raw_ttft_s is not None:
                 attempt.prefill.accuracy.observe(plan.raw_ttft_s, served.ttft_s, plan.ttft_s, self.now)
-        elif attempt.decode is not None:
-            attempt.resident()
+            attempt.computed(last=served.spec.max_tokens == 1)
+        elif not attempt.direct:
+            attempt.decodes(served.first_at)
 
     def hand_over(self, served: Served) -> None:
         """Its blocks have landed; a prompt that was over before its `Started` came is bound first."""
         assert served.attempt is not None, "it was placed"
         if served.attempt.decode is None:
-            self._bind(served)
+            self._bind(served, served.attempt)
         self._at(served.attempt.decode).take(served)
 
     def on_end(self, served: Served) -> None:
         """Nothing is held for it any more."""
         assert served.attempt is not None, "it was placed"
-        served.attempt.release(self.now)
-        self.placer.settled(served.key)
+        served.attempt.close()
 
     def _arrive(self, planned: Planned) -> None:
         tokens, output, asked = planned.prompt_tokens, planned.output_tokens, planned.traffic
-        spec = SequenceSpec(
-            planned.index.to_bytes(16, "little"), str(planned.index), (0,) * tokens, Sampling(), output, ROUTER,
+        spec = RequestSpec(
+            request_id=str(planned.index), prompt=(0,) * tokens, sampling=Sampling(), max_tokens=output, router=ROUTER,
             objectives=Objectives(asked.ttft_ms, asked.tpot_ms), priority=asked.priority or 0,
         )  # fmt: skip
-        demand = Demand(-(-(tokens + output) // BLOCK_TOKENS), tokens)
-        served = self.served[spec.attempt] = Served(planned, spec, demand)
-        worker, served.plan = self.placer.place(self._order_of(served), self.model, {})
-        served.attempt = Attempt(spec.attempt, worker)
-        worker.prefill.place(spec.attempt, tokens, served.plan.queued)
-        if served.plan.way is Way.DIRECT:
-            served.attempt.stay(demand, _seconds(spec.objectives.tpot_ms))
-        elif output > 1:
-            self.placer.placed(self.model, spec.attempt, tokens)
+        admitted = Admitted(
+            spec=spec, model=self.model, text=cast(OutputText, None), digests=digests_of(CARD, (), ""),
+            demand=Demand(-(-(tokens + output) // BLOCK_TOKENS), tokens), arrived=planned.at_s, deadline=math.inf,
+            handoff_wait_s=1.0,
+        )  # fmt: skip
+        key = planned.index.to_bytes(16, "little")
+        worker, plan = self.placer.place(admitted)
+        attempt = Attempt(admitted, worker, plan, self.placer, self.commands, self.counts, key)
+        served = self.served[key] = Served(planned, spec.attempted(key), admitted.demand, attempt)
+        attempt.start()
         self.after(HOP_S, self._at(worker).receive, served)
 
-    def _bind(self, served: Served) -> None:
-        assert served.attempt is not None, "it was placed"
-        self.placer.settled(served.key)
-        choice = self.placer.choose_decode(self.model, self._order_of(served), {}, frozenset(), "")
-        assert choice is not None, "decode workers never leave here"
-        served.attempt.bind(choice.worker, served.demand, _seconds(served.spec.objectives.tpot_ms))
-        self.after(2 * HOP_S, self._at(choice.worker).expect, served)
-
-    def _order_of(self, served: Served) -> Order:
-        return Order(served.spec, cast(OutputText, None), served.demand, served.planned.at_s, math.inf, 1.0)
+    def _bind(self, served: Served, attempt: Attempt) -> None:
+        attempt.bind()
+        self.after(2 * HOP_S, self._at(attempt.decode).expect, served)
 
     def _at(self, worker: Worker | None) -> ReplicaWorker:
         return next(each for each in self.workers if each.seen is worker)
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1e3

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.spec import AttemptKey, HandoffKey
+from baton.spec import AttemptKey, HandoffKey, RefusalReason
 from kvtransfer.handoffs.leases import LeaseTable
-from kvtransfer.handoffs.messages import Refusal, RefusalReason
+from kvtransfer.handoffs.messages import Refusal
 
 
 @dataclass(slots=True)

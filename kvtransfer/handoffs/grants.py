@@ -22,12 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from baton.spec import AttemptKey, HandoffKey
+from baton.spec import AttemptKey, HandoffKey, RefusalReason
 from baton.telemetry import Counts
 from kvtransfer.blocks.pool import BlockPool, PoolCorrupt
 from kvtransfer.handoffs.attempts import AttemptMemory
 from kvtransfer.handoffs.leases import LeaseTable
-from kvtransfer.handoffs.messages import WRITE_TOKEN_BYTES, Aborted, Grant, Refusal, RefusalReason, Ticket
+from kvtransfer.handoffs.messages import WRITE_TOKEN_BYTES, Aborted, Grant, Refusal, Ticket
 from kvtransfer.handoffs.outcomes import Cancelled, GrantState, LedgerLimits, LedgerStatistics, Outcome
 from kvtransfer.handoffs.writers import Writers
 
@@ -37,6 +37,7 @@ class _Entry:
     grant: Grant
     digests: tuple[bytes, ...]
     missing: set[int]
+    table: list[int]
     state: GrantState = GrantState.GRANTED
     committed: bool = False
     payload: object = None
@@ -218,11 +219,23 @@ class GrantLedger:
         if entry is None or entry.state is not GrantState.RESIDENT:
             self.counts.add("grant_release_late")
             return False
-        self._index(entry.grant.table, digests)
+        self._index(entry.table, digests)
         del self._entries[key]
-        self.pool.release(entry.grant.table)
+        self.pool.release(entry.table)
         self._attempts.ended(Refusal(key, RefusalReason.EXPIRED, "the sequence is finished"), now)
         return True
+
+    def hold(self, key: HandoffKey, blocks: Sequence[int]) -> None:
+        """A sequence that no peer writes is resident from the start: the ledger owns these blocks from now on."""
+        assert key not in self._entries, "a sequence is held once"
+        grant = Grant(Ticket(key, 0, bytes(WRITE_TOKEN_BYTES), tuple(blocks), len(blocks), ""), ())
+        self._entries[key] = _Entry(grant, (), set(), list(blocks), GrantState.RESIDENT)
+        self._attempts.opened(key)
+
+    def table(self, key: HandoffKey) -> list[int]:
+        """The blocks of a resident in order of position. A block that the caller appends, allocated from the pool, is
+        the resident's too and is freed with it."""
+        return self._entries[key].table
 
     def state(self, key: HandoffKey) -> GrantState | None:
         """None when unknown or RELEASED."""
@@ -259,7 +272,7 @@ class GrantLedger:
             if entry.state is GrantState.ABORTING:
                 quarantined += entry.quarantined
             else:
-                holds.update(entry.grant.table)
+                holds.update(entry.table)
         if any(self.pool.holds(block) < count for block, count in holds.items()):
             raise PoolCorrupt("a granted block is not held")
         if len(set(quarantined)) != len(quarantined) or not all(map(self.pool.quarantined, quarantined)):
@@ -294,7 +307,7 @@ class GrantLedger:
         growth = tuple(fresh[prompt_blocks - len(cached) :])
         self._generation += 1
         grant = Grant(Ticket(key, self._generation, self._mint_token(), prompt, len(cached), writer), growth)
-        self._entries[key] = _Entry(grant, tuple(digests), set(grant.ticket.writable))
+        self._entries[key] = _Entry(grant, tuple(digests), set(grant.ticket.writable), list(grant.table))
         return grant
 
     def _current(self, key: HandoffKey, generation: int, what: str) -> _Entry | None:

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
-from baton.spec import HandoffKey
+from baton.spec import HandoffKey, RefusalReason
 
 WRITE_TOKEN_BYTES = 16
-
-
-class RefusalReason(Enum):
-    """Why a decode worker takes no sequence, or gave one up. Names as in `baton.v1.RefusalReason`."""
-
-    NO_CAPACITY = auto()
-    CANCELLED = auto()
-    UNKNOWN_ROUTER = auto()
-    MISMATCH = auto()
-    UNREACHABLE = auto()
-    DRAINING = auto()
-    TOO_LARGE = auto()
-    EXPIRED = auto()
 
 
 @dataclass(frozen=True, slots=True)

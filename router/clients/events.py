@@ -6,10 +6,10 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from baton.rpc.convert import logprobs_to_wire
-from baton.spec import SequenceSpec
+from baton.spec import RequestSpec
 from baton.v1 import generation_pb2 as gen
 from router.placement.policy import Plan
-from router.requests.streams import Piece
+from router.requests.stream import Piece
 from router.requests.timeline import Outcome
 
 
@@ -25,7 +25,7 @@ _POSITION, _IDS, _TEXT = (_key(gen.Tokens, field) for field in ("position", "ids
 _BYTES = [bytes([value]) for value in range(256)]
 
 
-def accepted(spec: SequenceSpec, model: str, plan: Plan) -> bytes:
+def accepted(spec: RequestSpec, model: str, plan: Plan) -> bytes:
     """The first event, the promise. Predictions are absent, not zero, while the router makes none."""
     return gen.GenerateResponse(
         accepted=gen.Accepted(
@@ -91,20 +91,19 @@ def _slo(outcome: Outcome) -> gen.SloOutcome | None:
 
 
 def _cached(outcome: Outcome) -> int:
-    marks = outcome.marks
-    return marks.cached_tokens if marks.prefill is None else marks.prefill.cached_tokens
+    return outcome.marks.cached_tokens if outcome.prefill is None else outcome.prefill.cached_tokens
 
 
 def _timeline(outcome: Outcome) -> gen.Timeline:
-    marks, prefill = outcome.marks, outcome.marks.prefill
+    marks, ended, report = outcome.marks, outcome.ended, outcome.prefill
     timeline = gen.Timeline(
         ttft_ms=marks.ttft_ms,
         tpot_ms=marks.tpot_ms(outcome.output_tokens),
         total_ms=outcome.total_ms,
         router_ms=0.0 if marks.commanded is None else (marks.commanded - marks.arrived) * 1e3,
         queue_ms=marks.queue_ms,
-        first_step_wait_ms=marks.first_step_wait_ms,
-        decode_ms=marks.decode_ms,
+        first_step_wait_ms=None if ended is None else ended.first_step_wait_ms,
+        decode_ms=None if ended is None else ended.decode_ms,
         attempts=outcome.attempts,
         handoffs=outcome.handoffs,
         prefill_worker=outcome.prefill_worker,
@@ -112,13 +111,17 @@ def _timeline(outcome: Outcome) -> gen.Timeline:
         path=gen.Path.ValueType(outcome.path.value),
         simulated=outcome.simulated,
     )
-    if prefill is not None:
-        timeline.queue_ms, timeline.prefill_ms = prefill.queue_ms, prefill.prefill_ms
-        timeline.transport, timeline.transfer_bytes = prefill.transport, prefill.transfer_bytes
-        timeline.transfer_blocks = prefill.transfer_blocks
-        timeline.transfer_cached_blocks = prefill.transfer_cached_blocks
-        if prefill.transfer_ms is not None:
-            timeline.transfer_ms = prefill.transfer_ms
-        if prefill.transfer_exposed_ms is not None:
-            timeline.transfer_exposed_ms = prefill.transfer_exposed_ms
+    if report is not None:
+        timeline.queue_ms, timeline.prefill_ms = report.queue_ms, report.prefill_ms
+    if report is not None and (moved := report.transfer) is not None:
+        timeline.MergeFrom(
+            gen.Timeline(
+                transport=moved.transport,
+                transfer_bytes=moved.bytes,
+                transfer_blocks=moved.blocks,
+                transfer_cached_blocks=moved.cached_blocks,
+                transfer_ms=moved.ms,
+                transfer_exposed_ms=moved.exposed_ms,
+            )
+        )
     return timeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -12,20 +12,20 @@ from google.protobuf.message import Message
 
 from baton.config import RouterConfig
 from baton.errors import BatonError, DeadlineExceeded, ResourceExhausted, Unavailable
-from baton.identity import mint_attempt
 from baton.objectives import Defaults
 from baton.rpc.status import abort
-from baton.spec import ProcessRef, SequenceSpec
+from baton.spec import ProcessRef, RequestSpec
 from baton.v1 import generation_pb2 as gen
 from router.clients.events import accepted, finished, tokens
 from router.clients.parsing import Unreadable, parser
 from router.clients.validation import Checked, Input, check_ids, check_input, check_length, check_request
 from router.placement.snapshot import Demand
-from router.requests.order import Order
+from router.requests.admitted import Admitted
 from router.requests.request import Request
-from router.requests.streams import ClientStream, Piece
+from router.requests.stream import ClientStream, Piece
 from router.requests.table import Requests
 from router.text.tokenisation import tokenise
+from router.workers.prefixes import digests_of
 from router.workers.registry import NOBODY_RETRY_S, Registry, ServedModel
 
 ABORT_S = 2.0
@@ -42,7 +42,7 @@ class GenerationService:
     def __init__(
         self,
         config: RouterConfig,
-        router: Callable[[], ProcessRef],
+        router: ProcessRef,
         registry: Registry,
         requests: Requests,
         executor: Executor,
@@ -98,22 +98,21 @@ class GenerationService:
             ids, _ = await self._tokenise(model, checked.input, left)
             spec = self._spec(checked, label, model, ids)
             assert model.language is not None, "it has just tokenised the prompt"
-            order = Order(
+            admitted = Admitted(
                 spec=spec,
+                model=model,
                 text=model.language.output_text(checked.stop, spec.stop_token_ids | spec.eos_token_ids),
                 demand=Demand(model.card.kv_layout.blocks_for(spec.kv_tokens), len(ids)),
+                digests=digests_of(model.card, ids, spec.tenant_salt),
                 arrived=arrived,
                 deadline=arrived + left,
                 handoff_wait_s=self._config.handoff_wait_s,
                 refuses=checked.refuses,
             )
-            _check_room(order.demand, model)
+            _check_room(admitted.demand, model)
             stream = ClientStream(self._config.client_buffer_tokens)
-            request = self._requests.start(order, model, stream)
-            try:
+            with self._requests.running(admitted, stream) as request:
                 await _deliver(request, model.card.name, stream, context)
-            finally:
-                request.cancel("the client went away")
 
     async def _tokenise(self, model: ServedModel, given: Input, left_s: float) -> tuple[tuple[int, ...], str]:
         """Bounded by the request's own deadline."""
@@ -127,20 +126,19 @@ class GenerationService:
         check_ids("token_ids.ids", ids, model.card.vocabulary_size)
         return ids, text
 
-    def _spec(self, checked: Checked, label: str, model: ServedModel, ids: tuple[int, ...]) -> SequenceSpec:
+    def _spec(self, checked: Checked, label: str, model: ServedModel, ids: tuple[int, ...]) -> RequestSpec:
         card = model.card
         check_ids("stopping.stop_token_ids", checked.stop_token_ids, card.vocabulary_size)
         largest = _largest_pool(model)
         capacity = card.context_tokens if largest is None else largest * card.kv_layout.block_tokens + 1
-        return SequenceSpec(
-            attempt=mint_attempt(),
+        return RequestSpec(
             request_id=label,
             prompt=ids,
             sampling=checked.sampling,
             max_tokens=check_length(
                 checked.input.field, len(ids), checked.max_tokens, card.name, card.context_tokens, capacity
             ),
-            router=self._router(),
+            router=self._router,
             stop_token_ids=frozenset(checked.stop_token_ids),
             eos_token_ids=frozenset() if checked.ignore_eos else card.eos_token_ids,
             objectives=self._defaults.fill(checked.objectives, card.name, checked.priority),
@@ -190,8 +188,8 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
     stream.interrupt = interrupt
     try:
         # A client that reads nothing must not keep its place, nor what is buffered for it, for ever.
-        async with asyncio.timeout_at(request.order.deadline + ABORT_S):
-            await context.write(accepted(request.order.spec, model, request.plan))
+        async with asyncio.timeout_at(request.admitted.deadline + ABORT_S):
+            await context.write(accepted(request.admitted.spec, model, request.attempt.plan))
             outcome = await stream.deliver(send)
             await context.write(finished(outcome))
     except TimeoutError:

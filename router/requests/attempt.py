@@ -1,111 +1,287 @@
-"""One attempt at a request: its key, the workers it named, and what each may still hold of it."""
+"""One attempt at a request: its workers, its handoffs, and its entries in the workers' ledgers.
+
+    QUEUED --Started--> PREFILLING --first token--> HANDING_OFF --handed over--> DECODING
+       |                    |  \\--first token, computed in place----------------> |
+       +--------------------+---------------------------+-------------------------+--> OVER
+
+| state       | what it holds                               | what moves it on                                       |
+|-------------|---------------------------------------------|--------------------------------------------------------|
+| QUEUED      | a place in the prefill worker's queue       | Started                                                |
+| PREFILLING  | blocks there; after a bind perhaps a grant  | the first token                                        |
+| HANDING_OFF | blocks on both sides                        | the decode worker's HandoffDone, or its first token    |
+| DECODING    | blocks on the decode worker                 | Ended                                                  |
+
+The workers own the blocks. `holding` are the workers that may hold something: those that a cancel must reach.
+
+The first token never waits for a handoff. A refusal for want of room is tried elsewhere, or again after a pause; a
+worker that can't take the sequence at all is not asked twice. An attempt that moves on from a worker that may hold
+something of it has it cancelled there, which leaves a tombstone: so that worker is not asked again either.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from enum import Enum, auto
 
-from baton.errors import BatonError
-from baton.spec import AttemptKey, HandoffKey
-from router.placement.snapshot import Demand
-from router.requests.handoff import UNCERTAIN, Handoffs, Refusal
-from router.requests.timeline import PrefillTimes, Reason
+import structlog
+
+from baton.errors import BatonError, ResourceExhausted, Unavailable
+from baton.identity import mint_attempt
+from baton.messages import HandoffFailed, PrefillReport
+from baton.spec import AttemptKey, HandoffKey, RefusalReason
+from baton.telemetry import Counts
+from router.placement.offers import Way
+from router.placement.policy import Plan
+from router.requests.admitted import Admitted
+from router.requests.commands import Commands
+from router.requests.placer import Placer
 from router.workers.worker import Worker
 
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """A worker's word that a sequence is over. `error` is set when it did not end well, else `reason`.
-
-    `output_tokens` counts all output of the sequence, so that it can be seen whether all has come.
-    """
-
-    reason: Reason | None
-    error: BatonError | None
-    output_tokens: int
-    first_step_wait_ms: float | None = None
-    decode_ms: float | None = None
+BACKOFF_S, BACKOFF_LIMIT_S = 0.02, 0.5
+RETRY_AFTER_LIMIT_S = 5.0
+FINAL = frozenset(
+    {RefusalReason.CANCELLED, RefusalReason.MISMATCH, RefusalReason.DRAINING, RefusalReason.TOO_LARGE}
+)  # fmt: skip
+"""The worker will not take this attempt, however often it is asked."""
+UNCERTAIN = frozenset({RefusalReason.UNSPECIFIED, RefusalReason.UNREACHABLE, RefusalReason.EXPIRED})
+"""The worker may hold something of the attempt."""
+log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
+class AttemptState(Enum):
+    QUEUED = auto()
+    PREFILLING = auto()
+    HANDING_OFF = auto()
+    DECODING = auto()
+    OVER = auto()
+
+
 class Attempt:
-    """Keeps the workers' ledgers in step with what the attempt has asked for.
+    """Lives on the event loop; never waits. Workers go by incarnation: one that has started again has refused
+    nothing."""
 
-    `holding` are the workers that may hold something of it: those that a cancel must reach. `times` is the prefill
-    worker's report; with it, its blocks are free.
-    """
-
-    key: AttemptKey
-    prefill: Worker
-    decode: Worker | None = None
-    handoffs: Handoffs = field(default_factory=Handoffs)
-    holding: set[Worker] = field(default_factory=set)
-    times: PrefillTimes | None = None
-    _left: dict[str, Worker] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.holding.add(self.prefill)
+    def __init__(
+        self,
+        admitted: Admitted,
+        prefill: Worker,
+        plan: Plan,
+        placer: Placer,
+        commands: Commands,
+        counts: Counts,
+        key: AttemptKey | None = None,
+    ) -> None:
+        """`prefill` is the worker that `plan` chose; it decodes too where the plan is direct. A missing `key` is
+        minted."""
+        self.key, self.plan = key or mint_attempt(), plan
+        self.state = AttemptState.QUEUED
+        self.prefill = prefill
+        self.decode: Worker | None = None
+        self.holding = {prefill}
+        self.handoffs = 0
+        self.report: PrefillReport | None = None
+        """With it the prefill worker has freed its blocks, unless it decodes too."""
+        self._admitted, self._placer, self._commands, self._counts = admitted, placer, commands, counts
+        self._clock = placer.clock
+        self._excluded: set[str] = set()
+        self._uncertain: Worker | None = None
+        self._failures = 0
+        self._last_failure: HandoffFailed | None = None
 
     @property
     def direct(self) -> bool:
         """Computed and decoded on one worker."""
-        return self.decode is self.prefill
+        return self.plan.way is Way.DIRECT
 
-    def stay(self, demand: Demand, tpot_s: float | None) -> None:
-        """The worker that computes the prompt decodes it too."""
-        self.decode = self.prefill
-        self.prefill.decode.bind(self.key, demand, self.prefill.keepable(tpot_s))
+    @property
+    def hands_over(self) -> bool:
+        """Whether it needs a decode worker, in the end."""
+        return not self.direct and self._admitted.spec.max_tokens > 1
 
-    def bind(self, worker: Worker, demand: Demand, tpot_s: float | None) -> tuple[HandoffKey, Worker | None]:
-        """The next handoff goes to `worker`. Also returns a worker that must be told to forget the attempt."""
-        self.unbind()
-        self.decode = worker
-        self.holding.add(worker)
-        worker.decode.bind(self.key, demand, worker.keepable(tpot_s))
-        leave = self.handoffs.bound(worker.process.incarnation)
-        left = None if leave is None else self._left.pop(leave, None)
-        self.holding -= {left}
-        return HandoffKey(self.key, self.handoffs.number), left
+    def start(self) -> None:
+        """Sends the prompt on its way."""
+        spec, now = self._admitted.spec, self._clock()
+        self.prefill.prefill.place(self.key, len(spec.prompt), self.plan.queued)
+        if self.direct:
+            self._take_place_at(self.prefill)
+        elif self.hands_over:
+            self._placer.placed(self._admitted.model, self.key, len(spec.prompt))
+        self._counts.add("path_direct" if self.direct else "path_disaggregated")
+        left_s = max(self._admitted.deadline - now, 0.0)
+        sequence = spec.attempted(self.key, (), left_s, self._admitted.ttft_left_s(now))
+        self._commands.prompt(self.prefill, sequence, direct=self.direct)
 
-    def refused(self, worker: Worker, reason: Refusal, message: str, retry_after_s: float | None) -> float:
-        """The current handoff came to nothing. Returns how long to wait before asking the same worker again."""
-        self.unbind()
-        if reason in UNCERTAIN:
-            self._left[worker.process.incarnation] = worker
-            self.holding.add(worker)
-        return self.handoffs.failed(worker.process.incarnation, reason, message, retry_after_s)
-
-    def readopt(self, worker: Worker, demand: Demand, tpot_s: float | None) -> bool:
-        """The sequence did arrive at a worker whose handoff was given up; False where it was not given up there."""
-        if self._left.pop(worker.process.incarnation, None) is None:
+    def started(self, worker: Worker) -> bool:
+        """The worker begins to compute the prompt; False where that is old news."""
+        if worker is not self.prefill or self.state is not AttemptState.QUEUED:
             return False
-        self.decode = worker
-        worker.decode.bind(self.key, demand, worker.keepable(tpot_s))
+        self.state = AttemptState.PREFILLING
+        worker.prefill.started(self.key, self._clock())
+        if self.direct:
+            worker.decode.resident(self.key)  # its blocks are held from now on
         return True
 
-    def unbind(self) -> None:
-        """The sequence does not go to the worker that it was bound to."""
+    def computed(self, *, last: bool) -> None:
+        """The first token is out; `last`: it ends the sequence."""
+        self.prefill.prefill.release(self.key, self._clock())
+        if self.state is AttemptState.PREFILLING:
+            if self.direct:
+                self._decoding()
+            elif not last:
+                self.state = AttemptState.HANDING_OFF
+
+    def bind(self, avoid: str = "") -> None:
+        """The next handoff goes to the best decode worker, another than `avoid` if there is one. Raises the error that
+        ends the attempt when no worker may be asked any more."""
+        choice = self._placer.choose_decode(self._admitted, self._excluded, avoid)
+        if choice is None:
+            raise self.refusal()
+        self._bind_to(choice.worker)
+
+    def handoff_failed(self, worker: Worker, failure: HandoffFailed) -> float | None:
+        """A handoff came to nothing. Returns the seconds to wait before the next `bind`; None where none is due. Raises
+        the error that ends the attempt."""
+        decode = self.decode
+        if worker is not self.prefill or failure.key.handoff != self.handoffs:
+            late(self._counts, "handoff_failed")
+            return None
+        if self.state is AttemptState.DECODING:  # the sequence did arrive; only the news of it got lost
+            self._commands.cancel([worker], self.key, "the handoff succeeded")
+            return None
+        if decode is None:
+            late(self._counts, "handoff_failed")
+            return None
+        reason = failure.reason.name
+        self._counts.add(f"handoffs_failed_{reason.lower()}")
+        log.info(
+            "handoff failed",
+            request_id=self._admitted.spec.request_id,
+            handoff=str(failure.key),
+            worker=decode.name,
+            reason=reason,
+            message=failure.message,
+        )
+        self._give_place_back()
+        if failure.reason in UNCERTAIN:
+            self._uncertain = decode
+            self.holding.add(decode)
+        if failure.reason in FINAL:
+            self._excluded.add(decode.process.incarnation)
+        self._failures += 1
+        self._last_failure = failure
+        if self.report is not None:
+            raise self.refusal()  # the prefill worker has freed the blocks
+        choice = self._placer.choose_decode(self._admitted, self._excluded, decode.name)
+        if choice is None:
+            raise self.refusal()
+        if choice.has_room and choice.worker is not decode:
+            self._bind_to(choice.worker)
+            return None
+        if failure.retry_after_s is not None:
+            return min(max(failure.retry_after_s, BACKOFF_S), RETRY_AFTER_LIMIT_S)
+        return min(BACKOFF_S * 2.0 ** min(self._failures - 1, 10), BACKOFF_LIMIT_S)
+
+    def handed_over(self, worker: Worker, handoff: int, first_token: float | None) -> bool:
+        """The decode worker owns the sequence; False where that is old news. `first_token` is when it came, from which
+        the time of a handoff is learned."""
+        if handoff > self.handoffs:
+            return False
+        if self.decode is None and worker is self._uncertain:
+            self._uncertain = None
+            self._take_place_at(worker)
+            self._counts.add("handoffs_readopted")  # the news of its failure overtook that of its success
+        elif worker is not self.decode:
+            return False
+        self.decodes(first_token)
+        return True
+
+    def decodes(self, first_token: float | None) -> None:
+        """What the decode worker says shows that it has the sequence. Idempotent."""
+        if self.state not in (AttemptState.PREFILLING, AttemptState.HANDING_OFF):
+            return
+        now = self._clock()
+        self.prefill.prefill.release(self.key, now)  # also where this overtook the first token
+        self._decoding()
+        if self.decode is not None and self.handoffs == 1:  # a later one waited for room, too
+            self.decode.handoffs.observe(0.0 if first_token is None else now - first_token)
+
+    def ended(self, worker: Worker) -> bool:
+        """The sequence is over on the worker; False where that is not the worker that has it."""
+        decoding = self.state is AttemptState.DECODING
+        if (worker is self.decode and (decoding or not self.direct)) or (worker is self.prefill and not decoding):
+            self.holding.discard(worker)
+            return True
+        return False
+
+    def lost(self, worker: Worker, reason: str) -> None:
+        """A worker is gone, with all that it held. Raises the error that ends the attempt, if its only copy was
+        there."""
+        self.holding.discard(worker)
+        decoding = self.state is AttemptState.DECODING
+        if worker is self.prefill and not decoding:
+            kind = "decode" if self.direct else "prefill"
+            raise Unavailable(f"{kind} worker {worker} is lost: {reason}", 1.0, f"{kind}_workers")
+        if worker is not self.decode:
+            return
+        if decoding or self.report is not None:
+            raise Unavailable(f"decode worker {worker} is lost: {reason}", 1.0, "decode_workers")
+        self._give_place_back()
+        self._counts.add("handoffs_failed_lost")
+        self.bind()
+
+    def refusal(self, waited_s: float | None = None) -> BatonError:
+        """Why the handoffs are given up: after a wait, or because no worker is left to ask."""
+        last = self._last_failure
+        if last is None:
+            return Unavailable("no decode worker is left", 1.0, "decode_workers")
+        said = f"{last.reason.name}: {last.message}" if last.message else last.reason.name
+        lead = "no decode worker took the sequence" + ("" if waited_s is None else f" within {waited_s:g} s")
+        if last.reason in (RefusalReason.NO_CAPACITY, RefusalReason.TOO_LARGE):
+            retry = None if last.reason is RefusalReason.TOO_LARGE else last.retry_after_s or 1.0
+            return ResourceExhausted(f"{lead}; the last said {said}", retry, "decode_blocks")
+        return Unavailable(f"{lead}; the last said {said}", last.retry_after_s or 1.0, "decode_workers")
+
+    def cancel(self, reason: str) -> None:
+        """Makes every worker that may hold something forget the attempt."""
+        self._commands.cancel(self.holding, self.key, reason)
+
+    def close(self) -> None:
+        """The attempt is over: it counts for no worker any more."""
+        self.prefill.prefill.release(self.key, self._clock())
+        if self.decode is not None:
+            self.decode.decode.release(self.key)
+        self._placer.settled(self.key)
+        self.state = AttemptState.OVER
+
+    def _bind_to(self, worker: Worker) -> None:
+        self._give_place_back()
+        self._take_place_at(worker)
+        self.handoffs += 1
+        if self._uncertain is not None and self._uncertain is not worker:
+            left, self._uncertain = self._uncertain, None
+            self._excluded.add(left.process.incarnation)
+            self.holding.discard(left)
+            self._commands.cancel([left], self.key, "bound elsewhere")
+        self._counts.add("handoffs")
+        self._placer.settled(self.key)
+        self._commands.bind(self.prefill, HandoffKey(self.key, self.handoffs), worker)
+
+    def _decoding(self) -> None:
+        assert self.decode is not None, "it decodes where it was bound"
+        self.state = AttemptState.DECODING
+        self.decode.decode.resident(self.key)
+
+    def _take_place_at(self, worker: Worker) -> None:
+        self.decode = worker
+        self.holding.add(worker)
+        worker.decode.bind(self.key, self._admitted.demand, worker.keepable(self._admitted.tpot_s))
+
+    def _give_place_back(self) -> None:
         if self.decode is not None:
             self.decode.decode.release(self.key)
             self.holding.discard(self.decode)
             self.decode = None
 
-    def computed(self, now: float) -> None:
-        """Its prompt is no work any more. Idempotent."""
-        self.prefill.prefill.release(self.key, now)
 
-    def resident(self) -> None:
-        """The sequence has arrived at the decode worker."""
-        assert self.decode is not None, "resident where it was bound"
-        self.decode.decode.resident(self.key)
-
-    def arrived(self, first_token: float | None, now: float) -> None:
-        """Resident, and where it was handed over, how long that took after its first token is learned of the worker."""
-        self.resident()
-        if self.decode is not None and self.handoffs.number == 1:  # a later one waited for room, too
-            self.decode.handoffs.observe(0.0 if first_token is None else now - first_token)
-
-    def release(self, now: float) -> None:
-        """The attempt is over: it counts for no worker any more."""
-        self.computed(now)
-        if self.decode is not None:
-            self.decode.decode.release(self.key)
+def late(counts: Counts, kind: str) -> None:
+    """Counts a message about an attempt that is over, unknown or further on."""
+    counts.add("late_messages")
+    counts.add(f"late_{kind}")

@@ -1,7 +1,7 @@
-"""From live workers to a snapshot, and from a plan to a worker: what placement needs of the router around it.
+"""From live workers to a snapshot, and from a plan back to a worker.
 
-Predicting takes some microseconds for each worker, so the few with the least to do are looked at first. Only where none
-of these will do, many are: nobody is refused because the right worker was not looked at, among up to `SECOND_LOOK`.
+Predicting takes some microseconds a worker, so the `FIRST_LOOK` least-loaded workers of each role are considered first,
+and up to `SECOND_LOOK` where none of those will do.
 """
 
 from __future__ import annotations
@@ -17,30 +17,38 @@ from baton.telemetry import Counts
 from router.placement.explanations import Explanations
 from router.placement.policy import Plan, pick_decode, plan
 from router.placement.snapshot import Ask
-from router.requests.order import Choice, Order
+from router.requests.admitted import Admitted
+from router.workers.prefixes import Prefixes
 from router.workers.registry import NOBODY_RETRY_S, ServedModel
 from router.workers.worker import Worker
 
 FIRST_LOOK, SECOND_LOOK = 2, 64
-"""Workers of each role that a decision looks at."""
+"""Workers of each role that a decision considers."""
 COMPUTE_PROMPTS: dict[PathChoice, tuple[RoleName, ...]] = {
     "adaptive": ("prefill", "decode"), "disaggregated": ("prefill",), "direct": ("decode",)
 }  # fmt: skip
 PROBE_S, PROBE_MOST = 10.0, 3.0
-"""What an idle worker was found to take is doubted after so many seconds without a first token from it: predictions
-are learned from what is served, so a slow minute would have it refuse for ever. Then one request is let in whose
-objective is missed by no more than that factor, whoever was asked to refuse it."""
+"""After PROBE_S without a first token, stop trusting an idle worker's prediction and admit one request whose objective
+it misses by at most the factor PROBE_MOST: predictions are learned from what is served, so a slow minute would have the
+worker refuse for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A decode worker, and whether it seems to have room."""
+
+    worker: Worker
+    has_room: bool
 
 
 @dataclass(slots=True)
-class Waiting:
-    """Sequences of one model that are admitted and that no decode worker has yet."""
+class Unbound:
+    """Sequences of one model that are admitted and not bound to a decode worker yet."""
 
     sequences: int = 0
     tokens: int = 0
 
     def add(self, sequences: int, tokens: int) -> None:
-        """More, or less."""
         self.sequences += sequences
         self.tokens += tokens
 
@@ -48,50 +56,54 @@ class Waiting:
 class Placer:
     """Plans requests and binds them. `path` fixes the way; adaptive lets each request have its own."""
 
-    def __init__(self, path: PathChoice, counts: Counts, clock: Callable[[], float] | None = None) -> None:
-        """`clock` in seconds; the running event loop's where there is none."""
+    def __init__(
+        self, path: PathChoice, prefixes: Prefixes, counts: Counts, clock: Callable[[], float] | None = None
+    ) -> None:
+        """`clock` in seconds; the running event loop's by default."""
+        self.prefixes = prefixes
         self._path, self._counts = path, counts
-        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self.clock = clock or (lambda: asyncio.get_running_loop().time())
         self._unbound: dict[AttemptKey, tuple[str, int]] = {}  # -> model, tokens
-        self._on_the_way: dict[str, Waiting] = {}
+        self._on_the_way: dict[str, Unbound] = {}
         self.explanations = Explanations()
 
     @property
     def unbound(self) -> int:
-        """Requests that are placed but that no decode worker has yet."""
+        """Requests that are placed and not bound to a decode worker yet."""
         return len(self._unbound)
 
     @property
     def roles(self) -> tuple[RoleName, ...]:
-        """Without workers of these nothing can be served."""
+        """Workers of these roles are needed to serve anything."""
         return ("decode",) if self._path == "direct" else ("prefill", "decode")
 
-    def place(self, order: Order, model: ServedModel, cached: Mapping[Worker, int]) -> tuple[Worker, Plan]:
-        """The worker that computes the prompt; `cached` are tokens of it that workers hold already.
+    def place(self, request: Admitted) -> tuple[Worker, Plan]:
+        """The worker that computes the prompt.
 
         Raises Unavailable without workers; ResourceExhausted without a pool that is large enough, or where the
         objectives can't be met and the request wants to be refused then.
         """
+        model, cached = request.model, self._cached(request)
         workers = {role: model.usable(role) for role in self.roles}
         for role, there in workers.items():
             if not there:
                 raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
-        now = self._clock()
-        blocks = model.card.kv_layout.blocks_for(len(order.spec.prompt))
-        found, seen = self._plan(order, now, model, blocks, cached)
+        now = self.clock()
+        blocks = model.card.kv_layout.blocks_for(len(request.spec.prompt))
+        found, seen = self._plan(request, now, model, blocks, cached)
         if found is None:
-            raise _too_large(blocks, order.demand.blocks, workers)
-        chosen, refused = seen[found.chosen], order.refuses and not found.meets
+            raise _too_large(blocks, request.demand.blocks, workers)
+        chosen, refused = seen[found.chosen], request.refuses and not found.meets
         if refused and _may_probe(chosen, found, now):
             chosen.probed_at, refused = now, False
             chosen.accuracy.forget()
             found = found._replace(reason=f"{found.reason}; let in to see whether that is still so")
             self._counts.add("probes")
         unseen = sum(len(workers[role]) for role in COMPUTE_PROMPTS[self._path]) - len(found.candidates)
-        self.explanations.prompt(order.spec.tenant_salt, order.spec.request_id, found, now, unseen, refused)
+        self.explanations.prompt(request.spec.tenant_salt, request.spec.request_id, found, now, unseen, refused)
         if refused:
             self._counts.add(f"refused_{found.constraint}")
-            raise ResourceExhausted(_refusal(order, found), found.retry_s, found.constraint)
+            raise ResourceExhausted(_refusal(request, found), found.retry_s, found.constraint)
         if found.ttft_s is None:
             self._counts.add("placed_unpredicted")
         if not found.meets:
@@ -100,13 +112,13 @@ class Placer:
         return chosen, found
 
     def placed(self, model: ServedModel, attempt: AttemptKey, tokens: int) -> None:
-        """It needs a decode worker, later."""
+        """The attempt will need a decode worker."""
         name = model.card.name
         self._unbound[attempt] = name, tokens
-        self._on_the_way.setdefault(name, Waiting()).add(1, tokens)
+        self._on_the_way.setdefault(name, Unbound()).add(1, tokens)
 
     def settled(self, attempt: AttemptKey) -> None:
-        """It has one, or needs none any more. Idempotent."""
+        """It is bound to one, or over. Idempotent."""
         name, tokens = self._unbound.pop(attempt, ("", 0))
         if name:
             waiting = self._on_the_way[name]
@@ -114,15 +126,14 @@ class Placer:
             if not waiting.sequences:
                 del self._on_the_way[name]
 
-    def choose_decode(
-        self, model: ServedModel, order: Order, cached: Mapping[Worker, int], refused_by: Set[str], avoid: str
-    ) -> Choice | None:
-        """The decode worker to bind; `cached` are tokens of the prompt that workers hold already, `refused_by`
-        incarnations that won't take it. None when nobody is left."""
-        workers, now = model.ranking("decode"), self._clock()
+    def choose_decode(self, request: Admitted, refused_by: Set[str], avoid: str) -> Choice | None:
+        """The decode worker to bind, none of the incarnations in `refused_by`, and not the one named `avoid` if there
+        is another. None when no worker is left."""
+        workers, now = request.model.ranking("decode"), self.clock()
+        cached = self._cached(request) if len(workers) > 1 else {}
 
         def fits(worker: Worker) -> bool:
-            return worker.registration.blocks >= order.demand.blocks
+            return worker.registration.blocks >= request.demand.blocks
 
         def may(worker: Worker) -> bool:
             return fits(worker) and worker.name != avoid and worker.process.incarnation not in refused_by
@@ -131,28 +142,32 @@ class Placer:
             some = workers.least(width, cached, may) or workers.least(width, cached, fits)
             excluded = {worker.name for worker in some if worker.process.incarnation in refused_by}
             loads = [worker.decode_load(now, cached.get(worker, 0)) for worker in some]
-            decision = pick_decode(loads, order.demand, excluded, avoid, order.tpot_s)
+            decision = pick_decode(loads, request.demand, excluded, avoid, request.tpot_s)
             if len(workers) <= width or (decision is not None and decision.keeps):
                 break
         if decision is None:
             return None
         unseen = len(workers) - len(decision.candidates)
-        self.explanations.decode(order.spec.tenant_salt, order.spec.request_id, decision, now, unseen)
+        self.explanations.decode(request.spec.tenant_salt, request.spec.request_id, decision, now, unseen)
         room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
         return Choice(next(worker for worker in some if worker.name == decision.chosen), room)
 
+    def _cached(self, request: Admitted) -> dict[Worker, int]:
+        """Tokens of the prompt that workers hold already."""
+        return self.prefixes.cached_tokens(request.model.card, len(request.spec.prompt), request.digests)
+
     def _plan(
-        self, order: Order, now: float, model: ServedModel, blocks: int, cached: Mapping[Worker, int]
+        self, request: Admitted, now: float, model: ServedModel, blocks: int, cached: Mapping[Worker, int]
     ) -> tuple[Plan | None, dict[str, Worker]]:
-        """Of few workers where that will do, else of many; and those that were looked at, by name."""
+        """The plan, and the workers that were considered, by name."""
         rankings = {role: model.ranking(role) for role in self.roles}
-        ask = self._ask(order, now, model.card.name, len(rankings["decode"]))
+        ask = self._ask(request, now, model.card.name, len(rankings["decode"]))
         for width in (FIRST_LOOK, SECOND_LOOK):
             some = []
             if "prefill" in rankings:
                 some = rankings["prefill"].least(width, cached, lambda worker: worker.registration.blocks >= blocks)
             others = rankings["decode"].least(
-                width, cached, lambda worker: worker.registration.blocks >= order.demand.blocks
+                width, cached, lambda worker: worker.registration.blocks >= request.demand.blocks
             )
             found = plan(
                 ask,
@@ -165,19 +180,19 @@ class Placer:
                 break
         return found, {worker.name: worker for worker in (*some, *others)}
 
-    def _ask(self, order: Order, now: float, model: str, decodes: int) -> Ask:
-        spec, share = order.spec, max(decodes, 1)
-        waiting = self._on_the_way.get(model) or Waiting()
+    def _ask(self, request: Admitted, now: float, model: str, decodes: int) -> Ask:
+        spec, share = request.spec, max(decodes, 1)
+        waiting = self._on_the_way.get(model) or Unbound()
         return Ask(
             now,
             len(spec.prompt),
-            order.demand,
-            order.ttft_left_s(now),
-            order.tpot_s,
+            request.demand,
+            request.ttft_left_s(now),
+            request.tpot_s,
             spec.priority,
             waiting.sequences / share,
             waiting.tokens / share,
-            spec.max_tokens - len(spec.output) - 1,
+            spec.max_tokens - 1,
         )
 
 
@@ -200,8 +215,8 @@ def _too_large(prompt: int, whole: int, workers: Mapping[RoleName, Sequence[Work
     return ResourceExhausted("no worker that was looked at can take it", constraint="decode_blocks")
 
 
-def _refusal(order: Order, found: Plan) -> str:
-    asked, spec = [], order.spec.objectives
+def _refusal(request: Admitted, found: Plan) -> str:
+    asked, spec = [], request.spec.objectives
     if spec.ttft_ms is not None:
         asked.append(f"ttft {spec.ttft_ms:g} ms")
     if spec.tpot_ms is not None:
@@ -212,6 +227,6 @@ def _refusal(order: Order, found: Plan) -> str:
         if seconds is not None
     ]
     if found.constraint == "decode_room":
-        return f"no decode worker has {order.demand.blocks} blocks and a sequence slot free now"
+        return f"no decode worker has {request.demand.blocks} blocks and a sequence slot free now"
     what = "others' objectives" if found.constraint == "others" else f"its objective for {found.constraint}"
     return f"{what} can't be kept now: asked {' and '.join(asked) or 'nothing'}, expected {' and '.join(times)}"

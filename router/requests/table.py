@@ -1,62 +1,65 @@
-"""All live requests: admits them, sends their commands, and gives each the frames that are about it.
+"""All live requests: a place for each, and the way of what workers say to the request that it is about.
 
-The edge between the workers' protobuf frames and the state machines. A frame about an attempt that is over or was
-never known is dropped and counted. A cancelled attempt stays in `cancelling` until every worker that was told has
-answered Freed or is lost.
+A message about an attempt that is over or was never known is dropped and counted. A fault in one request ends that one
+and no other.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import structlog
 
 from baton.errors import BatonError, Internal, InvalidArgument, ResourceExhausted
-from baton.rpc.convert import logprobs_from_wire, process_to_wire, spec_to_wire
-from baton.spec import AttemptKey, HandoffKey, SequenceSpec
+from baton.messages import (
+    CacheUpdate,
+    Ended,
+    Event,
+    Freed,
+    HandoffDone,
+    HandoffFailed,
+    LoadReport,
+    PrefillReport,
+    Started,
+    Tokens,
+)
+from baton.spec import AttemptKey
 from baton.telemetry import Counts
-from baton.v1 import worker_pb2 as wire
-from kvtransfer.blocks.prefix import Digests
-from router.placement.offers import Way
-from router.requests.frames import read_end, read_refusal, read_times
-from router.requests.order import Choice, Order
+from router.requests.admitted import Admitted
+from router.requests.attempt import Attempt, late
+from router.requests.commands import Commands
 from router.requests.placer import Placer
-from router.requests.request import Request
-from router.requests.streams import ClientStream
-from router.workers.prefixes import Prefixes, digests_of
-from router.workers.registry import ServedModel
+from router.requests.request import Request, RequestState
+from router.requests.stream import ClientStream
 from router.workers.worker import Worker
 
-CANCELLING_LIMIT = 16_384
 FULL_RETRY_S = 1.0
 log = structlog.get_logger(__name__)
 
 
 class Requests:
-    """The table of live requests. Implements their `Port`."""
+    """The table of live requests. Lives on one event loop."""
 
-    def __init__(self, max_requests: int, counts: Counts, placer: Placer, prefix_blocks: int) -> None:
-        self._max, self._counts, self._placer = max_requests, counts, placer
-        self.prefixes = Prefixes(prefix_blocks, counts)
+    def __init__(self, max_requests: int, placer: Placer, counts: Counts) -> None:
+        self.placer, self.commands = placer, Commands(counts)
+        self._max, self._counts = max_requests, counts
         self._labels: set[tuple[str, str]] = set()
-        self._live: dict[AttemptKey, tuple[Request, ServedModel, Digests]] = {}
-        self._cancelling: OrderedDict[AttemptKey, set[Worker]] = OrderedDict()
-        self._all_freed = asyncio.Event()
+        self._live: dict[AttemptKey, Request] = {}
         self._refusing: BatonError | None = None
-        self._handlers: dict[str, Callable[[Worker, wire.WorkerFrame], None]] = {
-            "started": self._on_started,
-            "tokens": self._on_tokens,
-            "handoff_failed": self._on_handoff_failed,
-            "resident": self._on_resident,
-            "prefill_report": self._on_prefill_report,
-            "ended": self._on_ended,
-            "freed": self._on_freed,
-            "load": self._on_load,
-            "cache_events": self.prefixes.on_frame,
+        self._handlers: dict[type, Callable[[Worker, Any], None]] = {
+            Tokens: self._on_tokens,
+            Started: partial(self._tell, "started", Request.on_started),
+            HandoffFailed: partial(self._tell, "handoff_failed", Request.on_handoff_failed),
+            HandoffDone: partial(self._tell, "resident", Request.on_handed_over),
+            Ended: partial(self._tell, "ended", Request.on_ended),
+            PrefillReport: self._on_prefill_report,
+            Freed: self._on_freed,
+            LoadReport: lambda worker, message: worker.reported(message),
+            CacheUpdate: placer.prefixes.on_update,
         }
 
     def live(self) -> dict[str, int]:
@@ -64,16 +67,14 @@ class Requests:
         return {
             "requests": len(self._labels),
             "attempts": len(self._live),
-            "cancelling": len(self._cancelling),
-            "unbound": self._placer.unbound,
+            "cancelling": self.commands.cancelling,
+            "unbound": self.placer.unbound,
         }
 
     @contextlib.contextmanager
     def slot(self, tenant_salt: str, request_id: str) -> Iterator[str]:
-        """A place in the system under a label that nobody else of the tenant has; yields the label, minted if empty.
-
-        Raises ResourceExhausted when all places are taken, InvalidArgument when the label is.
-        """
+        """A place in the system under a label that no other request of the tenant has; yields the label, minted if
+        empty. Raises ResourceExhausted when all places are taken, InvalidArgument when the label is."""
         if self._refusing is not None:
             raise self._refusing
         if len(self._labels) >= self._max:
@@ -88,198 +89,89 @@ class Requests:
         finally:
             self._labels.discard(label)
 
-    def start(self, order: Order, model: ServedModel, stream: ClientStream) -> Request:
-        """Places the prompt and sends it. Raises as `Placer.place`, at once."""
+    @contextlib.contextmanager
+    def running(self, admitted: Admitted, stream: ClientStream) -> Iterator[Request]:
+        """Places the prompt and sends it; at the end cancels what is left of the request. Raises as `Placer.place`."""
         if self._refusing is not None:
             raise self._refusing
-        digests = digests_of(model.card, order.spec)
         try:
-            cached = self.prefixes.cached_tokens(model.card, order.spec, digests)
-            worker, plan = self._placer.place(order, model, cached)
+            worker, plan = self.placer.place(admitted)
         except BatonError:
             self._counts.add("requests_refused")
             raise
-        request = Request(order, worker, stream, self, self._counts, plan)
-        if plan.way is not Way.DIRECT and order.spec.max_tokens > 1:
-            self._placer.placed(model, request.key, len(order.spec.prompt))
-        self._live[request.key] = (request, model, digests)
+        attempt = Attempt(admitted, worker, plan, self.placer, self.commands, self._counts)
+        request = self._live[attempt.key] = Request(admitted, attempt, stream, self._counts)
         self._counts.add("requests")
-        request.start()
-        return request
+        try:
+            request.start()
+            yield request
+        finally:
+            request.cancel("the client went away")
+            del self._live[attempt.key]
 
     def refuse_all(self, error: BatonError) -> None:
         """Ends what runs, and refuses what comes, with this error."""
         self._refusing = error
-        for request, *_ in list(self._live.values()):
+        for request in list(self._live.values()):
             request.fail(error)
 
-    async def wait_freed(self, timeout: float) -> bool:
-        """Until every worker has answered every cancel; False when that takes longer than `timeout` seconds."""
-        try:
-            async with asyncio.timeout(timeout):
-                while self._cancelling:
-                    self._all_freed.clear()
-                    await self._all_freed.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    # What the workers say.
-
-    def on_frame(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        """One frame; a fault in handling it costs at most the request that it is about."""
-        kind = frame.WhichOneof("body")
-        handler = self._handlers.get(kind or "")
-        if handler is None:
-            self._counts.add("unknown_frames")  # a newer worker's
+    def on_event(self, worker: Worker, event: Event | None) -> None:
+        """What a worker says; None is what only a newer worker could mean."""
+        if event is None:
+            self._counts.add("unknown_frames")
         else:
-            handler(worker, frame)
+            self._handlers[type(event)](worker, event)
+
+    def on_joined(self, worker: Worker) -> None:
+        """A worker's stream is about to start."""
+        self.placer.prefixes.on_joined(worker)
 
     def on_lost(self, worker: Worker, reason: str) -> None:
-        """Ends or rebinds what was on it."""
-        self.prefixes.on_lost(worker)
-        for request, *_ in list(self._live.values()):
-            with self._guarded(request):
-                request.on_lost(worker, reason)
-        for attempt in list(self._cancelling):
-            self._acknowledge(attempt, worker)
+        """Ends or rebinds what was on the worker."""
+        self.placer.prefixes.on_lost(worker)
+        for request in list(self._live.values()):
+            if request.state is not RequestState.OVER:
+                with self._guarded(request):
+                    request.on_lost(worker, reason)
+        self.commands.lost(worker)
 
-    def _on_started(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        message = frame.started
-        with self._about(message.attempt, "started") as request:
-            if request is not None:
-                request.on_started(worker, message.queue_ms, message.cached_tokens)
-
-    def _on_tokens(self, worker: Worker, frame: wire.WorkerFrame) -> None:
+    def _on_tokens(self, worker: Worker, message: Tokens) -> None:
         live = self._live
-        for run in frame.tokens.runs:  # once per token: no context manager here
-            entry = live.get(run.attempt)
-            if entry is None:
-                self._counts.add("late_messages")
-                self._counts.add("late_tokens")
+        for run in message.runs:  # once per token: no context manager here
+            request = live.get(run.attempt)
+            if request is None or request.state is RequestState.OVER:
+                late(self._counts, "tokens")
                 continue
             try:
-                logprobs = [logprobs_from_wire(scores) for scores in run.logprobs] if run.logprobs else ()
-                entry[0].on_tokens(worker, run.position, run.ids, logprobs)
+                request.on_tokens(worker, run)
             except Exception as error:  # noqa: BLE001 (told to the request)
-                self._fault(entry[0], error)
+                self._fault(request, error)
 
-    def _on_handoff_failed(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        message = frame.handoff_failed
-        with self._about(message.attempt, "handoff_failed") as request:
-            if request is not None:
-                retry = message.retry_after_ms / 1e3 if message.HasField("retry_after_ms") else None
-                reason = read_refusal(message.reason)
-                request.on_handoff_failed(worker, message.handoff, reason, message.message, retry)
+    def _tell(self, kind: str, act: Callable[[Request, Worker, Any], None], worker: Worker, message: Any) -> None:
+        request = self._live.get(message.attempt)
+        if request is None or request.state is RequestState.OVER:
+            return late(self._counts, kind)
+        with self._guarded(request):
+            act(request, worker, message)
+        return None
 
-    def _on_resident(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        with self._about(frame.resident.attempt, "resident") as request:
-            if request is not None:
-                request.on_resident(worker, frame.resident.handoff)
-
-    def _on_prefill_report(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        message = frame.prefill_report
-        if message.attempt not in self._live:
+    def _on_prefill_report(self, worker: Worker, message: PrefillReport) -> None:
+        request = self._live.get(message.attempt)
+        if request is None or request.state is RequestState.OVER:
             return  # after a stop string, a cancel or a slow report: nothing hangs on it any more
-        with self._about(message.attempt, "prefill_report") as request:
-            if request is not None:
-                request.on_prefill_report(worker, read_times(message))
+        with self._guarded(request):
+            request.on_prefill_report(worker, message)
 
-    def _on_ended(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        with self._about(frame.ended.attempt, "ended") as request:
-            if request is not None:
-                request.on_ended(worker, read_end(frame.ended))
-
-    def _on_freed(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        attempt = frame.freed.attempt
-        if not self._acknowledge(attempt, worker):
-            self._counts.add("late_messages")
-            self._counts.add("late_freed")
-        if attempt in self._live:
-            with self._about(attempt, "freed") as request:
-                if request is not None:
-                    request.on_freed(worker)
-
-    def _on_load(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        worker.reported(frame.load)
-
-    # What the requests want.
-
-    def choose_decode(self, request: Request, avoid: str) -> Choice | None:
-        """See `Port`."""
-        _, model, digests = self._live[request.key]
-        cached, order = {}, request.order
-        if len(model.usable("decode")) > 1:
-            cached = self.prefixes.cached_tokens(model.card, order.spec, digests)
-        return self._placer.choose_decode(model, order, cached, request.attempt.handoffs.excluded, avoid)
-
-    def send_prompt(
-        self, worker: Worker, spec: SequenceSpec, deadline_s: float, ttft_left_s: float | None, direct: bool
-    ) -> None:
-        """See `Port`."""
-        message = spec_to_wire(spec, deadline_s, ttft_left_s)
-        if direct:
-            worker.link.send(wire.RouterFrame(direct=wire.DirectCommand(spec=message)))
-        else:
-            worker.link.send(wire.RouterFrame(prefill=wire.PrefillCommand(spec=message)))
-
-    def send_bind(self, worker: Worker, key: HandoffKey, decode: Worker) -> None:
-        """See `Port`."""
-        self._placer.settled(key.attempt)
-        worker.link.send(
-            wire.RouterFrame(
-                bind=wire.BindCommand(
-                    attempt=key.attempt,
-                    handoff=key.handoff,
-                    decode_worker=process_to_wire(decode.process),
-                )
-            )
-        )
-
-    def send_cancel(self, workers: Iterable[Worker], attempt: AttemptKey, reason: str) -> None:
-        """See `Port`."""
-        told = {worker for worker in workers if not worker.lost}
-        if not told:
-            return
-        self._cancelling.setdefault(attempt, set()).update(told)
-        for worker in told:
-            worker.link.send(wire.RouterFrame(cancel=wire.CancelCommand(attempt=attempt, reason=reason)))
-            self._counts.add("cancels")
-        while len(self._cancelling) > CANCELLING_LIMIT:
-            self._cancelling.popitem(last=False)
-            self._counts.add("cancels_unanswered")
-
-    def closed(self, request: Request) -> None:
-        """See `Port`."""
-        self._live.pop(request.key, None)
-        self._placer.settled(request.key)
-
-    def _acknowledge(self, attempt: AttemptKey, worker: Worker) -> bool:
-        waiting = self._cancelling.get(attempt)
-        if waiting is None or worker not in waiting:
-            return False
-        waiting.discard(worker)
-        if not waiting:
-            del self._cancelling[attempt]
-            if not self._cancelling:
-                self._all_freed.set()
-        return True
-
-    @contextlib.contextmanager
-    def _about(self, attempt: AttemptKey, kind: str) -> Iterator[Request | None]:
-        """The live request that a frame is about, or None, counted."""
-        entry = self._live.get(attempt)
-        if entry is None:
-            self._counts.add("late_messages")
-            self._counts.add(f"late_{kind}")
-            yield None
-            return
-        with self._guarded(entry[0]):
-            yield entry[0]
+    def _on_freed(self, worker: Worker, message: Freed) -> None:
+        if not self.commands.freed(worker, message.attempt):
+            late(self._counts, "freed")
+        request = self._live.get(message.attempt)
+        if request is not None and request.state is not RequestState.OVER:
+            with self._guarded(request):
+                request.on_freed(worker)
 
     @contextlib.contextmanager
     def _guarded(self, request: Request) -> Iterator[None]:
-        """A fault in one request ends that one and no other."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (told to the request)
@@ -289,5 +181,5 @@ class Requests:
         if isinstance(error, BatonError):
             request.fail(error)
             return
-        log.error("unexpected error in a request", request_id=request.order.spec.request_id, exc_info=error)
+        log.error("unexpected error in a request", request_id=request.admitted.spec.request_id, exc_info=error)
         request.fail(Internal("internal error; the router's log has the details"), cut=True)

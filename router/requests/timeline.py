@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from baton.spec import Objectives
-
-
-class Reason(Enum):
-    """Why a request finished. The values are the wire's."""
-
-    EOS = 1
-    STOP_TOKEN = 2
-    STOP_STRING = 3
-    LENGTH = 4
+from baton.messages import Ended, PrefillReport
+from baton.spec import FinishReason, Objectives
 
 
 class Path(Enum):
@@ -23,21 +15,6 @@ class Path(Enum):
     DISAGGREGATED = 1
     PREFILL_ONLY = 2
     DIRECT = 3
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillTimes:
-    """What a prefill worker says when it is done with an attempt."""
-
-    queue_ms: float
-    prefill_ms: float
-    transfer_ms: float | None
-    transfer_exposed_ms: float | None
-    transport: str
-    transfer_bytes: int
-    transfer_blocks: int
-    transfer_cached_blocks: int
-    cached_tokens: int
 
 
 @dataclass(slots=True)
@@ -50,9 +27,6 @@ class Marks:
     last_token: float | None = None
     queue_ms: float = 0.0
     cached_tokens: int = 0
-    prefill: PrefillTimes | None = None
-    first_step_wait_ms: float | None = None
-    decode_ms: float | None = None
 
     def token(self, now: float) -> None:
         """Tokens were handed to the stream."""
@@ -74,13 +48,16 @@ class Marks:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a request ended well; everything that the client is told of it."""
+    """How a request ended well: what the client is told of it. The workers' reports are None where they did not
+    come."""
 
-    reason: Reason
+    reason: FinishReason
     stop: str
     prompt_tokens: int
     output_tokens: int
     marks: Marks
+    prefill: PrefillReport | None
+    ended: Ended | None
     total_ms: float
     attempts: int
     handoffs: int

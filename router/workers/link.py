@@ -18,8 +18,10 @@ import grpc
 import structlog
 
 from baton.errors import InvalidArgument, ResourceExhausted, TransferError
+from baton.messages import Command, Event
 from baton.rpc import net
 from baton.rpc.convert import process_to_wire
+from baton.rpc.frames import command_to_frame, event_from_frame
 from baton.rpc.link import GRACE_S, Session, read_frames
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
@@ -37,7 +39,8 @@ class Gone(Exception):
 
 
 class WorkerLink:
-    """Sends commands to a worker and hands its frames to `on_frame`, in order and each once, across broken streams.
+    """Sends commands to a worker and hands its events to `on_event`, in order and each once, across broken streams.
+    None stands for an event that only a newer worker could mean.
 
     `on_state` is called when the stream comes up or breaks; `on_lost(reason)` once, unless `close` came first. All
     callbacks run on the event loop and must not raise.
@@ -48,7 +51,7 @@ class WorkerLink:
         worker: ProcessRef,
         router: ProcessRef,
         *,
-        on_frame: Callable[[wire.WorkerFrame], None],
+        on_event: Callable[[Event | None], None],
         on_state: Callable[[], None],
         on_lost: Callable[[str], None],
     ) -> None:
@@ -57,7 +60,7 @@ class WorkerLink:
         self._worker, self._router = worker, router
         self._on_state, self._on_lost = on_state, on_lost
         self._session: Session[wire.RouterFrame, wire.WorkerFrame] = Session(
-            wire.RouterFrame, wire.WorkerFrame, worker.name, on_frame
+            wire.RouterFrame, wire.WorkerFrame, worker.name, lambda frame: on_event(event_from_frame(frame))
         )
         self._session_id = str(uuid.uuid4())
         self._known = False  # the worker has taken up this session before
@@ -70,10 +73,10 @@ class WorkerLink:
         """Connects in the background."""
         self._task = asyncio.create_task(self._run(), name=f"link to {self._worker.name}")
 
-    def send(self, frame: wire.RouterFrame) -> None:
+    def send(self, command: Command) -> None:
         """Queues a command; it reaches the worker unless that is lost. Never waits."""
         try:
-            self._session.send(frame)
+            self._session.send(command_to_frame(command))
         except ResourceExhausted as error:
             self._overrun = str(error)
             if self._call is not None:

@@ -11,9 +11,8 @@ from itertools import islice
 
 import structlog
 
-from baton.spec import SequenceSpec
+from baton.messages import CacheSyncCommand, CacheUpdate
 from baton.telemetry import Counts
-from baton.v1 import worker_pb2 as wire
 from kvtransfer.blocks.prefix import DIGEST_BYTES, Digests, usable_prefix
 from router.workers.prefix_index import PrefixIndex
 from router.workers.worker import ModelCard, Worker
@@ -22,16 +21,16 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Expected:
-    """A worker's next event."""
+class NextUpdate:
+    """The number of the update that a worker is to send next."""
 
     sync: int = 0
     sequence: int = 0
 
 
-def digests_of(card: ModelCard, spec: SequenceSpec) -> Digests:
-    """Of what is known of a sequence; whoever looks it up more than once keeps them."""
-    return Digests(spec.prompt + spec.output, card.kv_layout.block_tokens, spec.tenant_salt, card.fingerprint)
+def digests_of(card: ModelCard, tokens: tuple[int, ...], tenant_salt: str) -> Digests:
+    """Those of the complete blocks of `tokens`, made as far as they are asked for; the caller keeps them."""
+    return Digests(tokens, card.kv_layout.block_tokens, tenant_salt, card.fingerprint)
 
 
 class Prefixes:
@@ -40,13 +39,13 @@ class Prefixes:
     def __init__(self, limit: int, counts: Counts) -> None:
         self._index: PrefixIndex[Worker] | None = PrefixIndex(limit) if limit else None
         self._counts = counts
-        self._expected: dict[Worker, Expected] = {}
+        self._expected: dict[Worker, NextUpdate] = {}
 
     def __len__(self) -> int:
         """Entries: blocks, each counted once for every worker that holds it."""
         return 0 if self._index is None else len(self._index)
 
-    def expects(self, worker: Worker) -> Expected:
+    def expects(self, worker: Worker) -> NextUpdate:
         """Which event of a worker is the next."""
         return self._expected[worker]
 
@@ -54,24 +53,22 @@ class Prefixes:
         """The digests that a worker is known to hold. O(their number)."""
         return frozenset() if self._index is None else self._index.held_by(worker)
 
-    def cached_tokens(self, card: ModelCard, spec: SequenceSpec, digests: Digests | None = None) -> dict[Worker, int]:
-        """Tokens of `spec` that each worker need not compute, a multiple of the block; workers without any are left
-        out. The last known token never counts: it is always computed.
+    def cached_tokens(self, card: ModelCard, known: int, digests: Digests) -> dict[Worker, int]:
+        """Of `known` tokens with these digests, those that each worker need not compute, a multiple of the block;
+        workers without any are left out. The last known token never counts: it is always computed.
 
-        O(tokens of the longest cached prefix + workers): digests are made only as far as some worker holds them, and
-        not again where the sequence's own are given.
+        O(tokens of the longest cached prefix + workers): digests are made only as far as some worker holds them.
         """
         if self._index is None or not len(self._index):
             return {}
-        known, block = spec.known_tokens, card.kv_layout.block_tokens
+        block = card.kv_layout.block_tokens
         usable = usable_prefix(known, known // block, block) // block
-        digests = digests_of(card, spec) if digests is None else digests
         return {worker: run * block for worker, run in self._index.runs(islice(digests, usable)).items()}
 
     def on_joined(self, worker: Worker) -> None:
         """Asks for all that it holds."""
         if self._index is not None:
-            self._expected[worker] = Expected()
+            self._expected[worker] = NextUpdate()
             self._ask(worker, self._expected[worker])
 
     def on_lost(self, worker: Worker) -> None:
@@ -80,9 +77,9 @@ class Prefixes:
         if self._index is not None:
             self._index.forget(worker)
 
-    def on_frame(self, worker: Worker, frame: wire.WorkerFrame) -> None:
-        """`CacheEvents` of a worker."""
-        events, expected = frame.cache_events, self._expected.get(worker)
+    def on_update(self, worker: Worker, events: CacheUpdate) -> None:
+        """What entered and left a worker's cache."""
+        expected = self._expected.get(worker)
         if self._index is None or expected is None or events.sync != expected.sync:
             return  # void: sent before the worker heard of this sync
         if events.sequence != expected.sequence:
@@ -101,7 +98,7 @@ class Prefixes:
         if dropped := self._index.insert(worker, events.inserted):
             self._counts.add("prefix_blocks_dropped", dropped)
 
-    def _ask(self, worker: Worker, expected: Expected) -> None:
+    def _ask(self, worker: Worker, expected: NextUpdate) -> None:
         expected.sync, expected.sequence = expected.sync + 1, 1
         self._counts.add("cache_syncs")
-        worker.link.send(wire.RouterFrame(cache_sync=wire.CacheSyncCommand(sync=expected.sync)))
+        worker.link.send(CacheSyncCommand(expected.sync))

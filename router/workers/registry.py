@@ -20,10 +20,10 @@ import structlog
 from baton.config import RoleName
 from baton.errors import BatonError, InvalidArgument, Mismatch, NotFound, Unavailable
 from baton.identity import fingerprint_difference
+from baton.messages import Event
 from baton.rpc import net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
-from baton.v1 import worker_pb2 as wire
 from router.text.tokenisation import Language
 from router.workers.artifacts import ArtifactStore
 from router.workers.link import WorkerLink
@@ -81,26 +81,26 @@ class ServedModel:
 class Registry:
     """Owns the workers, their links and their leases. Lives on one event loop.
 
-    `on_joined(worker)` is called when a worker's stream starts, `on_frame(worker, frame)` with what it sends,
+    `on_joined(worker)` is called when a worker's stream starts, `on_event(worker, event)` with what it says,
     `on_lost(worker, reason)` when it is gone (once), `on_change()` whenever what is usable may have changed.
     """
 
     def __init__(
         self,
-        router: Callable[[], ProcessRef],
+        router: ProcessRef,
         lease_s: float,
         executor: Executor,
         counts: Counts,
         *,
         on_joined: Callable[[Worker], None],
-        on_frame: Callable[[Worker, wire.WorkerFrame], None],
+        on_event: Callable[[Worker, Event | None], None],
         on_lost: Callable[[Worker, str], None],
         on_change: Callable[[], None],
     ) -> None:
         self.lease_s = lease_s
         self.models: dict[str, ServedModel] = {}
         self._router, self._executor, self._counts = router, executor, counts
-        self._on_joined, self._on_frame = on_joined, on_frame
+        self._on_joined, self._on_event = on_joined, on_event
         self._on_lost, self._on_change = on_lost, on_change
         self._workers: dict[str, Worker] = {}
         self._artifacts = ArtifactStore()
@@ -198,8 +198,8 @@ class Registry:
     def _join(self, given: Registration) -> Worker:
         link = WorkerLink(
             given.process,
-            self._router(),
-            on_frame=lambda frame: self._on_frame(worker, frame),
+            self._router,
+            on_event=lambda event: self._on_event(worker, event),
             on_state=lambda: self._changed(model),
             on_lost=lambda reason: self.lose(worker, reason),
         )

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from baton.config import RoleName
-from baton.errors import BatonError, ConfigError, InvalidArgument
-from baton.rpc.convert import process_from_wire, process_to_wire
+from baton.errors import BatonError, ConfigError, InvalidArgument, Mismatch
+from baton.rpc.convert import ROLE_NAMES, process_from_wire, process_to_wire
 from baton.rpc.net import parse_address
 from baton.rpc.status import abort
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryServicer
+from baton.worker.wire import layout_from_wire
+from kvtransfer.blocks.layout import KvLayout
 from router.workers.registry import Registry
-from router.workers.worker import Layout, ModelCard, Registration
+from router.workers.worker import ModelCard, Registration
 
-ROLE_NAMES: dict[int, RoleName] = {wire.ROLE_PREFILL: "prefill", wire.ROLE_DECODE: "decode"}
 T = TypeVar("T")
 
 
 class RegistryService(RegistryServicer):
     """Registration, renewal and leave of workers."""
 
-    def __init__(self, registry: Registry, router: Callable[[], ProcessRef]) -> None:
+    def __init__(self, registry: Registry, router: ProcessRef) -> None:
         self._registry, self._router = registry, router
 
     async def Register(self, request: wire.RegisterRequest, context: Any) -> wire.RegisterResponse:
@@ -33,7 +33,7 @@ class RegistryService(RegistryServicer):
 
         async def register() -> wire.RegisterResponse:
             await self._registry.register(read_registration(request))
-            return wire.RegisterResponse(router=process_to_wire(self._router()), lease_ms=self._lease_ms)
+            return wire.RegisterResponse(router=process_to_wire(self._router), lease_ms=self._lease_ms)
 
         return await _answer(register(), context)
 
@@ -42,7 +42,7 @@ class RegistryService(RegistryServicer):
 
         async def renew() -> wire.RenewResponse:
             self._registry.renew(process_from_wire(request.worker))
-            return wire.RenewResponse(lease_ms=self._lease_ms, router=process_to_wire(self._router()))
+            return wire.RenewResponse(lease_ms=self._lease_ms, router=process_to_wire(self._router))
 
         return await _answer(renew(), context)
 
@@ -99,7 +99,6 @@ def _read_card(card: wire.ModelCard) -> ModelCard:
         "model.chat_template_sha256",
         "must be a SHA-256 in hexadecimal, or empty",
     )
-    layout = card.kv_layout
     return ModelCard(
         name=card.name,
         fingerprint=card.fingerprint,
@@ -108,21 +107,19 @@ def _read_card(card: wire.ModelCard) -> ModelCard:
         eos_token_ids=frozenset(card.eos_token_ids),
         tokenizer_sha256=card.tokenizer_sha256,
         chat_template_sha256=card.chat_template_sha256,
-        kv_layout=Layout(
-            layout.version,
-            layout.block_tokens,
-            layout.layers,
-            layout.kv_heads,
-            layout.head_dim,
-            layout.dtype,
-            layout.rank,
-            layout.ranks,
-        ),
+        kv_layout=_read_layout(card.kv_layout),
         bos_token_id=card.bos_token_id if card.HasField("bos_token_id") else None,
         bos_token=card.bos_token,
         eos_token=card.eos_token,
         simulated=card.simulated,
     )
+
+
+def _read_layout(message: wire.KvLayout) -> KvLayout:
+    try:
+        return layout_from_wire(message)
+    except Mismatch as error:
+        raise InvalidArgument("model.kv_layout", error.ours) from None
 
 
 def _is_digest(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""A worker as the router sees it: who it is, what it can do, what is on it.
+"""A worker as the router sees it: its registration, and what is placed on it.
 
 JOINING -> USABLE <-> DETACHED -> LOST      the registry owns it; LOST is final, coming back makes a new Worker
 """
@@ -11,31 +11,13 @@ from dataclasses import dataclass, field
 from baton.config import RoleName
 from baton.cost import StepCost
 from baton.handoff_times import HandoffTimes
-from baton.rpc.convert import cost_from_wire
+from baton.messages import LoadReport
 from baton.spec import ProcessRef
-from baton.v1 import worker_pb2 as wire
+from kvtransfer.blocks.layout import KvLayout
 from router.placement.accuracy import Accuracy
 from router.placement.snapshot import DecodeLoad, PrefillLoad
 from router.workers.ledger import DecodeLedger, PrefillLedger, Reported
 from router.workers.link import WorkerLink
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The shape of a KV block on the wire; the router needs only the number of tokens in one."""
-
-    version: int
-    block_tokens: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    rank: int
-    ranks: int
-
-    def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` tokens, the last perhaps in part."""
-        return -(-tokens // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +31,7 @@ class ModelCard:
     eos_token_ids: frozenset[int]
     tokenizer_sha256: str
     chat_template_sha256: str
-    kv_layout: Layout
+    kv_layout: KvLayout
     bos_token_id: int | None = None
     bos_token: str = ""
     eos_token: str = ""
@@ -77,7 +59,7 @@ class Worker:
     lease_until: float
     language_ready: bool = False
     lost: bool = False
-    load: wire.LoadReport | None = None
+    load: LoadReport | None = None
     cost: StepCost | None = None
     chunk_tokens: int = 512
     accuracy: Accuracy = field(default_factory=Accuracy)
@@ -89,7 +71,7 @@ class Worker:
     prefill: PrefillLedger = field(init=False)
     decode: DecodeLedger = field(init=False)
     watchers: dict[RoleName, Callable[[Worker], None]] = field(default_factory=dict)
-    """Who is told, by role, whenever what the worker carries has changed."""
+    """Called, by role, whenever what the worker carries has changed."""
 
     def __post_init__(self) -> None:
         self.name = self.registration.process.name  # placement asks for it all the time
@@ -112,11 +94,11 @@ class Worker:
         """New work may be placed here."""
         return not self.lost and self.language_ready and self.link.attached
 
-    def reported(self, load: wire.LoadReport) -> None:
+    def reported(self, load: LoadReport) -> None:
         """The worker's freshest account of itself."""
         self.load = load
-        if load.HasField("cost"):
-            self.cost, self.chunk_tokens = cost_from_wire(load.cost), load.cost.chunk_tokens or self.chunk_tokens
+        if load.cost is not None:
+            self.cost, self.chunk_tokens = load.cost, load.chunk_tokens or self.chunk_tokens
         self.prefill.reported(load.waiting_tokens)
         # What is granted is in the ledger as bound: it would be taken off twice until it is resident.
         free = load.free_blocks + load.cached_blocks + load.granted_blocks

@@ -7,8 +7,7 @@ import threading
 from typing import Any, cast
 
 from baton.spec import HandoffKey
-from decode_worker.events import LoopEvents
-from decode_worker.service import DecodeRole
+from decode_worker.events import HandoffEvents, LoopEvents
 from tests.rpc.waiting import until
 
 KEY = HandoffKey(b"k" * 16, 1)
@@ -30,7 +29,8 @@ class Recorder:
 
 
 async def test_everything_arrives_in_order_on_the_loop() -> None:
-    events, role = LoopEvents(), Recorder()
+    role = Recorder()
+    events = LoopEvents(cast(HandoffEvents, role))
     indices = [1, 2]
 
     def transport() -> None:
@@ -40,9 +40,6 @@ async def test_everything_arrives_in_order_on_the_loop() -> None:
         events.revoked(KEY)
         events.writer_gone("w-1")
 
-    transport()  # nobody is there yet
-    indices += [1, 2]
-    events.deliver_to(cast(DecodeRole, role))
     await asyncio.to_thread(transport)
     await until(lambda: len(role.heard) == 4)
     assert role.heard == [
@@ -56,8 +53,7 @@ async def test_everything_arrives_in_order_on_the_loop() -> None:
 
 def test_a_closed_loop_hears_nothing() -> None:
     async def make() -> LoopEvents:
-        return LoopEvents()
+        return LoopEvents(cast(HandoffEvents, Recorder()))
 
     events = asyncio.run(make())
-    events.deliver_to(cast(DecodeRole, Recorder()))
     events.revoked(KEY)

@@ -21,9 +21,8 @@ from typing import Any
 
 from baton.spec import HandoffKey, ProcessRef
 from baton.worker.sending.pair import PairStream
-from decode_worker.events import LoopEvents
 from kvtransfer.handoffs.messages import Aborted, Ticket
-from kvtransfer.transports.base import BlockMove, Channel, Transport, WriteReceipt
+from kvtransfer.transports.base import BlockMove, Channel, ReceiverEvents, Transport, WriteReceipt
 from kvtransfer.transports.memory import MemoryNetwork
 from kvtransfer.transports.shm.channel import ShmChannel
 from kvtransfer.transports.shm.transport import ShmTransport
@@ -162,7 +161,7 @@ class WatchedPrefill(PrefillNode):
         if plan.stop_at is Step.BEFORE_COMMIT:
             self._stop_commits()
 
-    def _transport(self, events: LoopEvents | None) -> Transport:
+    def _transport(self, events: ReceiverEvents | None) -> Transport:
         self.watched = WatchedTransport(super()._transport(events), self._stop, self._plan.forge)
         return self.watched
 
@@ -191,7 +190,7 @@ class WatchedDecode(DecodeNode):
         self._plan, self._stop = plan, stop
         self.aborts: list[str] = []
 
-    def _transport(self, events: LoopEvents | None) -> Transport:
+    def _transport(self, events: ReceiverEvents | None) -> Transport:
         assert events is not None
         landed = events.landed
 
@@ -205,18 +204,18 @@ class WatchedDecode(DecodeNode):
 
     def compose(self) -> list[Any]:
         services = super().compose()
-        committed, abort = self.transfer.committed, self.transfer.aborted
+        committed, abort = self.streams.committed, self.streams.aborted
 
         def watched(writer: str, key: HandoffKey) -> None:
             self._stop.here(Step.AFTER_COMMIT)
             committed(writer, key)
 
-        def noted(writer: str, aborted: Aborted) -> None:
+        def noted(aborted: Aborted) -> None:
             self.aborts.append(f"{aborted.reason.name}: {aborted.message}")
-            abort(writer, aborted)
+            abort(aborted)
 
-        self.transfer.committed = watched  # type: ignore[method-assign]
-        self.transfer.aborted = noted  # type: ignore[method-assign]
+        self.streams.committed = watched  # type: ignore[method-assign]
+        self.streams.aborted = noted  # type: ignore[method-assign]
         return services
 
 

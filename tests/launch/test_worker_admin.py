@@ -15,9 +15,7 @@ async def test_status_tells_when_the_books_of_the_grants_do_not_add_up() -> None
     """Where the pool's own still do."""
     pool = BlockPool(8)
     ledger = GrantLedger(pool)
-    admin = WorkerAdmin(
-        lambda: ProcessRef("d", "d-1", "here:1"), [], pool, Sizes(0, 0), dict, ledger.check_integrity, Counts(), list
-    )
+    admin = WorkerAdmin(ProcessRef("d", "d-1", "here:1"), [], pool, Sizes(0, 0), dict, ledger.check_integrity, Counts())
 
     async def integrity() -> str:
         return (await admin.GetStatus(GetStatusRequest(), None)).pool.integrity_error

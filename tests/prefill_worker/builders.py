@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from baton.engine.api import Sequence
 from baton.spec import ProcessRef, Sampling, SequenceSpec
-from baton.worker.service import RouterSession
-from prefill_worker.attempt import Attempt
+from baton.worker.session import RouterSession
+from prefill_worker.prompt import Prompt
 
 ROUTER = ProcessRef("r", "r-1", "here")
 _numbers = itertools.count()
@@ -18,7 +18,14 @@ _numbers = itertools.count()
 def spec(prompt: int = 5, **fields: Any) -> SequenceSpec:
     """A sequence with a key of its own."""
     key = next(_numbers).to_bytes(16, "little")
-    made = SequenceSpec(key, "test", tuple(range(prompt)), Sampling(), fields.pop("max_tokens", 4), ROUTER)
+    made = SequenceSpec(
+        attempt=key,
+        request_id="test",
+        prompt=tuple(range(prompt)),
+        sampling=Sampling(),
+        max_tokens=fields.pop("max_tokens", 4),
+        router=ROUTER,
+    )
     return replace(made, **fields)
 
 
@@ -27,6 +34,6 @@ def sequence(prompt: int = 5, computed: int = 0) -> Sequence:
     return Sequence.from_spec(spec(prompt), [0], computed)
 
 
-def attempt(prompt: int = 5, **fields: Any) -> Attempt:
-    """Nobody's; it says nothing to a router."""
-    return Attempt(spec(prompt, **fields), cast(RouterSession, None))
+def waiting(prompt: int = 5, **fields: Any) -> Prompt:
+    """A prompt of no router."""
+    return Prompt(spec(prompt, **fields), cast(RouterSession, None))

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from baton.identity import host_id, mint_process
-from baton.rpc.convert import process_to_wire
-from baton.rpc.net import Server, service, start_server
+from baton.cost import CostModel
+from baton.identity import mint_process
+from baton.rpc.net import Server, service
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2, transfer_pb2_grpc, worker_pb2_grpc
 from baton.worker.cache_events import CacheEvents
 from baton.worker.service import WorkerService
-from baton.worker.wire import layout_to_wire
-from decode_worker.events import LoopEvents
+from baton.worker.wire import handshake_of
 from decode_worker.service import DecodeRole
-from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
+from decode_worker.transfer import TransferService
+from decode_worker.writer_streams import WriterStreams
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.outcomes import LedgerLimits
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import ReceiverEvents, Transport
 from kvtransfer.transports.memory import MemoryNetwork, MemoryTransport
 from kvtransfer.transports.shm.transport import ShmTransport
 from kvtransfer.transports.tcp.transport import TcpTransport
@@ -55,21 +55,21 @@ class Node:
 
     def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
         self.name, self.network, self.settings = name, network, settings
-        self.process = mint_process("worker", "", name)
+        self._server: Server | None = Server(f"{settings.host}:0")
+        self.process = mint_process("worker", self._server.address, name)
         self.memory = PoolMemory(settings.layout, settings.blocks, shared=settings.kind == "shm")
         self.pool = BlockPool(settings.blocks)
         self.engine = CountingEngine(self.memory)
         self.counts = Counts()
-        self.worker = WorkerService(lambda: self.process, {}, self.counts)
+        self.worker = WorkerService(self.process, {}, self.counts)
         self.transport: Transport
-        self._server: Server | None = None
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serves."""
         services = [service(worker_pb2_grpc.add_WorkerServicer_to_server, self.worker, "Worker")]
-        self._server = await start_server(f"{self.settings.host}:0", [*services, *self.compose()])
-        self.process = replace(self.process, address=self._server.address)
+        assert self._server is not None, "started once"
+        await self._server.start([*services, *self.compose()])
         self.worker.add_handler(self.role)
         self.worker.add_handler(CacheEvents(self.pool, self.counts))
         self._expiry = asyncio.create_task(self._expire(), name=f"expiry of {self.name}")
@@ -120,7 +120,7 @@ class Node:
             await asyncio.sleep(EXPIRE_EVERY_S)
             self.role.expire()
 
-    def _transport(self, events: LoopEvents | None) -> Transport:
+    def _transport(self, events: ReceiverEvents | None) -> Transport:
         incarnation = self.process.incarnation
         if self.settings.kind == "shm":
             return ShmTransport(self.memory, incarnation, events)
@@ -136,39 +136,38 @@ class PrefillNode(Node):
 
     def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
         super().__init__(name, network, settings)
-        self.says: dict[str, Any] = {}
+        self._handshake = transfer_pb2.HandshakeRequest()
 
     def compose(self) -> list[Any]:
         """See `Node`."""
         settings = self.settings
+        self.says()
         self.transport = self._transport(None)
         self.role = PrefillRole(
             engine=self.engine,
             pool=self.pool,
             fingerprint=settings.fingerprint,
-            transports={settings.kind: self.transport},
-            handshake=self.handshake,
+            writers={settings.kind: self.transport},
+            handshake=self._handshake,
             chunk_tokens=settings.chunk_tokens,
             max_ungranted=settings.max_ungranted,
             handoff_deadline_s=settings.handoff_deadline_s,
             worker=self.worker,
             counts=self.counts,
+            model=CostModel(),
         )
         return []
 
-    def handshake(self) -> transfer_pb2.HandshakeRequest:
-        """What it tells a decode worker."""
-        fields: dict[str, Any] = {
-            "process": process_to_wire(self.process),
-            "version_min": PROTOCOL_VERSION,
-            "version_max": PROTOCOL_VERSION,
-            "fingerprint": self.settings.fingerprint,
-            "kv_layout": layout_to_wire(self.settings.layout),
-            "transports": [self.settings.kind],
-            "host": host_id(),
-            "checksums": True,
-        }
-        return transfer_pb2.HandshakeRequest(**(fields | self.says))
+    def says(self, **fields: Any) -> None:
+        """What it tells decode workers from the next handshake on; what is not given is the truth."""
+        self._handshake.CopyFrom(
+            handshake_of(
+                self.process, self.settings.fingerprint, self.settings.layout, [self.settings.kind], checksums=True
+            )
+        )
+        for name in fields:
+            self._handshake.ClearField(name)  # type: ignore[arg-type]
+        self._handshake.MergeFrom(transfer_pb2.HandshakeRequest(**fields))
 
 
 class DecodeNode(Node):
@@ -176,25 +175,28 @@ class DecodeNode(Node):
 
     role: DecodeRole
     transfer: TransferService
+    streams: WriterStreams
 
     def compose(self) -> list[Any]:
         """See `Node`."""
         settings = self.settings
-        events = LoopEvents()
-        self.transport = self._transport(events)
+        self.streams = WriterStreams()
         self.role = DecodeRole(
             engine=self.engine,
             pool=self.pool,
             fingerprint=settings.fingerprint,
-            transports={settings.kind: self.transport},
+            writers=self.streams,
+            make_receivers=self._receivers,
             limits=LedgerLimits(lease_s=settings.lease_s),
             max_sequences=settings.max_sequences,
             chunk_tokens=settings.chunk_tokens,
             worker=self.worker,
             counts=self.counts,
+            model=CostModel(),
         )
-        events.deliver_to(self.role)
-        self.transfer = TransferService(self.role, lambda: self.process, settings.lease_s, self.counts, True)
+        self.transfer = TransferService(
+            self.role, self.streams, self.worker, self.process, settings.lease_s, self.counts, True
+        )
         return [service(transfer_pb2_grpc.add_TransferServicer_to_server, self.transfer, "Transfer")]
 
     def check(self) -> None:
@@ -204,8 +206,11 @@ class DecodeNode(Node):
 
     def break_control_streams(self) -> None:
         """The control streams of all writers end; the process stays."""
-        for stream in list(self.transfer._streams.values()):
-            stream.end()
+        self.streams.end()
+
+    def _receivers(self, events: ReceiverEvents) -> dict[str, Transport]:
+        self.transport = self._transport(events)
+        return {self.settings.kind: self.transport}
 
 
 def somebody(name: str = "somebody") -> ProcessRef:

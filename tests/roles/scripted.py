@@ -133,11 +133,11 @@ class ScriptedRouter:
 
     def prefill(self, node: Node, spec: SequenceSpec) -> None:
         """Queues a prompt."""
-        self.say(node, prefill=wire.PrefillCommand(spec=spec_to_wire(spec, spec.deadline_s)))
+        self.say(node, prefill=wire.PrefillCommand(spec=spec_to_wire(spec)))
 
     def direct(self, node: Node, spec: SequenceSpec) -> None:
         """Queues a prompt that the decode worker computes itself."""
-        self.say(node, direct=wire.DirectCommand(spec=spec_to_wire(spec, spec.deadline_s, spec.ttft_left_s)))
+        self.say(node, direct=wire.DirectCommand(spec=spec_to_wire(spec)))
 
     def bind(self, node: Node, spec: SequenceSpec, decode: Node | ProcessRef, handoff: int = 1) -> None:
         """Names the decode worker."""

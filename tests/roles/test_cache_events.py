@@ -8,21 +8,21 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from baton.identity import mint_process
+from baton.messages import CacheUpdate, Event
 from baton.spec import SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from baton.worker import cache_events
 from router.workers.link import WorkerLink
-from router.workers.prefixes import Prefixes
-from router.workers.worker import Layout, ModelCard, Registration, Worker
+from router.workers.prefixes import Prefixes, digests_of
+from router.workers.worker import ModelCard, Registration, Worker
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
 from tests.roles.node import Node, Settings
 from tests.rpc.waiting import until
 
 BLOCK = LAYOUT.block_tokens
-ON_WIRE = Layout(1, BLOCK, LAYOUT.layers, LAYOUT.kv_heads, LAYOUT.head_dim, LAYOUT.dtype, 0, 1)
-CARD = ModelCard("m", Settings().fingerprint, 4096, 1000, frozenset(), "", "", ON_WIRE)
+CARD = ModelCard("m", Settings().fingerprint, 4096, 1000, frozenset(), "", "", LAYOUT)
 
 
 class Observer:
@@ -33,15 +33,15 @@ class Observer:
         self.counts = Counts()
         self.prefixes = Prefixes(10_000, self.counts)
         self.workers: dict[str, Worker] = {}
-        self.frames: list[wire.WorkerFrame] = []
-        self.loses: Callable[[wire.WorkerFrame], bool] = lambda _: False
+        self.updates: list[CacheUpdate] = []
+        self.loses: Callable[[CacheUpdate], bool] = lambda _: False
 
     def watch(self, node: Node) -> Worker:
         """Asks for what it holds."""
         link = WorkerLink(
             node.process,
             self.process,
-            on_frame=lambda frame: self.on_frame(worker, frame),
+            on_event=lambda event: self.on_event(worker, event),
             on_state=lambda: None,
             on_lost=lambda _: self.prefixes.on_lost(worker),
         )
@@ -51,15 +51,20 @@ class Observer:
         link.start()
         return worker
 
-    def on_frame(self, worker: Worker, frame: wire.WorkerFrame) -> None:
+    def on_event(self, worker: Worker, event: Event | None) -> None:
         """What the router's table of handlers does."""
-        if frame.WhichOneof("body") == "cache_events" and not self.loses(frame):
-            self.frames.append(frame)
-            self.prefixes.on_frame(worker, frame)
+        if isinstance(event, CacheUpdate) and not self.loses(event):
+            self.updates.append(event)
+            self.prefixes.on_update(worker, event)
 
     def cached(self, spec: SequenceSpec) -> dict[str, int]:
         """Tokens by name of worker."""
-        return {worker.name: tokens for worker, tokens in self.prefixes.cached_tokens(CARD, spec).items()}
+        return {
+            worker.name: tokens
+            for worker, tokens in self.prefixes.cached_tokens(
+                CARD, len(spec.prompt), digests_of(CARD, spec.prompt, spec.tenant_salt)
+            ).items()
+        }
 
     async def knows(self, *nodes: Node) -> None:
         """Waits until it knows exactly what these pools hold."""
@@ -125,7 +130,7 @@ async def test_evictions_are_told(pair: Cluster, observer: Observer) -> None:
     assert node.pool.statistics().evictions > 0
     assert observer.cached(specs[0]) == {}
     assert observer.cached(specs[-1]) == {"small": 2 * BLOCK}
-    assert any(frame.cache_events.evicted for frame in observer.frames)
+    assert any(update.evicted for update in observer.updates)
 
 
 async def test_tenants_share_nothing(cluster: Cluster, observer: Observer) -> None:
@@ -148,11 +153,11 @@ async def test_tenants_share_nothing(cluster: Cluster, observer: Observer) -> No
 async def test_a_missing_event_is_found_and_made_good(cluster: Cluster, observer: Observer) -> None:
     node = await cluster.add_prefill()
     observer.watch(node)
-    await until(lambda: observer.frames, "the snapshot")
-    missed: list[wire.WorkerFrame] = []
+    await until(lambda: observer.updates, "the snapshot")
+    missed: list[CacheUpdate] = []
 
-    def loses_one(frame: wire.WorkerFrame) -> bool:
-        missed.append(frame)
+    def loses_one(update: CacheUpdate) -> bool:
+        missed.append(update)
         return len(missed) == 1
 
     observer.loses = loses_one
@@ -170,7 +175,7 @@ async def test_a_missing_event_is_found_and_made_good(cluster: Cluster, observer
 async def test_a_broken_stream_loses_nothing(cluster: Cluster, observer: Observer) -> None:
     node = await cluster.add_prefill()
     worker = observer.watch(node)
-    await until(lambda: observer.frames, "the snapshot")
+    await until(lambda: observer.updates, "the snapshot")
     session = node.worker.session(observer.process)
     assert session is not None
     session.link.detach()
@@ -223,7 +228,7 @@ async def test_a_router_that_does_not_read_is_told_later(
 ) -> None:
     node = await cluster.add_prefill()
     worker = observer.watch(node)
-    await until(lambda: observer.frames, "the snapshot")
+    await until(lambda: observer.updates, "the snapshot")
     monkeypatch.setattr(cache_events, "BACKLOG_FRAMES", 0)
     spec = cluster.router.spec(3 * BLOCK, max_tokens=1)
     cluster.router.prefill(node, spec)

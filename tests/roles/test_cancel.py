@@ -114,7 +114,7 @@ async def test_before_the_grant_arrives(pair: Cluster) -> None:
     held: list[dict[str, object]] = []
     spec = pair.router.spec(40)
     await pair.started(spec)
-    stream_type = "decode_worker.transfer_service.WriterStream.send"
+    stream_type = "decode_worker.transfer.WriterStream.send"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream_type, lambda self, **body: held.append({"stream": self, **body}))
         pair.router.bind(pair.p, spec, pair.d)
@@ -199,14 +199,14 @@ async def test_after_the_commit(pair: Cluster) -> None:
     """The commit has overtaken the news of the data, which comes too late then."""
     held: list[tuple[HandoffKey, int, tuple[int, ...]]] = []
     commits: list[object] = []
-    landed, commit = pair.d.role.landed, pair.d.role.commit
+    landed, commit = pair.d.role.handoffs.landed, pair.d.role.handoffs.commit
 
     def committing(key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> Outcome:
         commits.append(key)
         return commit(key, generation, blocks, first)
 
-    pair.d.role.landed = lambda *args: held.append(args)  # type: ignore[method-assign]
-    pair.d.role.commit = committing  # type: ignore[method-assign]
+    pair.d.role.handoffs.landed = lambda *args: held.append(args)  # type: ignore[method-assign]
+    pair.d.role.handoffs.commit = committing  # type: ignore[method-assign]
     spec = pair.router.spec(40)
     await pair.bound(spec)
     await until(lambda: commits and sum(len(indices) for _, _, indices in held) == 3, "commit and data")

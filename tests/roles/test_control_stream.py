@@ -65,12 +65,12 @@ async def test_a_close_that_was_lost_is_asked_for_again(cluster: Cluster, monkey
     await until(lambda: cluster.d.role.live["grants"], "the grant")
     lost: list[object] = []
     with monkeypatch.context() as patch:
-        patch.setattr(cluster.d.role, "closed", lost.append)
+        patch.setattr(cluster.d.role.handoffs, "closed", lost.append)
         cluster.router.cancel(cluster.d, spec)
         cluster.router.cancel(cluster.p, spec)
         await until(lambda: lost, "the close")
         cluster.d.break_control_streams()
-        await until(lambda: not cluster.d.transfer.peers, "the end of the stream that all closes were lost on")
+        await until(lambda: not len(cluster.d.streams), "the end of the stream that all closes were lost on")
         assert cluster.d.role.live["aborting"] == 1
         assert cluster.router.heard(cluster.d, "freed", spec) == []
     cluster.p.engine.gate.set()
@@ -90,7 +90,7 @@ async def test_a_close_that_was_lost_with_its_stream_is_said_again(
     await until(lambda: cluster.d.role.live["grants"], "the grant")
     lost: list[object] = []
     with monkeypatch.context() as patch:
-        patch.setattr(cluster.d.role, "closed", lost.append)
+        patch.setattr(cluster.d.role.handoffs, "closed", lost.append)
         cluster.router.cancel(cluster.d, spec)
         await until(lambda: lost, "the close")
     assert cluster.d.pool.statistics().quarantined == 5
@@ -146,15 +146,13 @@ async def test_a_token_drawn_while_the_stream_is_coming_down(pair: Cluster) -> N
 
 async def test_what_is_left_on_the_former_stream_is_dropped(pair: Cluster) -> None:
     await pair.serve(pair.router.spec(3))
-    (former,) = pair.d.transfer._streams.values()
+    (former,) = pair.d.streams
     pair.d.break_control_streams()
-    await until(lambda: not pair.d.transfer.peers, "the break")
+    await until(lambda: not len(pair.d.streams), "the break")
     await pair.serve(pair.router.spec(3))
-    assert list(pair.d.transfer._streams.values()) != [former]
+    assert list(pair.d.streams) != [former]
     spec = pair.router.spec(20)
-    message = transfer_pb2.OpenRequest(
-        attempt=spec.attempt, handoff=1, spec=spec_to_wire(spec, None), transport="memory"
-    )
+    message = transfer_pb2.OpenRequest(attempt=spec.attempt, handoff=1, spec=spec_to_wire(spec), transport="memory")
     pair.d.transfer._take(former, transfer_pb2.SenderFrame(open=message))
     assert pair.d.count("late_messages") == 1
     assert pair.d.role.live["grants"] == 0
@@ -184,8 +182,8 @@ async def test_freed_is_said_once_all_handoffs_are_over(cluster: Cluster, monkey
     spec = cluster.router.spec(80)
     first, second = HandoffKey(spec.attempt, 1), HandoffKey(spec.attempt, 2)
     role, held = cluster.d.role, list[HandoffKey]()
-    closed = role.closed
-    monkeypatch.setattr(role, "closed", held.append)
+    closed = role.handoffs.closed
+    monkeypatch.setattr(role.handoffs, "closed", held.append)
     await cluster.bound(spec)
     await until(lambda: role.ledger.state(first), "the first grant")
     cluster.router.bind(cluster.p, spec, cluster.d, 2)

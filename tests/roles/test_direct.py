@@ -182,7 +182,7 @@ async def test_a_prompt_in_place_that_can_not_be_queued_ends_and_leaves_nothing(
         raise ValueError("broken on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pair.d.role._direct, "start_waiting", broken)
+        patch.setattr(pair.d.role._residents, "start_waiting", broken)
         pair.router.direct(pair.d, spec)
         ended = await pair.router.hears(pair.d, "ended", spec)
     assert (ended.status, ended.message) == (13, "the worker failed: ValueError: broken on purpose")

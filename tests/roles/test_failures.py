@@ -9,8 +9,8 @@ import pytest
 
 from baton.spec import Sampling
 from baton.v1 import worker_pb2 as wire
-from decode_worker import residents as decode_service
-from prefill_worker import service as prefill_service
+from decode_worker import running as decode_running
+from prefill_worker import running as prefill_running
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
 from tests.roles.test_cancel import StalledWrite
@@ -140,16 +140,16 @@ async def test_prefill_process_gone_before_and_after_resident(cluster: Cluster) 
 
 async def test_a_lease_that_is_not_renewed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grant ends with it, but its blocks are free only after the writer's proof."""
-    monkeypatch.setattr("decode_worker.service.DecodeRole.renew", lambda self, writer: None)
+    monkeypatch.setattr("decode_worker.handoffs.DecodeHandoffs.renew", lambda self, writer: None)
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm", lease_s=0.4)
     monkeypatch.setattr("baton.worker.sending.sender.Sender._not_here", lambda self, key: None)
     cluster.p.engine.gate.clear()
     spec = cluster.router.spec(60, max_tokens=4)
     closes: list[object] = []
-    closed = cluster.d.role.closed
+    closed = cluster.d.role.handoffs.closed
     with monkeypatch.context() as patch:
-        patch.setattr(cluster.d.role, "closed", closes.append)
+        patch.setattr(cluster.d.role.handoffs, "closed", closes.append)
         await cluster.bound(spec)
         await until(lambda: cluster.d.role.live["grants"], "the grant")
         failed = await cluster.router.hears(cluster.p, "handoff_failed", spec)
@@ -170,8 +170,8 @@ async def test_renewed_leases_outlive_their_first_end(cluster: Cluster) -> None:
     cluster.p.engine.gate.clear()
     spec = cluster.router.spec(60, max_tokens=4)
     renewals: list[str] = []
-    renew = cluster.d.role.renew
-    cluster.d.role.renew = lambda writer: renewals.append(writer) or renew(writer)  # type: ignore[method-assign,func-returns-value]
+    renew = cluster.d.role.handoffs.renew
+    cluster.d.role.handoffs.renew = lambda writer: renewals.append(writer) or renew(writer)  # type: ignore[method-assign,func-returns-value]
     await cluster.bound(spec)
     await until(lambda: len(renewals) >= 6, "renewals")
     cluster.p.engine.gate.set()
@@ -228,7 +228,7 @@ def breaking(working: Callable[..., Any], concerns: Callable[[Any], bool]) -> Ca
     return broken
 
 
-@pytest.mark.parametrize("what", ["run_to_wire", "remember"])
+@pytest.mark.parametrize("what", ["TokenRun", "remember"])
 async def test_a_prefill_result_that_raises_costs_the_others_nothing(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -238,12 +238,12 @@ async def test_a_prefill_result_that_raises_costs_the_others_nothing(
     specs = [cluster.router.spec(20, max_tokens=3) for _ in range(3)]
     victim = specs[0].attempt
     if what == "remember":
-        admission = cluster.p.role._admission
+        admission = cluster.p.role._prompts._admission
         broken = breaking(admission.remember, lambda blocks: True)  # the first of them is the victim
         monkeypatch.setattr(admission, "remember", broken)
     else:
-        broken = breaking(vars(prefill_service)["run_to_wire"], lambda key: key == victim)
-        monkeypatch.setattr(prefill_service, "run_to_wire", broken)
+        broken = breaking(vars(prefill_running)["TokenRun"], lambda key: key == victim)
+        monkeypatch.setattr(prefill_running, "TokenRun", broken)
     cluster.p.engine.gate.clear()
     for spec in specs:
         await cluster.bound(spec)
@@ -255,7 +255,7 @@ async def test_a_prefill_result_that_raises_costs_the_others_nothing(
         await cluster.finished(spec)
 
 
-@pytest.mark.parametrize("what", ["run_to_wire", "block_digests"])
+@pytest.mark.parametrize("what", ["TokenRun", "block_digests"])
 async def test_a_decode_result_that_raises_costs_the_others_nothing(
     pair: Cluster, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -266,11 +266,11 @@ async def test_a_decode_result_that_raises_costs_the_others_nothing(
         await pair.bound(spec)
         await pair.router.hears(pair.d, "resident", spec)
     concerns = {
-        "run_to_wire": lambda key: key == specs[0].attempt,
+        "TokenRun": lambda key: key == specs[0].attempt,
         "block_digests": lambda tokens: tuple(tokens[:20]) == specs[0].prompt,
     }
-    working = vars(decode_service)[what]
-    monkeypatch.setattr(decode_service, what, breaking(working, concerns[what]))
+    working = vars(decode_running)[what]
+    monkeypatch.setattr(decode_running, what, breaking(working, concerns[what]))
     pair.d.engine.gate.set()
     ended = await pair.router.hears(pair.d, "ended", specs[0])
     assert (ended.status, pair.d.count("results_failed")) == (13, 1)
@@ -291,7 +291,7 @@ async def test_a_command_that_raises_ends_its_attempt(
 
     with monkeypatch.context() as patch:
         if kind == "prefill":
-            patch.setattr(role, "_start_waiting", broken)  # it is in the queue by then
+            patch.setattr(role._prompts, "start_waiting", broken)  # it is in the queue by then
             pair.router.prefill(pair.p, spec)
             ended = await pair.router.hears(pair.p, "ended", spec)
         else:

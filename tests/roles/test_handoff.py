@@ -11,7 +11,8 @@ import pytest
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
 from baton.worker.wire import layout_to_wire
-from decode_worker.transfer_service import TransferService, WriterStream
+from decode_worker.transfer import TransferService
+from decode_worker.writer_streams import WriterStream
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
 from tests.roles.node import somebody
@@ -68,7 +69,7 @@ async def test_the_decode_worker_knows_how_long_ago_the_first_token_came(
     monkeypatch.setattr(TransferService, "_take", slower)
     await cluster.add_prefill()
     await cluster.add_decode()
-    scheduler = cluster.d.role._scheduler
+    scheduler = cluster.d.role.handoffs._scheduler
     for number in (1, 2):
         spec = cluster.router.spec(4 * BLOCK, max_tokens=3)
         cluster.d.engine.gate.clear()
@@ -188,27 +189,27 @@ def _says(**changes: Any) -> dict[str, Any]:
     ],
 )
 async def test_a_mismatch_names_the_field_and_both_values(pair: Cluster, says: dict[str, Any], message: str) -> None:
-    pair.p.says = says
+    pair.p.says(**says)
     spec = pair.router.spec(20)
     await pair.bound(spec)
     failed = await refused(pair, spec)
     assert reason(failed) == "MISMATCH"
     assert message in failed.message
     assert "d0" in failed.message
-    pair.p.says = {}  # as if that worker had been replaced: nothing is remembered against the pair
+    pair.p.says()  # as if that worker had been replaced: nothing is remembered against the pair
     pair.router.bind(pair.p, spec, pair.d, 2)
     await pair.finished(spec)
 
 
 async def test_versions_are_a_range(pair: Cluster) -> None:
-    pair.p.says = {"version_min": 0, "version_max": 9}
+    pair.p.says(version_min=0, version_max=9)
     await pair.serve(pair.router.spec(20))
 
 
 async def test_shared_memory_is_not_offered_to_another_host(cluster: Cluster) -> None:
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm")
-    cluster.p.says = {"host": "elsewhere"}
+    cluster.p.says(host="elsewhere")
     spec = cluster.router.spec(20)
     await cluster.bound(spec)
     assert "host differs: here elsewhere, there " in (await refused(cluster, spec)).message
@@ -270,7 +271,7 @@ async def test_no_answer_to_the_commit_within_the_deadline(cluster: Cluster) -> 
 
 
 async def test_a_computed_prompt_is_not_held_for_ever(pair: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefill_worker.service.HOLD_S", 0.1)
+    monkeypatch.setattr("prefill_worker.running.HOLD_S", 0.1)
     spec = pair.router.spec(20)
     await pair.started(spec)
     ended = await pair.router.hears(pair.p, "ended", spec)

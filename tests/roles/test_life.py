@@ -114,7 +114,7 @@ async def test_another_tenant_finds_nothing(pair: Cluster) -> None:
 async def test_chunks_arrive_before_the_prompt_is_computed(pair: Cluster) -> None:
     """The engine waits before the last chunk until the blocks of the former ones have landed."""
     landed: list[int] = []
-    place = pair.d.role.landed
+    place = pair.d.role.handoffs.landed
 
     def landing(key: HandoffKey, generation: int, indices: tuple[int, ...]) -> None:
         landed.extend(indices)
@@ -127,7 +127,7 @@ async def test_chunks_arrive_before_the_prompt_is_computed(pair: Cluster) -> Non
         seen.append(len(landed))
 
     seen: list[int] = []
-    pair.d.role.landed = landing  # type: ignore[method-assign]
+    pair.d.role.handoffs.landed = landing  # type: ignore[method-assign]
     pair.p.engine.before_step = before_step
     spec = pair.router.spec(6 * BLOCK)
     await pair.serve(spec)

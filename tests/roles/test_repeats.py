@@ -11,7 +11,8 @@ from baton.rpc.convert import process_to_wire
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
 from baton.worker.sending.sender import Sender
-from decode_worker.transfer_service import TransferService, WriterStream
+from decode_worker.transfer import TransferService
+from decode_worker.writer_streams import WriterStream
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
@@ -147,7 +148,7 @@ async def test_messages_about_nobody(pair: Cluster, tap: Tap) -> None:
     await pair.serve(pair.router.spec(5))
     stranger = pair.router.spec(5)
     (sender,) = pair.p.role.senders
-    (stream,) = pair.d.transfer._streams.values()
+    (stream,) = pair.d.streams
     about: dict[str, Any] = {"attempt": stranger.attempt, "handoff": 3}
     for from_decode in (
         {"grant": transfer_pb2.Grant(**about, generation=5, blocks=[1], write_token=b"x" * 16)},
@@ -180,7 +181,7 @@ async def test_a_malformed_prompt_is_answered(pair: Cluster) -> None:
 
 async def test_a_malformed_open_is_refused(pair: Cluster) -> None:
     await pair.serve(pair.router.spec(5))
-    (stream,) = pair.d.transfer._streams.values()
+    (stream,) = pair.d.streams
     before = pair.p.count("late_messages")
     message = transfer_pb2.OpenRequest(attempt=b"x" * 16, handoff=1, spec=wire.SequenceSpec(attempt=b"x" * 16))
     pair.d.transfer._open(stream, message)

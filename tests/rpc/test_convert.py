@@ -55,7 +55,7 @@ SPECS = st.builds(
 
 @given(SPECS, st.none() | st.floats(0, 1e6))
 def test_specs(spec: SequenceSpec, deadline_s: float | None) -> None:
-    message = wire.SequenceSpec.FromString(spec_to_wire(spec, deadline_s).SerializeToString())
+    message = wire.SequenceSpec.FromString(spec_to_wire(replace(spec, deadline_s=deadline_s)).SerializeToString())
     found = spec_from_wire(message)
     assert replace(found, deadline_s=None) == spec
     assert found.deadline_s == (None if deadline_s is None else pytest.approx(deadline_s))

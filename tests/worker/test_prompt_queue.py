@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from baton.worker.prompt_queue import AGEING_S, PRIORITY_S, PromptQueue
-from prefill_worker.attempt import Attempt
-from tests.prefill_worker.builders import attempt
+from prefill_worker.prompt import Prompt
+from tests.prefill_worker import builders
 
 NOW = 1000.0
 
 
-def waiting(left: float | None = None, at: float = NOW, priority: int = 0, length: int = 5) -> Attempt:
-    made = attempt(length, ttft_left_s=left, priority=priority)
+def waiting(left: float | None = None, at: float = NOW, priority: int = 0, length: int = 5) -> Prompt:
+    made = builders.waiting(length, ttft_left_s=left, priority=priority)
     made.received_at = at
     return made
 
@@ -23,9 +23,9 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue: PromptQueue[Attempt] = PromptQueue()
-        self.model: list[tuple[float, Attempt]] = []
-        self.gone: list[Attempt] = []
+        self.queue: PromptQueue[Prompt] = PromptQueue()
+        self.model: list[tuple[float, Prompt]] = []
+        self.gone: list[Prompt] = []
 
     @rule(
         priority=st.integers(-2, 2),
@@ -69,14 +69,14 @@ class QueueMachine(RuleBasedStateMachine):
 TestQueue = QueueMachine.TestCase
 
 
-def queue_of(*prompts: tuple[Attempt, float]) -> PromptQueue[Attempt]:
-    queue: PromptQueue[Attempt] = PromptQueue()
+def queue_of(*prompts: tuple[Prompt, float]) -> PromptQueue[Prompt]:
+    queue: PromptQueue[Prompt] = PromptQueue()
     for prompt, work in prompts:
         queue.push(prompt, work)
     return queue
 
 
-def drain(queue: PromptQueue[Attempt], now: float) -> list[Attempt]:
+def drain(queue: PromptQueue[Prompt], now: float) -> list[Prompt]:
     order = []
     while (first := queue.first(now)) is not None:
         queue.remove(first)
@@ -85,8 +85,8 @@ def drain(queue: PromptQueue[Attempt], now: float) -> list[Attempt]:
 
 
 def test_output_of_earlier_attempts_counts() -> None:
-    queue: PromptQueue[Attempt] = PromptQueue()
-    queue.push(attempt(5, output=(1, 2), max_tokens=9), 0.0)
+    queue: PromptQueue[Prompt] = PromptQueue()
+    queue.push(builders.waiting(5, output=(1, 2), max_tokens=9), 0.0)
     assert queue.tokens == 7
 
 

@@ -15,10 +15,14 @@ from baton.rpc.status import abort
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryServicer, add_RegistryServicer_to_server
 from baton.worker import registration
-from baton.worker.registration import Registration
+from baton.worker.registration import Membership
 from tests.rpc.waiting import until
 
 WORKER = wire.ProcessId(name="w", incarnation="w-1", address="127.0.0.1:1")
+
+
+REGISTERED: list[str] = []
+"""The routers that have taken the worker, in order."""
 
 
 class Registry(RegistryServicer):
@@ -40,6 +44,7 @@ class Registry(RegistryServicer):
             await abort(context, self.errors.pop(0))
         assert request.worker == WORKER
         self.forgotten = False
+        REGISTERED.append(self.router.incarnation)
         return wire.RegisterResponse(router=self.router, lease_ms=self.lease_ms)
 
     async def Renew(self, request: wire.RenewRequest, context: Any) -> wire.RenewResponse:
@@ -61,13 +66,11 @@ class Joining:
     """A registration under way."""
 
     def __init__(self, address: str) -> None:
-        self.routers: list[str] = []
+        REGISTERED.clear()
+        self.routers = REGISTERED
         self.stop = asyncio.Event()
-        made = Registration(address, lambda: wire.RegisterRequest(worker=WORKER), self._heard)
+        made = Membership(address, wire.RegisterRequest(worker=WORKER))
         self.task = asyncio.create_task(made.run(self.stop))
-
-    def _heard(self, router: wire.ProcessId) -> None:
-        self.routers.append(router.incarnation)
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from baton import errors
+from baton.messages import CancelCommand, Command, Freed
 from baton.rpc import lanes, link
 from baton.rpc.net import Server, open_channel, service, start_server
 from baton.rpc.status import from_rpc_error
@@ -19,7 +20,8 @@ from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerStub, add_WorkerServicer_to_server
 from baton.worker import service as worker_service
-from baton.worker.service import RouterSession, WorkerService, artifact_table
+from baton.worker.service import WorkerService, artifact_table
+from baton.worker.session import RouterSession
 from tests.rpc.waiting import until
 
 
@@ -31,9 +33,10 @@ class Handler:
         self.lost: list[str] = []
         self.on_cancel: Callable[[], None] = lambda: None
 
-    def on_command(self, router: RouterSession, frame: wire.RouterFrame) -> None:
+    def on_command(self, router: RouterSession, command: Command) -> None:
         self.on_cancel()
-        self.commands.append(frame.cancel.attempt.decode())
+        assert isinstance(command, CancelCommand)
+        self.commands.append(command.attempt.decode())
 
     def on_router_lost(self, router: RouterSession) -> None:
         self.lost.append(router.router.incarnation)
@@ -86,7 +89,7 @@ ARTIFACTS = artifact_table(b"x" * 200_000, b"small", b"")
 @pytest.fixture
 async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     monkeypatch.setattr(worker_service, "GRACE_S", 30.0)
-    worker = WorkerService(lambda: ProcessRef("w", "w-1", "here"), ARTIFACTS, Counts())
+    worker = WorkerService(ProcessRef("w", "w-1", "here"), ARTIFACTS, Counts())
     handler = Handler()
     worker.add_handler(handler)
     server = await start_server("127.0.0.1:0", [service(add_WorkerServicer_to_server, worker, "Worker")])
@@ -139,7 +142,7 @@ async def test_commands_arrive_and_frames_leave(bench: Bench) -> None:
     for number in (1, 2, 3):
         await call.write(cancel(number))
     await until(lambda: len(bench.handler.commands) == 3)
-    bench.session.send(freed=wire.Freed(attempt=b"1"))
+    bench.session.send(Freed(b"1"))
     frame = await freed(call)
     assert (frame.number, frame.acknowledged, frame.freed.attempt) == (1, 3, b"1")
     call.cancel()
@@ -151,7 +154,7 @@ async def test_a_broken_stream_is_taken_up_again(bench: Bench) -> None:
     await until(lambda: bench.handler.commands)
     call.cancel()
     await until(lambda: bench.session.streams == 0, "the break is noticed")
-    bench.session.send(freed=wire.Freed(attempt=b"kept"))
+    bench.session.send(Freed(b"kept"))
     call, hello = await bench.attach()
     assert (hello.resumed, hello.received) == (True, 1)
     await call.write(cancel(1))  # sent again: it may not have arrived
@@ -168,7 +171,7 @@ async def test_a_second_stream_takes_over(bench: Bench) -> None:
     for round_ in range(20):
         former, (call, hello) = call, await bench.attach(received=round_)
         assert hello.resumed
-        bench.session.send(freed=wire.Freed(attempt=b"new"))
+        bench.session.send(Freed(b"new"))
         assert (await freed(call)).number == round_ + 1
         assert await rest(former) == []
         await until(lambda: bench.session.streams == 1, "the former is gone")
@@ -231,7 +234,7 @@ async def test_a_new_session_loses_the_old_one_and_its_frames(bench: Bench) -> N
     assert bench.handler.lost == ["r-1"]
     assert not hello.resumed
     former.link.receive(cancel(1))  # was on the way
-    former.send(freed=wire.Freed())
+    former.send(Freed(b""))
     assert bench.handler.commands == []
     await new.write(cancel(1))
     await until(lambda: bench.handler.commands == ["1"])
@@ -256,7 +259,7 @@ async def test_a_router_that_does_not_acknowledge_is_given_up(bench: Bench, monk
     call, _ = await bench.attach()
     session = bench.session
     for number in range(200):
-        session.send(freed=wire.Freed(attempt=str(number).encode()))
+        session.send(Freed(str(number).encode()))
     await until(lambda: bench.handler.lost == ["r-1"])
     assert bench.worker.sessions == []
     call, hello = await bench.attach()

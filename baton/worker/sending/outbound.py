@@ -7,9 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.spec import HandoffKey, SequenceSpec, TokenLogprobs
+from baton.spec import HandoffKey, RefusalReason, SequenceSpec, TokenLogprobs
 from kvtransfer.handoffs.delivery import Delivery
-from kvtransfer.handoffs.messages import RefusalReason
 
 AGE_LIMIT_US = 3_600_000_000
 
@@ -92,7 +91,7 @@ class Outbound:
 
 
 class OutboundEvents(Protocol):
-    """What the prefill role hears of its handoffs, on the event loop."""
+    """What the role that holds the blocks hears of its handoffs, on the event loop."""
 
     def granted(self, outbound: Outbound) -> None:
         """The decode worker has reserved room."""

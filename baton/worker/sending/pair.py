@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -18,11 +17,10 @@ from baton import errors
 from baton.rpc.lanes import Lanes
 from baton.rpc.net import listens, open_channel
 from baton.rpc.status import from_rpc_error
-from baton.spec import ProcessRef
+from baton.spec import ProcessRef, RefusalReason
 from baton.v1 import transfer_pb2 as wire
 from baton.v1.transfer_pb2_grpc import TransferStub
 from kvtransfer.handoffs.leases import PeerLease
-from kvtransfer.handoffs.messages import RefusalReason
 from kvtransfer.transports.base import Channel, Transport
 
 HANDSHAKE_S = 5.0
@@ -59,7 +57,7 @@ class PairStream:
     def __init__(
         self,
         peer: ProcessRef,
-        handshake: Callable[[], wire.HandshakeRequest],
+        handshake: wire.HandshakeRequest,
         transports: dict[str, Transport],
         events: PairEvents,
         executor: Executor,
@@ -99,7 +97,7 @@ class PairStream:
         """Ends the stream for good."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._end("the prefill worker stops")
+        self._end("this worker stops")
 
     async def _run(self) -> None:
         while await self._until_wanted():
@@ -166,7 +164,7 @@ class PairStream:
         self._lease.asked(time.monotonic())
         try:
             async with asyncio.timeout(HANDSHAKE_S):
-                await call.write(wire.SenderFrame(handshake=self._handshake()))
+                await call.write(wire.SenderFrame(handshake=self._handshake))
                 frame = await call.read()
         except TimeoutError:
             raise errors.DeadlineExceeded(f"no answer to the handshake within {HANDSHAKE_S:g} s") from None

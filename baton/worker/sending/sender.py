@@ -9,22 +9,21 @@ before the peer has answered a later renewal. To close twice does no harm.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
 
 import structlog
 
 from baton import errors
-from baton.rpc.convert import handoff_from_wire, logprobs_to_wire, spec_to_wire
-from baton.spec import AttemptKey, HandoffKey, ProcessRef
+from baton.rpc.convert import handoff_from_wire, logprobs_to_wire, refusal_from_wire, spec_to_wire
+from baton.spec import AttemptKey, HandoffKey, ProcessRef, RefusalReason
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
-from baton.v1 import worker_pb2
 from baton.worker.sending.mover import Mover
 from baton.worker.sending.outbound import Outbound, OutboundEvents
 from baton.worker.sending.pair import PairStream
 from kvtransfer.handoffs.delivery import DeliveryState, GrantAnswer
-from kvtransfer.handoffs.messages import RefusalReason, Ticket
+from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import Channel, Transport
 
 log = structlog.get_logger(__name__)
@@ -39,7 +38,7 @@ class Sender:
     def __init__(
         self,
         peer: ProcessRef,
-        handshake: Callable[[], wire.HandshakeRequest],
+        handshake: wire.HandshakeRequest,
         transports: dict[str, Transport],
         events: OutboundEvents,
         executor: Executor,
@@ -48,7 +47,7 @@ class Sender:
     ) -> None:
         self.peer = peer
         self._events, self._deadline_s, self._counts = events, deadline_s, counts
-        self._incarnation = handshake().process.incarnation
+        self._incarnation = handshake.process.incarnation
         self._outbound: dict[AttemptKey, Outbound] = {}
         self._owed: dict[HandoffKey, str] = {}
         self._said: dict[HandoffKey, tuple[int, str]] = {}  # closes that may be lost if the stream breaks
@@ -114,7 +113,6 @@ class Sender:
         self._forget(outbound)
 
     def send_close(self, key: HandoffKey, reason: str) -> None:
-        """See `Closer`."""
         if self._stream.up:
             number = self._stream.send(close=wire.CloseNotice(attempt=key.attempt, handoff=key.handoff, reason=reason))
             self._said = {k: said for k, said in self._said.items() if said[0] > self._stream.heard}
@@ -131,11 +129,9 @@ class Sender:
 
     @property
     def has_business(self) -> bool:
-        """See `PairEvents`."""
         return bool(self._owed or self._outbound)
 
     def stream_up(self) -> None:
-        """See `PairEvents`."""
         owed, self._owed = self._owed, {}
         for key, reason in owed.items():
             self.send_close(key, reason)
@@ -143,7 +139,6 @@ class Sender:
             self._open(outbound)
 
     def stream_down(self, reason: RefusalReason, message: str) -> None:
-        """See `PairEvents`."""
         self._owed |= {key: why for key, (number, why) in self._said.items() if number > self._stream.heard}
         self._said.clear()
         if self.closed:
@@ -152,11 +147,9 @@ class Sender:
             self._fail(outbound, reason, message)
 
     async def move(self, channel: Channel) -> None:
-        """See `PairEvents`."""
         await self._mover.run(channel)
 
     def take(self, frame: wire.ReceiverFrame) -> None:
-        """See `PairEvents`."""
         kind = frame.WhichOneof("body")
         if kind == "grant":
             self._granted(frame.grant)
@@ -230,21 +223,22 @@ class Sender:
 
     def _open(self, outbound: Outbound) -> None:
         outbound.transport = self._stream.transport
-        spec, key = spec_to_wire(outbound.spec, outbound.time_left_s), outbound.key
+        key = outbound.key
         request = wire.OpenRequest(
-            attempt=key.attempt, handoff=key.handoff, spec=spec, transport=self._stream.transport
+            attempt=key.attempt,
+            handoff=key.handoff,
+            spec=spec_to_wire(replace(outbound.spec, deadline_s=outbound.time_left_s, ttft_left_s=None)),
+            transport=self._stream.transport,
         )
         self._stream.send(open=request)
 
     # -- what the mover reports ----------------------------------------------------------------------------------
 
     def handed_out(self, outbound: Outbound) -> None:
-        """See `MoverEvents`."""
         if self._outbound.get(outbound.key.attempt) is outbound:
             self.advance(outbound)
 
     def wrote(self, outbound: Outbound) -> None:
-        """See `MoverEvents`."""
         if self._outbound.get(outbound.key.attempt) is outbound:
             self.advance(outbound)
         else:
@@ -252,7 +246,6 @@ class Sender:
         self._events.settled(outbound)
 
     def write_failed(self, outbound: Outbound, key: HandoffKey, error: errors.BatonError) -> None:
-        """See `MoverEvents`."""
         self._counts.add("writes_failed")
         log.warning("write failed", handoff=str(key), peer=self.peer.name, error=str(error))
         if self._outbound.get(key.attempt) is outbound and key == outbound.key:
@@ -287,6 +280,5 @@ class Sender:
         outbound.close_ended()
 
 
-def _reason(value: int) -> RefusalReason:
-    name = worker_pb2.RefusalReason.Name(value).removeprefix("REFUSAL_REASON_")  # type: ignore[arg-type]
-    return RefusalReason[name] if name in RefusalReason.__members__ else RefusalReason.UNREACHABLE
+def _reason(number: int) -> RefusalReason:
+    return refusal_from_wire(number) or RefusalReason.UNREACHABLE  # UNSPECIFIED is 0

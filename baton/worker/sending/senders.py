@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from baton.rpc.convert import process_to_wire
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
-from baton.v1 import admin_pb2 as admin
 from baton.v1 import transfer_pb2 as wire
 from baton.worker.sending.outbound import OutboundEvents
 from baton.worker.sending.sender import Sender
@@ -25,7 +23,7 @@ class Senders:
 
     def __init__(
         self,
-        handshake: Callable[[], wire.HandshakeRequest],
+        handshake: wire.HandshakeRequest,
         transports: dict[str, Transport],
         events: OutboundEvents,
         deadline_s: float,
@@ -49,15 +47,11 @@ class Senders:
 
     def by_transport(self) -> Counter[str]:
         """Connected peers."""
-        return Counter(sender.transport for sender in self if sender.transport)
+        return Counter(sender.transport for sender in self.connected())
 
-    def pairs(self) -> list[admin.Pair]:
-        """Connected peers, one by one."""
-        return [
-            admin.Pair(peer=process_to_wire(sender.peer), transport=sender.transport, handoffs=sender.handoffs)
-            for sender in self
-            if sender.transport
-        ]
+    def connected(self) -> list[Sender]:
+        """Those whose control stream is up."""
+        return [sender for sender in self if sender.transport]
 
     def to(self, peer: ProcessRef) -> Sender:
         """The sender to exactly this incarnation; a fresh one where the former has closed."""

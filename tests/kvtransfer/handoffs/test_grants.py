@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from baton.spec import HandoffKey
+from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
-from kvtransfer.handoffs.messages import Aborted, Grant, Refusal, RefusalReason
+from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
 from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
 
 ATTEMPT = bytes(16)

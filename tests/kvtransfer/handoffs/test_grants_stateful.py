@@ -9,10 +9,10 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from baton.spec import HandoffKey
+from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
-from kvtransfer.handoffs.messages import Aborted, Grant, RefusalReason, Ticket
+from kvtransfer.handoffs.messages import Aborted, Grant, Ticket
 from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
 
 BLOCKS = 24

@@ -10,10 +10,10 @@ import gc
 import random
 import sys
 
-from baton.spec import HandoffKey
+from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
-from kvtransfer.handoffs.messages import Grant, RefusalReason
+from kvtransfer.handoffs.messages import Grant
 from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
 
 GRANTS = 100_000

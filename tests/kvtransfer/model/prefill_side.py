@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from baton.spec import HandoffKey
+from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.handoffs.delivery import DeliveryState, GrantAnswer
-from kvtransfer.handoffs.messages import RefusalReason, Ticket
+from kvtransfer.handoffs.messages import Ticket
 from tests.kvtransfer.model.state import OVER, Attempt, Message, State, Violation, Write
 
 

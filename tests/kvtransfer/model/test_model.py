@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from baton.spec import HandoffKey
+from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.handoffs.grants import GrantLedger, _Entry
-from kvtransfer.handoffs.messages import RefusalReason
 from kvtransfer.handoffs.outcomes import Outcome
 from tests.kvtransfer.model.explorer import Explorer, Found
 from tests.kvtransfer.model.state import Attempt, Case

@@ -12,20 +12,26 @@ import pytest
 from baton.config import PathChoice, RoleName
 from baton.cost import StepCost
 from baton.errors import ResourceExhausted
-from baton.spec import Objectives, ProcessRef, Sampling, SequenceSpec
+from baton.messages import LoadReport
+from baton.spec import Objectives, ProcessRef, RequestSpec, Sampling
 from baton.telemetry import Counts
-from baton.v1 import worker_pb2 as wire
+from kvtransfer.blocks.layout import KvLayout
+from kvtransfer.blocks.prefix import Digests
+from router.placement.offers import Way
+from router.placement.policy import Plan
 from router.placement.snapshot import Demand, Queued
+from router.requests.admitted import Admitted
 from router.requests.attempt import Attempt
-from router.requests.order import Order
+from router.requests.commands import Commands
 from router.requests.placer import FIRST_LOOK, PROBE_S, SECOND_LOOK, Placer
 from router.text.detokenisation import OutputText
 from router.workers.link import WorkerLink
+from router.workers.prefixes import Prefixes, digests_of
 from router.workers.registry import ServedModel
-from router.workers.worker import Layout, ModelCard, Registration, Worker
+from router.workers.worker import ModelCard, Registration, Worker
 
 ROUTER = ProcessRef("router", "r-1", "")
-CARD = ModelCard("m", "f" * 32, 4096, 1000, frozenset(), "", "", Layout(1, 16, 2, 1, 4, "float32", 0, 1))
+CARD = ModelCard("m", "f" * 32, 4096, 1000, frozenset(), "", "", KvLayout(2, 1, 4, "float32"))
 COST = StepCost(chunk=0.001, per_token=0.001, step=0.005, per_sequence=0.001)
 COUNT = 4 * FIRST_LOOK
 
@@ -34,7 +40,7 @@ pytestmark = pytest.mark.asyncio
 
 def worker(role: RoleName, index: int, blocks: int = 64) -> Worker:
     process = ProcessRef(f"{role}-{index:02}", os.urandom(4).hex(), "")
-    link = WorkerLink(process, ROUTER, on_frame=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
+    link = WorkerLink(process, ROUTER, on_event=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
     link.attached = True
     made = Worker(Registration(process, frozenset({role}), CARD, blocks, 8, ()), link, 0.0, language_ready=True)
     made.cost = COST
@@ -49,11 +55,46 @@ def busy(at: Worker, seconds: float, rank: float) -> None:
     at.prefill.place(os.urandom(16), round(seconds * 1000), Queued(rank, seconds))
 
 
-def order(ttft_ms: float | None, refuses: bool = True, tokens: int = 100) -> Order:
+class Cached(Prefixes):
+    """What each worker holds, as the test says."""
+
+    def __init__(self, tokens: dict[Worker, int]) -> None:
+        super().__init__(0, Counts())
+        self.tokens = tokens
+
+    def cached_tokens(self, card: ModelCard, known: int, digests: Digests) -> dict[Worker, int]:
+        return self.tokens
+
+
+def placer(path: PathChoice, counts: Counts | None = None, cached: dict[Worker, int] | None = None) -> Placer:
+    return Placer(path, Cached(cached or {}), counts or Counts())
+
+
+def request(
+    ttft_ms: float | None, of: ServedModel, refuses: bool = True, tokens: int = 100, tpot_ms: float | None = None
+) -> Admitted:
     prompt = tuple(range(tokens))
-    spec = SequenceSpec(bytes(16), "r", prompt, Sampling(), 8, ROUTER, objectives=Objectives(ttft_ms=ttft_ms))
+    spec = RequestSpec(
+        request_id="r", prompt=prompt, sampling=Sampling(), max_tokens=8, router=ROUTER,
+        objectives=Objectives(ttft_ms, tpot_ms),
+    )  # fmt: skip
     now = asyncio.get_running_loop().time()
-    return Order(spec, cast(OutputText, None), Demand(8, tokens), now, now + 60, 10.0, refuses)
+    return Admitted(
+        spec=spec, model=of, text=cast(OutputText, None), demand=Demand(8, tokens), digests=digests_of(CARD, prompt,
+        ""), arrived=now, deadline=now + 60, handoff_wait_s=10.0, refuses=refuses,
+    )  # fmt: skip
+
+
+def bound(decode: Worker, demand: Demand, tpot_ms: float | None = None) -> Attempt:
+    """An attempt that is bound to this worker."""
+    counts, prefill = Counts(), worker("prefill", 0)
+    admitted = replace(request(None, model(prefill, decode), tpot_ms=tpot_ms), demand=demand)
+    plan = Plan(prefill.name, Way.PREFILL, True, "", ())
+    attempt = Attempt(admitted, prefill, plan, placer("disaggregated", counts), Commands(counts), counts)
+    attempt.start()
+    attempt.bind()
+    assert attempt.decode is decode
+    return attempt
 
 
 async def test_the_least_busy_are_looked_at_and_the_rest_is_counted() -> None:
@@ -61,13 +102,13 @@ async def test_the_least_busy_are_looked_at_and_the_rest_is_counted() -> None:
     for index, each in enumerate(prefills):
         busy(each, 10.0 - index * 0.1, 0.0)
     decodes = [worker("decode", index) for index in range(COUNT)]
-    placer = Placer("disaggregated", Counts())
-    chosen, found = placer.place(order(None), model(*prefills, *decodes), {})
+    placed = placer("disaggregated")
+    chosen, found = placed.place(request(None, model(*prefills, *decodes)))
     assert chosen is prefills[-1]
     assert [candidate.name for candidate in found.candidates] == [
         each.name for each in prefills[: -FIRST_LOOK - 1 : -1]
     ]
-    (told,) = placer.explanations.find("", "r")
+    (told,) = placed.explanations.find("", "r")
     assert len(told.candidates) + told.others == COUNT, "decode workers compute no prompts on this path"
 
 
@@ -77,12 +118,12 @@ async def test_nobody_is_refused_before_the_others_were_asked() -> None:
     for each in prefills[:-1]:
         busy(each, 5.0, rank=-1e9)
     busy(prefills[-1], 50.0, rank=1e9)
-    chosen, found = Placer("disaggregated", Counts()).place(order(500.0), model(*prefills, worker("decode", 0)), {})
+    chosen, found = placer("disaggregated").place(request(500.0, model(*prefills, worker("decode", 0))))
     assert chosen is prefills[-1]
     assert found.meets
     assert len(found.candidates) == COUNT <= SECOND_LOOK
     with pytest.raises(ResourceExhausted):
-        Placer("disaggregated", Counts()).place(order(50.0), model(*prefills, worker("decode", 0)), {})
+        placer("disaggregated").place(request(50.0, model(*prefills, worker("decode", 0))))
 
 
 async def test_a_cached_prefix_counts_among_equals() -> None:
@@ -90,9 +131,8 @@ async def test_a_cached_prefix_counts_among_equals() -> None:
     for each in prefills:
         busy(each, 1.0, 0.0)
     holder = prefills[COUNT // 2]
-    chosen, _ = Placer("disaggregated", Counts()).place(
-        order(None), model(*prefills, worker("decode", 0)), {holder: 64}
-    )
+    cached = placer("disaggregated", cached={holder: 64})
+    chosen, _ = cached.place(request(None, model(*prefills, worker("decode", 0))))
     assert chosen is holder
 
 
@@ -100,7 +140,7 @@ async def test_small_pools_take_nobodys_place_among_the_first() -> None:
     small = [worker("prefill", index, blocks=1) for index in range(FIRST_LOOK)]
     large = worker("prefill", 99)
     busy(large, 1.0, 0.0)
-    chosen, _ = Placer("disaggregated", Counts()).place(order(None), model(*small, large, worker("decode", 0)), {})
+    chosen, _ = placer("disaggregated").place(request(None, model(*small, large, worker("decode", 0))))
     assert chosen is large
 
 
@@ -109,7 +149,7 @@ async def test_a_decode_worker_with_room_is_found_behind_full_ones() -> None:
     for each in decodes[:-1]:
         each.decode.bind(os.urandom(16), Demand(60, 1))  # all blocks promised, few tokens known
     decodes[-1].decode.bind(os.urandom(16), Demand(4, 64))
-    choice = Placer("disaggregated", Counts()).choose_decode(model(*decodes), order(None), {}, frozenset(), "")
+    choice = placer("disaggregated").choose_decode(request(None, model(*decodes)), frozenset(), "")
     assert choice is not None
     assert choice.has_room
     assert choice.worker is decodes[-1]
@@ -118,14 +158,14 @@ async def test_a_decode_worker_with_room_is_found_behind_full_ones() -> None:
 async def test_those_that_refused_are_left_out_before_the_look() -> None:
     decodes = [worker("decode", index) for index in range(COUNT)]
     refused = {each.process.incarnation for each in decodes[:-2]}
-    placer = Placer("disaggregated", Counts())
-    choice = placer.choose_decode(model(*decodes), order(None), {}, refused, decodes[-2].name)
+    placed = placer("disaggregated")
+    choice = placed.choose_decode(request(None, model(*decodes)), refused, decodes[-2].name)
     assert choice is not None
     assert choice.worker is decodes[-1]
-    only = placer.choose_decode(model(*decodes[:-1]), order(None), {}, refused, decodes[-2].name)
+    only = placed.choose_decode(request(None, model(*decodes[:-1])), refused, decodes[-2].name)
     assert only is not None
     assert only.worker is decodes[-2], "the one to avoid, where there is no other"
-    assert placer.choose_decode(model(*decodes[:-2]), order(None), {}, refused, "") is None
+    assert placed.choose_decode(request(None, model(*decodes[:-2])), refused, "") is None
 
 
 @pytest.mark.parametrize("path", ["adaptive", "disaggregated"])
@@ -133,58 +173,58 @@ async def test_the_decode_worker_that_can_hold_it_is_found_behind_many_small_one
     small = [worker("decode", index, blocks=4) for index in range(SECOND_LOOK)]
     large = worker("decode", 99)
     large.decode.bind(os.urandom(16), Demand(10, 160))
-    prefill, placer = worker("prefill", 0), Placer(path, Counts())
-    placer.place(order(None), model(prefill, *small, large), {})
-    choice = placer.choose_decode(model(prefill, *small, large), order(None), {}, frozenset(), "")
+    prefill, placed = worker("prefill", 0), placer(path)
+    placed.place(request(None, model(prefill, *small, large)))
+    choice = placed.choose_decode(request(None, model(prefill, *small, large)), frozenset(), "")
     assert choice is not None
     assert choice.worker is large
     with pytest.raises(ResourceExhausted, match="no decode worker's pool has 8 blocks") as caught:
-        placer.place(order(None), model(prefill, *small), {})
+        placed.place(request(None, model(prefill, *small)))
     assert (caught.value.constraint, caught.value.retry_after_s) == ("decode_blocks", None)
     with pytest.raises(ResourceExhausted, match="no prefill worker's pool has 7 blocks"):
-        Placer("disaggregated", Counts()).place(order(None), model(worker("prefill", 1, blocks=6), large), {})
+        placer("disaggregated").place(request(None, model(worker("prefill", 1, blocks=6), large)))
 
 
 async def test_what_is_on_the_way_for_one_model_does_not_count_for_another() -> None:
-    placer, pair = Placer("adaptive", Counts()), model(worker("prefill", 0), worker("decode", 0))
+    placed, pair = placer("adaptive"), model(worker("prefill", 0), worker("decode", 0))
     other = ServedModel(replace(CARD, name="other"))
     attempts = [os.urandom(16) for _ in range(3)]
     for attempt in attempts:
-        placer.placed(other, attempt, 500)
-    assert placer._ask(order(None), 0.0, pair.card.name, 2).unbound == 0
-    placer.placed(pair, os.urandom(16), 100)
-    asked = placer._ask(order(None), 0.0, pair.card.name, 4)
+        placed.placed(other, attempt, 500)
+    assert placed._ask(request(None, pair), 0.0, pair.card.name, 2).unbound == 0
+    placed.placed(pair, os.urandom(16), 100)
+    asked = placed._ask(request(None, pair), 0.0, pair.card.name, 4)
     assert (asked.unbound, asked.unbound_tokens) == (0.25, 25.0)
     for attempt in attempts * 2:
-        placer.settled(attempt)
-    assert placer.unbound == 1
-    assert list(placer._on_the_way) == ["m"]
+        placed.settled(attempt)
+    assert placed.unbound == 1
+    assert list(placed._on_the_way) == ["m"]
 
 
 async def test_an_idle_worker_is_not_doubted_for_ever() -> None:
     """A slow minute taught that all takes three times as long: who wants to be refused would be, and nothing would
     ever show that the minute is over."""
     counts, prefill = Counts(), worker("prefill", 0)
-    placer, there = Placer("disaggregated", counts), model(prefill, worker("decode", 0))
+    placed, there = placer("disaggregated", counts), model(prefill, worker("decode", 0))
     for _ in range(64):
         prefill.accuracy.observe(0.1, 0.3)
     assert prefill.accuracy.factor > 2
     with pytest.raises(ResourceExhausted):
-        placer.place(order(200.0), there, {})
+        placed.place(request(200.0, there))
     assert prefill.probed_at is not None, "from now on it may be"
     prefill.probed_at -= PROBE_S
     with pytest.raises(ResourceExhausted):
-        placer.place(order(5.0), there, {})  # further off than any slow minute
+        placed.place(request(5.0, there))  # further off than any slow minute
     prefill.prefill.place(b"x" * 16, 10)
     with pytest.raises(ResourceExhausted):
-        placer.place(order(200.0), there, {})  # it computes: that will teach it
+        placed.place(request(200.0, there))  # it computes: that will teach it
     prefill.prefill.release(b"x" * 16, 0.0)
-    chosen, found = placer.place(order(200.0), there, {})
+    chosen, found = placed.place(request(200.0, there))
     assert chosen is prefill
     assert not found.meets, "and the promise is what is believed"
     assert "let in to see" in found.reason
     assert counts.snapshot() == {"refused_ttft": 3, "probes": 1, "placed_missing_ttft": 1}
-    _, again = placer.place(order(200.0), there, {})
+    _, again = placed.place(request(200.0, there))
     assert again.meets, "what was believed is forgotten"
 
 
@@ -195,27 +235,25 @@ async def test_what_was_learned_of_a_busy_worker_is_believed() -> None:
     prefill.probed_at = now - 2 * PROBE_S
     prefill.accuracy.observe(0.1, 0.1, now=now - 1.0)
     with pytest.raises(ResourceExhausted):
-        Placer("disaggregated", Counts()).place(order(60.0), model(prefill, worker("decode", 0)), {})
+        placer("disaggregated").place(request(60.0, model(prefill, worker("decode", 0))))
 
 
 async def test_a_sequence_whose_objective_no_step_can_keep_is_in_nobodys_way() -> None:
     decode = worker("decode", 0)
     assert (decode.keepable(1.0), decode.keepable(0.001), decode.keepable(None)) == (1.0, None, None)
-    attempt = Attempt(os.urandom(16), worker("prefill", 0))
-    attempt.bind(decode, Demand(4, 60), 0.001)
+    bound(decode, Demand(4, 60), 1.0)
     assert decode.decode.strictest_s is None
 
 
 async def test_what_is_on_its_way_is_taken_off_once() -> None:
     """Half a pool was free here and counted as taken, as long as two prompts of a quarter each were computed."""
     decode = worker("decode", 0)
-    attempts = [Attempt(os.urandom(16), worker("prefill", 0)) for _ in range(2)]
-    for attempt in attempts:
-        attempt.bind(decode, Demand(16, 60), None)
-    decode.reported(wire.LoadReport(free_blocks=32, held_blocks=32, granted_blocks=32))
+    attempts = [bound(decode, Demand(16, 60)) for _ in range(2)]
+    decode.reported(LoadReport(free_blocks=32, held_blocks=32, granted_blocks=32))
     assert decode.decode.free_blocks == 32
-    attempts[0].resident()
-    decode.reported(wire.LoadReport(free_blocks=32, held_blocks=32, granted_blocks=16))
+    assert attempts[0].started(attempts[0].prefill)
+    attempts[0].decodes(None)
+    decode.reported(LoadReport(free_blocks=32, held_blocks=32, granted_blocks=16))
     assert decode.decode.free_blocks == 32
 
 
@@ -223,6 +261,6 @@ async def test_a_placement_without_a_promise_is_counted() -> None:
     """Tokens decide where a worker has not told its costs; an operator should see that."""
     counts, silent = Counts(), worker("prefill", 0)
     silent.cost = None
-    _, found = Placer("adaptive", counts).place(order(50.0), model(silent, worker("decode", 0)), {})
+    _, found = placer("adaptive", counts).place(request(50.0, model(silent, worker("decode", 0))))
     assert (found.ttft_s, found.meets) == (None, True)
     assert counts.snapshot() == {"placed_unpredicted": 1}

@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import Internal, ResourceExhausted
-from baton.spec import Objectives, TokenLogprobs
+from baton.spec import FinishReason, Objectives, TokenLogprobs
 from baton.v1 import generation_pb2 as gen
 from router.clients.events import tokens
-from router.requests.streams import ClientStream, Piece
-from router.requests.timeline import Marks, Outcome, Path, Reason
+from router.requests.stream import ClientStream, Piece
+from router.requests.timeline import Marks, Outcome, Path
 
-OUTCOME = Outcome(Reason.LENGTH, "", 1, 1, Marks(0.0), 1.0, 1, 1, "p", "d", Path.DISAGGREGATED, Objectives())
+OUTCOME = Outcome(
+    FinishReason.LENGTH, "", 1, 1, Marks(0.0), None, None, 1.0, 1, 1, "p", "d", Path.DISAGGREGATED, Objectives()
+)
 
 
 class Wire:

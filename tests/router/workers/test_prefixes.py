@@ -10,25 +10,27 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from baton.spec import ProcessRef, Sampling, SequenceSpec
+from baton.messages import CacheUpdate
+from baton.rpc.frames import event_to_frame
+from baton.spec import ProcessRef
 from baton.telemetry import Counts
-from baton.v1 import worker_pb2 as wire
 from baton.worker.cache_events import CacheFeed
+from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.pool import BlockPool, CacheChange
 from kvtransfer.blocks.prefix import block_digests
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.worker import Layout, ModelCard, Registration, Worker
+from router.workers.worker import ModelCard, Registration, Worker
 
 ROUTER = ProcessRef("router", "r-1", "")
-CARD = ModelCard("m", "f" * 32, 4096, 1000, frozenset(), "", "", Layout(1, 16, 2, 1, 4, "float32", 0, 1))
+CARD = ModelCard("m", "f" * 32, 4096, 1000, frozenset(), "", "", KvLayout(2, 1, 4, "float32"))
 DIGESTS = [bytes([n]) * 16 for n in range(12)]
 
 
 def make_worker(name: str) -> Worker:
     """One whose stream is never started: what is sent to it waits in `sent`."""
     process = ProcessRef(name, os.urandom(4).hex(), "")
-    link = WorkerLink(process, ROUTER, on_frame=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
+    link = WorkerLink(process, ROUTER, on_event=lambda _: None, on_state=lambda: None, on_lost=lambda _: None)
     return Worker(Registration(process, frozenset({"prefill"}), CARD, 64, 8, ()), link, 0.0)
 
 
@@ -38,13 +40,12 @@ def sent(worker: Worker) -> list[int]:
     return [frame.cache_sync.sync for frame in frames if frame.WhichOneof("body") == "cache_sync"]
 
 
-def events(sync: int, sequence: int, *inserted: bytes, evicted: tuple[bytes, ...] = ()) -> wire.WorkerFrame:
-    body = wire.CacheEvents(sync=sync, sequence=sequence, inserted=inserted, evicted=evicted)
-    return wire.WorkerFrame(cache_events=body)
+def events(sync: int, sequence: int, *inserted: bytes, evicted: tuple[bytes, ...] = ()) -> CacheUpdate:
+    return CacheUpdate(sync, sequence, inserted, evicted)
 
 
-def spec(prompt: tuple[int, ...], salt: str = "", output: tuple[int, ...] = ()) -> SequenceSpec:
-    return SequenceSpec(bytes(16), "r", prompt, Sampling(), 64, ROUTER, output=output, tenant_salt=salt)
+def cached(prefixes: Prefixes, tokens: tuple[int, ...], salt: str = "") -> dict[Worker, int]:
+    return prefixes.cached_tokens(CARD, len(tokens), digests_of(CARD, tokens, salt))
 
 
 def test_a_gap_costs_the_knowledge_and_asks_again() -> None:
@@ -53,15 +54,15 @@ def test_a_gap_costs_the_knowledge_and_asks_again() -> None:
     for joined in (worker, other):
         prefixes.on_joined(joined)
         assert sent(joined) == [1]
-        prefixes.on_frame(joined, events(1, 1, *DIGESTS[:3]))
-    prefixes.on_frame(worker, events(1, 3, DIGESTS[4]))
+        prefixes.on_update(joined, events(1, 1, *DIGESTS[:3]))
+    prefixes.on_update(worker, events(1, 3, DIGESTS[4]))
     assert sent(worker) == [2]
     assert (prefixes.held_by(worker), len(prefixes)) == (frozenset(), 3), "the other's is untouched"
-    prefixes.on_frame(worker, events(1, 4, DIGESTS[5]))
+    prefixes.on_update(worker, events(1, 4, DIGESTS[5]))
     assert prefixes.held_by(worker) == frozenset(), "sent before it heard of the sync"
-    prefixes.on_frame(worker, events(2, 2, DIGESTS[5]))
+    prefixes.on_update(worker, events(2, 2, DIGESTS[5]))
     assert sent(worker) == [3], "the first one was missing"
-    prefixes.on_frame(worker, events(3, 1, DIGESTS[6]))
+    prefixes.on_update(worker, events(3, 1, DIGESTS[6]))
     assert prefixes.held_by(worker) == {DIGESTS[6]}
     assert (counts.snapshot()["cache_gaps"], counts.snapshot()["cache_syncs"]) == (2, 4)
 
@@ -69,10 +70,10 @@ def test_a_gap_costs_the_knowledge_and_asks_again() -> None:
 def test_a_lost_worker_is_forgotten_and_late_events_change_nothing() -> None:
     worker, prefixes = make_worker("w"), Prefixes(100, Counts())
     prefixes.on_joined(worker)
-    prefixes.on_frame(worker, events(1, 1, *DIGESTS))
+    prefixes.on_update(worker, events(1, 1, *DIGESTS))
     prefixes.on_lost(worker)
     prefixes.on_lost(worker)
-    prefixes.on_frame(worker, events(1, 2, *DIGESTS))
+    prefixes.on_update(worker, events(1, 2, *DIGESTS))
     assert len(prefixes) == 0
     assert prefixes.held_by(worker) == frozenset()
 
@@ -81,17 +82,17 @@ def test_a_digest_of_another_length_ends_the_feed() -> None:
     worker, counts = make_worker("w"), Counts()
     prefixes = Prefixes(100, counts)
     prefixes.on_joined(worker)
-    prefixes.on_frame(worker, events(1, 1, DIGESTS[0], bytes(17)))
-    prefixes.on_frame(worker, events(1, 2, DIGESTS[1]))
+    prefixes.on_update(worker, events(1, 1, DIGESTS[0], bytes(17)))
+    prefixes.on_update(worker, events(1, 2, DIGESTS[1]))
     assert (len(prefixes), counts.snapshot()["cache_events_refused"]) == (0, 1)
 
 
 def test_without_room_nothing_is_asked_for() -> None:
     worker, prefixes = make_worker("w"), Prefixes(0, Counts())
     prefixes.on_joined(worker)
-    prefixes.on_frame(worker, events(1, 1, *DIGESTS))
+    prefixes.on_update(worker, events(1, 1, *DIGESTS))
     assert sent(worker) == []
-    assert (len(prefixes), prefixes.cached_tokens(CARD, spec((1,) * 40))) == (0, {})
+    assert (len(prefixes), cached(prefixes, (1,) * 40)) == (0, {})
     prefixes.on_lost(worker)
 
 
@@ -101,7 +102,7 @@ def test_memory_is_bounded_and_what_goes_is_counted() -> None:
     for worker in workers:
         prefixes.on_joined(worker)
         for sequence in range(1, 11):
-            prefixes.on_frame(worker, events(1, sequence, *(os.urandom(16) for _ in range(100))))
+            prefixes.on_update(worker, events(1, sequence, *(os.urandom(16) for _ in range(100))))
     assert len(prefixes) == 1000
     assert counts.snapshot()["prefix_blocks_dropped"] == 3000
 
@@ -111,16 +112,16 @@ def test_tokens_that_need_no_computing() -> None:
     prompt = tuple(range(64))
     for worker, blocks in ((near, 4), (far, 2)):
         prefixes.on_joined(worker)
-        prefixes.on_frame(worker, events(1, 1, *block_digests(prompt, 16, "tenant", CARD.fingerprint)[:blocks]))
-    assert prefixes.cached_tokens(CARD, spec((*prompt, 1), "tenant")) == {near: 64, far: 32}
-    kept = digests_of(CARD, spec((*prompt, 1), "tenant"))
+        prefixes.on_update(worker, events(1, 1, *block_digests(prompt, 16, "tenant", CARD.fingerprint)[:blocks]))
+    assert cached(prefixes, (*prompt, 1), "tenant") == {near: 64, far: 32}
+    kept = digests_of(CARD, (*prompt, 1), "tenant")
     for _ in range(2):
-        assert prefixes.cached_tokens(CARD, spec((*prompt, 1), "tenant"), kept) == {near: 64, far: 32}
-    assert prefixes.cached_tokens(CARD, spec(prompt, "tenant")) == {near: 48, far: 32}, "the last one is computed"
-    assert prefixes.cached_tokens(CARD, spec(prompt[:20], "tenant", prompt[20:50])) == {near: 48, far: 32}
-    assert prefixes.cached_tokens(CARD, spec((*prompt, 1), "another")) == {}
-    assert prefixes.cached_tokens(CARD, spec((7, *prompt), "tenant")) == {}
-    assert prefixes.cached_tokens(CARD, spec((1,), "tenant")) == {}
+        assert prefixes.cached_tokens(CARD, 65, kept) == {near: 64, far: 32}
+    assert cached(prefixes, prompt, "tenant") == {near: 48, far: 32}, "the last one is computed"
+    assert cached(prefixes, prompt[:50], "tenant") == {near: 48, far: 32}
+    assert cached(prefixes, (*prompt, 1), "another") == {}
+    assert cached(prefixes, (7, *prompt), "tenant") == {}
+    assert cached(prefixes, (1,), "tenant") == {}
 
 
 def test_what_comes_and_goes_between_two_messages_is_not_told() -> None:
@@ -142,7 +143,7 @@ def test_a_large_pool_is_told_in_small_pieces() -> None:
     feed.changed(CacheChange.EVICTED, (4999).to_bytes(16, "big"))
     while feed.due:
         piece = feed.take()
-        assert piece.ByteSize() < 32 * 1024
+        assert event_to_frame(piece).ByteSize() < 32 * 1024
         known |= set(piece.inserted)
     assert known == {n.to_bytes(16, "big") for n in range(4999)}
 
@@ -163,7 +164,7 @@ class FeedMachine(RuleBasedStateMachine):
         self.pools = [BlockPool(6) for _ in range(3)]
         self.workers = [make_worker(f"w{n}") for n in range(3)]
         self.feeds: list[CacheFeed | None] = [None] * 3
-        self.way: list[deque[wire.WorkerFrame]] = [deque() for _ in range(3)]
+        self.way: list[deque[CacheUpdate]] = [deque() for _ in range(3)]
         for n, pool in enumerate(self.pools):
             pool.listeners.append(partial(self.changed, n))
             self.prefixes.on_joined(self.workers[n])
@@ -189,20 +190,20 @@ class FeedMachine(RuleBasedStateMachine):
     def tell(self, n: int) -> None:
         feed = self.feeds[n]
         if feed is not None and feed.due:
-            self.way[n].append(wire.WorkerFrame(cache_events=feed.take()))
+            self.way[n].append(feed.take())
 
     @rule(n=st.integers(0, 2), lost=st.booleans())
     def frame_arrives(self, n: int, lost: bool) -> None:
         if self.way[n]:
             frame = self.way[n].popleft()
             if not lost:
-                self.prefixes.on_frame(self.workers[n], frame)
+                self.prefixes.on_update(self.workers[n], frame)
 
     @rule(n=st.integers(0, 2))
     def restart(self, n: int) -> None:
         """The process ends, and another takes its name; its pool is empty."""
         self.prefixes.on_lost(self.workers[n])
-        self.prefixes.on_frame(self.workers[n], events(1, 1, DIGESTS[0]))
+        self.prefixes.on_update(self.workers[n], events(1, 1, DIGESTS[0]))
         self.workers[n], self.feeds[n] = make_worker(f"w{n}"), None
         self.way[n].clear()
         self.pools[n].allocate(6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import structlog
@@ -16,93 +16,49 @@ from baton.rpc.convert import (
     logprobs_from_wire,
     process_from_wire,
     process_to_wire,
+    spec_from_wire,
 )
 from baton.rpc.lanes import Assembler
 from baton.rpc.net import cancelling
 from baton.rpc.status import abort
-from baton.spec import HandoffKey, ProcessRef
+from baton.spec import ProcessRef, RefusalReason
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
-from baton.v1 import worker_pb2
 from baton.v1.transfer_pb2_grpc import TransferServicer
-from baton.worker.wire import layout_from_wire
+from baton.worker.service import WorkerService
+from baton.worker.wire import PROTOCOL_VERSION, layout_from_wire
 from decode_worker.records import FirstToken
 from decode_worker.service import DecodeRole
-from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
-from kvtransfer.handoffs.outcomes import GrantState, Outcome
+from decode_worker.writer_streams import WriterStream, WriterStreams
+from kvtransfer.handoffs.messages import Grant, Refusal
+from kvtransfer.handoffs.outcomes import Outcome
 
-PROTOCOL_VERSION = 1
 HANDSHAKE_S = 5.0
-OUTGOING_LIMIT = 10_000
 log = structlog.get_logger(__name__)
 
 
-class WriterStream:
-    """One prefill worker's control stream, while it lasts."""
-
-    def __init__(self, process: ProcessRef) -> None:
-        self.process = process
-        self.error: errors.BatonError | None = None
-        """Why it was ended, where that was the writer's fault."""
-        self._outgoing: asyncio.Queue[wire.ReceiverFrame | None] = asyncio.Queue()
-        self._ended = False
-
-    def send(self, **body: Any) -> None:
-        """Queues a frame. A writer that reads nothing for thousands of frames is cut off: it asks again later."""
-        if self._ended:
-            return
-        if self._outgoing.qsize() < OUTGOING_LIMIT:
-            self._outgoing.put_nowait(wire.ReceiverFrame(**body))
-        else:
-            log.warning("a writer does not read; stream ended", writer=self.process.name)
-            self.end()
-
-    def end(self) -> None:
-        """Nothing more is sent than what is queued. Idempotent."""
-        if not self._ended:
-            self._ended = True
-            self._outgoing.put_nowait(None)
-
-    async def outgoing(self) -> AsyncIterator[wire.ReceiverFrame]:
-        """The frames to write, until the end."""
-        while (frame := await self._outgoing.get()) is not None:
-            yield frame
-
-
 class TransferService(TransferServicer):
-    """Serves `Transfer` for one decode role, and answers on the same stream."""
+    """Serves `Transfer` for one decode role. `streams` are those that the role answers on."""
 
     def __init__(
         self,
         role: DecodeRole,
-        process: Callable[[], ProcessRef],
+        streams: WriterStreams,
+        worker: WorkerService,
+        process: ProcessRef,
         lease_s: float,
         counts: Counts,
         checksums: bool = False,
         tcp_tls: bool = False,
     ) -> None:
-        self._role = role
+        """`worker` has the sessions of the routers that specs name."""
+        self._role, self._streams, self._worker, self._process = role, streams, worker, process
         self._options = {"checksums": checksums, "tcp_tls": tcp_tls}
-        self._process = process
-        self._lease_s = lease_s
-        self._counts = counts
-        self._streams: dict[str, WriterStream] = {}
-        role.writers = self
-
-    def close(self) -> None:
-        """Ends every control stream in order; before the server stops."""
-        for stream in self._streams.values():
-            stream.end()
-
-    @property
-    def peers(self) -> int:
-        """Prefill workers with a control stream."""
-        return len(self._streams)
+        self._lease_s, self._counts = lease_s, counts
 
     async def Handoff(
         self, request_iterator: AsyncIterator[wire.SenderFrame], context: Any
     ) -> AsyncIterator[wire.ReceiverFrame]:
-        """See the proto."""
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 first = await anext(request_iterator)
@@ -115,8 +71,8 @@ class TransferService(TransferServicer):
         if answer.HasField("mismatch"):
             return
         stream = WriterStream(process_from_wire(first.handshake.process))
-        self._streams[stream.process.incarnation] = stream
-        self._role.writer_back(stream.process.incarnation)
+        self._streams.add(stream)
+        self._role.handoffs.writer_back(stream.process.incarnation)
         reader = asyncio.create_task(self._read(stream, request_iterator))
         try:
             async with cancelling(reader):
@@ -125,13 +81,12 @@ class TransferService(TransferServicer):
             if stream.error is not None:
                 await abort(context, stream.error)
         finally:
-            if self._streams.get(stream.process.incarnation) is stream:
-                del self._streams[stream.process.incarnation]
+            self._streams.discard(stream)
 
     def handshake(self, theirs: wire.HandshakeRequest) -> wire.HandshakeResponse:
         """What this worker offers the sender, or the first thing in which the two differ."""
         answer = wire.HandshakeResponse(
-            process=process_to_wire(self._process()), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
+            process=process_to_wire(self._process), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
         )
         mismatch = self._mismatch(theirs)
         if mismatch is None:
@@ -153,12 +108,12 @@ class TransferService(TransferServicer):
         """What both sides can use, best first."""
         return [
             wire.Endpoint(transport=kind, address=transport.endpoint())
-            for kind, transport in self._role.transports.items()
+            for kind, transport in self._role.handoffs.receivers.items()
             if kind in theirs.transports and (kind != "shm" or theirs.host == host_id())
         ]
 
     def _no_way(self, theirs: wire.HandshakeRequest) -> wire.Mismatch:
-        offered = list(self._role.transports)
+        offered = list(self._role.handoffs.receivers)
         if set(offered) & set(theirs.transports):  # only shm is refused by anything else
             return wire.Mismatch(field="host", sender_value=theirs.host, receiver_value=host_id())
         return wire.Mismatch(
@@ -184,28 +139,6 @@ class TransferService(TransferServicer):
             return wire.Mismatch(field=field, sender_value=sender, receiver_value=receiver)
         return None
 
-    # -- `Writers` -----------------------------------------------------------------------------------------------
-
-    def committed(self, writer: str, key: HandoffKey) -> None:
-        """See `Writers`. A writer without a stream asks again when it is back."""
-        if (stream := self._streams.get(writer)) is not None:
-            stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
-
-    def aborted(self, writer: str, aborted: Aborted) -> None:
-        """See `Writers`."""
-        key = aborted.grant.key
-        if (stream := self._streams.get(writer)) is not None:
-            stream.send(
-                abort=wire.AbortNotice(
-                    attempt=key.attempt,
-                    handoff=key.handoff,
-                    reason=worker_pb2.RefusalReason.Value(f"REFUSAL_REASON_{aborted.reason.name}"),
-                    message=aborted.message,
-                )
-            )
-
-    # -- frames --------------------------------------------------------------------------------------------------
-
     async def _read(self, stream: WriterStream, source: AsyncIterator[wire.SenderFrame]) -> None:
         """The stream has no deadline of its own: gRPC's keepalive ends it when the peer is gone, and what the peer
         holds is under leases."""
@@ -225,7 +158,7 @@ class TransferService(TransferServicer):
 
     def _take(self, stream: WriterStream, frame: wire.SenderFrame) -> None:
         kind = frame.WhichOneof("body")
-        if self._streams.get(stream.process.incarnation) is not stream:
+        if not self._streams.is_current(stream):
             self._counts.add("late_messages")  # a newer stream took its place, on which all is asked again
             return
         if kind == "open":
@@ -233,9 +166,9 @@ class TransferService(TransferServicer):
         elif kind == "commit":
             self._commit(stream, frame.commit)
         elif kind == "close":
-            self._role.closed(handoff_from_wire(frame.close))
+            self._role.handoffs.closed(handoff_from_wire(frame.close))
         elif kind == "renew":
-            self._role.renew(stream.process.incarnation)
+            self._role.handoffs.renew(stream.process.incarnation)
             stream.send(renewed=wire.RenewResponseFrame(lease_ms=int(self._lease_s * 1e3)))
         else:
             self._counts.add("frames_unknown")
@@ -243,12 +176,14 @@ class TransferService(TransferServicer):
     def _open(self, stream: WriterStream, message: wire.OpenRequest) -> None:
         key = handoff_from_wire(message)
         try:
-            answer = self._role.open(key, stream.process.incarnation, message.spec, message.transport)
+            spec = spec_from_wire(message.spec)
         except errors.InvalidArgument as error:
-            stream.send(refused=_refused(key, "MISMATCH", str(error), None))
+            stream.send(refused=_refused(Refusal(key, RefusalReason.MISMATCH, str(error))))
             return
+        router = self._worker.session(spec.router)
+        answer = self._role.handoffs.open(key, stream.process.incarnation, spec, router, message.transport)
         if isinstance(answer, Refusal):
-            stream.send(refused=_refused(key, answer.reason.name, answer.message, answer.retry_after_s))
+            stream.send(refused=_refused(answer))
         else:
             stream.send(grant=_grant(answer))
 
@@ -256,11 +191,12 @@ class TransferService(TransferServicer):
         key = handoff_from_wire(message)
         logprobs = logprobs_from_wire(message.first_logprobs) if message.HasField("first_logprobs") else None
         first = FirstToken(message.first_token, logprobs, time.monotonic() - message.first_token_age_us / 1e6)
-        outcome = self._role.commit(key, message.generation, message.blocks, first)
+        outcome = self._role.handoffs.commit(key, message.generation, message.blocks, first)
         if outcome is Outcome.ALREADY:
             stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
-        elif outcome is Outcome.IGNORED and self._role.ledger.state(key) is not GrantState.ABORTING:
-            stream.send(refused=_refused(key, "EXPIRED", "no such grant here, or not any more", None))
+        elif outcome is Outcome.IGNORED and not self._role.handoffs.is_aborting(key):
+            gone = "no such grant here, or not any more"
+            stream.send(refused=_refused(Refusal(key, RefusalReason.EXPIRED, gone)))
 
 
 def _grant(grant: Grant) -> wire.Grant:
@@ -274,11 +210,9 @@ def _grant(grant: Grant) -> wire.Grant:
     )
 
 
-def _refused(key: HandoffKey, reason: str, message: str, retry_after_s: float | None) -> wire.Refused:
-    return wire.Refused(
-        attempt=key.attempt,
-        handoff=key.handoff,
-        reason=worker_pb2.RefusalReason.Value(f"REFUSAL_REASON_{reason}"),
-        message=message,
-        retry_after_ms=None if retry_after_s is None else retry_after_s * 1e3,
-    )
+def _refused(refusal: Refusal) -> wire.Refused:
+    message = wire.Refused(attempt=refusal.key.attempt, handoff=refusal.key.handoff, message=refusal.message)
+    message.reason = refusal.reason.value  # type: ignore[assignment]  # the same numbers
+    if refusal.retry_after_s is not None:
+        message.retry_after_ms = refusal.retry_after_s * 1e3
+    return message

@@ -1,12 +1,12 @@
 """The bounded buffer between the workers' frames and one client, and the writing of it.
 
-Whoever brings tokens never waits. A client that reads slowly gets them in larger pieces; one that does not read at all
-is given up at a limit, with an error that names it.
+`push` never waits. A client that reads slowly gets larger pieces; one that does not read at all is given up at a limit,
+with an error that names it.
 
     OPEN -> ENDING (an end is queued behind the tokens) -> ENDED
 
-A token costs no wake-up of a task: whoever pushes starts the write, and the end of one write starts the next. The
-call's handler sleeps from the first event to the last.
+A token costs no wake-up of a task: `push` starts the write, and the end of one write starts the next. The call's
+handler sleeps from the first event to the last.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ClientStream:
         return self._outcome
 
     def _next(self) -> None:
-        """Starts the write of what is buffered, if anybody is there to take it."""
+        """Starts the write of what is buffered, while `deliver` runs."""
         if self._piece is None or self._send is None:
             return
         piece, self._piece = self._piece, None

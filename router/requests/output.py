@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from baton.errors import Internal
 from baton.spec import TokenLogprobs
 from baton.telemetry import Counts
-from router.requests.streams import Piece
+from router.requests.stream import Piece
 from router.text.detokenisation import OutputText
 
 GAP_TOKENS = 1024
 """Tokens kept beyond a gap, until what is missing comes."""
 
 
-class Delivery:
-    """The output side of a request. `delivered` tokens have been given out; `stop` is the stop string that matched."""
+class Output:
+    """`delivered` tokens have been given out; `stop` is the stop string that matched."""
 
     def __init__(self, first_position: int, max_tokens: int, text: OutputText, counts: Counts) -> None:
         self._first, self._limit = first_position, max_tokens

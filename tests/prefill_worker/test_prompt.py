@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -12,8 +13,8 @@ from baton.worker.sending.outbound import Closer, Outbound
 from kvtransfer.handoffs.delivery import Delivery
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMove
-from prefill_worker.attempt import Attempt, State
-from tests.prefill_worker.builders import attempt
+from prefill_worker.prompt import Prompt, PromptState
+from tests.prefill_worker.builders import waiting
 
 
 class Closes:
@@ -26,7 +27,7 @@ class Closes:
         self.said.append((key.handoff, reason))
 
 
-def bound(owner: Attempt) -> tuple[Outbound, Delivery]:
+def bound(owner: Prompt) -> tuple[Outbound, Delivery]:
     key = HandoffKey(owner.key, 1)
     delivery = Delivery(key, [4, 5], 20, 16)
     owner.outbound = Outbound(owner.spec, delivery)
@@ -37,14 +38,20 @@ def ticket(key: HandoffKey, cached: int = 0) -> Ticket:
     return Ticket(key, 1, b"t" * 16, (7, 8), cached, "w")
 
 
-def test_starts_out_waiting() -> None:
-    new = attempt(20)
-    assert (new.state, new.uncomputed, new.busy, new.over) == (State.WAITING, 20, False, False)
+def test_a_new_prompt_waits_and_holds_nothing() -> None:
+    new = waiting(20)
+    assert (new.state, new.uncomputed, new.in_engine, new.writing, new.over) == (
+        PromptState.WAITING,
+        20,
+        False,
+        False,
+        False,
+    )
     assert new.queue_ms >= 0
 
 
 def test_uncomputed_counts_what_is_cached_and_computed() -> None:
-    running = attempt(20)
+    running = waiting(20)
     running.cached_tokens = 16
     assert running.uncomputed == 4
     running.computed = 18
@@ -52,47 +59,49 @@ def test_uncomputed_counts_what_is_cached_and_computed() -> None:
 
 
 def test_busy_while_a_step_or_a_write_may_touch_its_blocks() -> None:
-    running = attempt(20)
+    running = waiting(20)
     _, delivery = bound(running)
     delivery.granted(ticket(delivery.key))
     delivery.computed(20)
     moves = delivery.take_moves(9)
-    assert running.busy
+    assert running.writing
     delivery.fail("cancelled")
-    assert running.busy  # the write still reads them
+    assert running.writing  # the write still reads them
     delivery.written(delivery.key, moves)
-    idle = attempt(20)
-    idle.in_engine = True
-    assert [running.busy, idle.busy] == [False, True]
+    assert delivery.in_flight == 0
+    states = [PromptState.COMPUTING, PromptState.STOPPING]
+    assert [state for state in PromptState if replace(running, state=state).in_engine] == states
 
 
 def test_a_report_without_a_handoff_has_no_transfer() -> None:
-    done = attempt(20)
+    done = waiting(20)
     done.received_at, done.started_at, done.first_token_at, done.cached_tokens = 1.0, 1.5, 2.25, 16
     report = done.report()
     assert (report.queue_ms, report.prefill_ms, report.cached_tokens) == (500.0, 750.0, 16)
-    assert not report.HasField("transfer_ms")
+    assert report.transfer is None
     bound(done)
-    assert not done.report().HasField("transfer_ms")  # bound, but never granted
+    assert done.report().transfer is None  # bound, but never granted
 
 
 @pytest.mark.parametrize(("last_written_at", "exposed"), [(2.0, 0.0), (3.0, 750.0), (None, 0.0)])
 def test_a_report_of_a_handoff(last_written_at: float | None, exposed: float) -> None:
-    done = attempt(20)
-    done.started_at, done.first_token_at, done.granted = 1.5, 2.25, True
-    outbound, _ = bound(done)
+    done = waiting(20)
+    done.started_at, done.first_token_at = 1.5, 2.25
+    outbound, delivery = bound(done)
+    delivery.granted(ticket(delivery.key))
     outbound.transport = "shm"
     outbound.cost.cached_blocks = 1
     outbound.wrote(100, 2, 0.25)
     outbound.wrote(50, 1, 0.25)
     outbound.cost.last_written_at = last_written_at
-    report = done.report()
-    assert (report.transport, report.transfer_ms, report.transfer_exposed_ms) == ("shm", 500.0, exposed)
-    assert (report.transfer_bytes, report.transfer_blocks, report.transfer_cached_blocks) == (150, 3, 1)
+    moved = done.report().transfer
+    assert moved is not None
+    assert (moved.transport, moved.ms, moved.exposed_ms) == ("shm", 500.0, exposed)
+    assert (moved.bytes, moved.blocks, moved.cached_blocks) == (150, 3, 1)
 
 
 def test_each_handoff_has_its_own_costs_and_its_own_close() -> None:
-    owner = attempt(20)
+    owner = waiting(20)
     outbound, delivery = bound(owner)
     first, second = Closes(), Closes()
     outbound.bound_to(delivery.key, cast(Closer, first))
@@ -116,7 +125,7 @@ def test_each_handoff_has_its_own_costs_and_its_own_close() -> None:
 
 
 async def test_one_timer_at_a_time() -> None:
-    outbound, _ = bound(attempt(20))
+    outbound, _ = bound(waiting(20))
     fired: list[int] = []
     loop = asyncio.get_running_loop()
     outbound.set_timer(loop.call_later(0.001, fired.append, 1))
@@ -129,7 +138,7 @@ async def test_one_timer_at_a_time() -> None:
 
 
 def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    outbound, _ = bound(attempt(20))
+    outbound, _ = bound(waiting(20))
     assert [outbound.time_left_s] == [None]
     monkeypatch.setattr("baton.worker.sending.outbound.time.monotonic", lambda: 100.0)
     outbound.deadline_at = 102.5

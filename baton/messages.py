@@ -1,0 +1,195 @@
+"""What a router and its workers say to each other, as plain values. `baton.rpc.frames` puts them on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from baton.cost import StepCost
+from baton.errors import BatonError
+from baton.spec import (
+    AttemptKey,
+    FinishReason,
+    HandoffKey,
+    ProcessRef,
+    RefusalReason,
+    SequenceSpec,
+    TokenLogprobs,
+)
+
+# From a router to a worker.
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCommand:
+    """Queue this prompt; its blocks go to the decode worker that a `BindCommand` names."""
+
+    spec: SequenceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DirectCommand:
+    """Queue this prompt at a decode worker, to be computed in place."""
+
+    spec: SequenceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BindCommand:
+    """Hand the attempt's blocks to `decode`, under this handoff number."""
+
+    key: HandoffKey
+    decode: ProcessRef
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCommand:
+    """Free what the attempt holds and answer `Freed`; where it is unknown, remember that it is cancelled."""
+
+    attempt: AttemptKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSyncCommand:
+    """Tell all prefixes that the pool holds, then each change, as sync number `sync`."""
+
+    sync: int
+
+
+Command = PrefillCommand | DirectCommand | BindCommand | CancelCommand | CacheSyncCommand
+
+# From a worker to a router.
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first chunk is about to be computed, `queue_ms` after the command."""
+
+    attempt: AttemptKey
+    queue_ms: float
+    cached_tokens: int
+
+
+class TokenRun(NamedTuple):
+    """Consecutive tokens of one sequence; `position` is the absolute position of ids[0]."""
+
+    attempt: AttemptKey
+    position: int
+    ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of one step, of all sequences of one router."""
+
+    runs: Sequence[TokenRun]
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffFailed:
+    """The handoff came to nothing; the prefill worker still holds the blocks."""
+
+    key: HandoffKey
+    reason: RefusalReason
+    message: str = ""
+    retry_after_s: float | None = None
+
+    @property
+    def attempt(self) -> AttemptKey:
+        return self.key.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffDone:
+    """The decode worker owns the sequence now (`Resident` on the wire)."""
+
+    key: HandoffKey
+
+    @property
+    def attempt(self) -> AttemptKey:
+        return self.key.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What moving the blocks cost. `exposed_ms` is the part after the first token; None where it was not measured."""
+
+    transport: str
+    ms: float | None
+    exposed_ms: float | None
+    bytes: int
+    blocks: int
+    cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """The prompt is computed and its blocks are freed, or resident where it was computed in place."""
+
+    attempt: AttemptKey
+    queue_ms: float
+    prefill_ms: float
+    cached_tokens: int
+    transfer: Transfer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The sequence is over on this worker: well (`reason`) or not (`error`). `output_tokens` counts its whole
+    output."""
+
+    attempt: AttemptKey
+    reason: FinishReason | None = None
+    error: BatonError | None = None
+    output_tokens: int = 0
+    first_step_wait_ms: float | None = None
+    decode_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """The cancelled attempt holds nothing here any more."""
+
+    attempt: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A worker's own account of its pool, its queue and its costs.
+
+    `resident_tokens` are those in the KV of running sequences; `granted_blocks` those of `held_blocks` that sequences
+    on their way hold; `cost_error` is the mean relative error of predicted step times; `pairs` counts connected decode
+    workers by transport.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    waiting_tokens: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    held_blocks: int = 0
+    quarantined_blocks: int = 0
+    resident_tokens: int = 0
+    granted_blocks: int = 0
+    cost: StepCost | None = None
+    cost_error: float = 0.0
+    chunk_tokens: int = 0
+    pairs: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUpdate:
+    """Block digests that a pool has come to know or has forgotten; `sequence` counts from 1 within a sync."""
+
+    sync: int
+    sequence: int
+    inserted: Sequence[bytes]
+    evicted: Sequence[bytes]
+
+
+Event = (
+    Started | Tokens | HandoffFailed | HandoffDone | PrefillReport | Ended | Freed | LoadReport | CacheUpdate
+)  # fmt: skip

@@ -1,0 +1,52 @@
+"""A router as a worker sees it: what is said to it, until it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from baton import errors
+from baton.messages import Event, TokenRun, Tokens
+from baton.rpc.frames import event_to_frame
+from baton.rpc.link import Session
+from baton.spec import ProcessRef
+from baton.v1 import worker_pb2 as wire
+
+log = structlog.get_logger(__name__)
+
+
+class RouterSession:
+    """`link` numbers and keeps the frames; `grace` is set while no stream is up."""
+
+    def __init__(self, router: ProcessRef, session_id: str, on_frame: Callable[[wire.RouterFrame], None]) -> None:
+        self.router, self.session_id = router, session_id
+        self.link: Session[wire.WorkerFrame, wire.RouterFrame] = Session(
+            wire.WorkerFrame, wire.RouterFrame, f"to {router.name}", on_frame
+        )
+        self.streams = 0
+        self.grace: asyncio.TimerHandle | None = None
+
+    def send(self, event: Event) -> None:
+        """Queues an event; dropped when the router is lost. A router that does not acknowledge is given up: its stream
+        ends, and it is lost when that has been noticed."""
+        try:
+            self.link.send(event_to_frame(event))
+        except errors.ResourceExhausted as error:
+            log.warning("router does not acknowledge; given up", router=self.router.name, error=str(error))
+            self.link.close()
+
+
+class StepTokens:
+    """The tokens of one step, gathered into one event for each router."""
+
+    def __init__(self) -> None:
+        self._runs: dict[RouterSession, list[TokenRun]] = {}
+
+    def add(self, router: RouterSession, run: TokenRun) -> None:
+        self._runs.setdefault(router, []).append(run)
+
+    def send(self) -> None:
+        for router, runs in self._runs.items():
+            router.send(Tokens(runs))

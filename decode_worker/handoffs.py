@@ -1,0 +1,269 @@
+"""Sequences on their way to this worker: room is granted, blocks land, and a resident comes of it, or nothing.
+
+The life cycle of a handoff is the ledger's (`kvtransfer.handoffs.grants`). What is kept beside it here, `pending`,
+lasts until the sequence is resident or the last of its granted blocks is proved safe.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from baton.cost import HANDOFF_S
+from baton.engine.api import Sequence
+from baton.handoff_times import HandoffTimes
+from baton.messages import Freed, HandoffDone, TokenRun, Tokens
+from baton.spec import AttemptKey, HandoffKey, RefusalReason, SequenceSpec
+from baton.telemetry import Counts
+from baton.worker.session import RouterSession
+from decode_worker.events import LoopEvents
+from decode_worker.records import FirstToken, Pending, Resident
+from decode_worker.running import Residents
+from decode_worker.scheduler import DecodeScheduler
+from decode_worker.writer_streams import WriterStreams
+from kvtransfer.blocks.admission import Admission
+from kvtransfer.blocks.layout import KvLayout
+from kvtransfer.handoffs.grants import GrantLedger
+from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
+from kvtransfer.handoffs.outcomes import GrantState, Outcome
+from kvtransfer.transports.base import ReceiverEvents, Transport
+
+SLOT_RETRY_S = 0.25
+WAKE_EVERY_S = 0.05
+"""How often blocks that land may wake a resting engine: less than the last chunk of a prompt takes, so that it is awake
+when that arrives."""
+MakeReceivers = Callable[[ReceiverEvents], Mapping[str, Transport]]
+log = structlog.get_logger(__name__)
+
+
+class DecodeHandoffs:
+    """Everything runs on the event loop; the transports' events come there by `LoopEvents`."""
+
+    def __init__(
+        self,
+        *,
+        ledger: GrantLedger,
+        aborted: list[Aborted],
+        pending: dict[HandoffKey, Pending],
+        residents: Residents,
+        scheduler: DecodeScheduler,
+        admission: Admission,
+        layout: KvLayout,
+        writers: WriterStreams,
+        make_receivers: MakeReceivers,
+        max_sequences: int,
+        counts: Counts,
+    ) -> None:
+        """`aborted` is where the ledger puts each grant that it gives up."""
+        self._ledger, self._aborted, self._pending, self._residents = ledger, aborted, pending, residents
+        self._scheduler, self._admission, self._layout, self._writers = scheduler, admission, layout, writers
+        self._max_sequences, self._counts = max_sequences, counts
+        self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
+        self._times = HandoffTimes()
+        self._woken_at = -math.inf
+        self.receivers = make_receivers(LoopEvents(self))
+
+    # From the Transfer service.
+
+    def open(
+        self, key: HandoffKey, writer: str, spec: SequenceSpec, router: RouterSession | None, transport: str
+    ) -> Grant | Refusal:
+        """Reserves room for the whole sequence, or says why not. A duplicate gets the same answer. `router` is the
+        session of the spec's router, None where there is none."""
+        refusal = self._refusal(key, spec, router, transport)
+        if refusal is not None or router is None:
+            self._counts.add("handoffs_refused")
+            return refusal or Refusal(key, RefusalReason.UNKNOWN_ROUTER, "no stream to this router")
+        now = time.monotonic()
+        answer = self._ledger.open(
+            key,
+            writer,
+            self._admission.digests(spec),
+            self._layout.blocks_for(spec.known_tokens),
+            self._layout.blocks_for(spec.kv_tokens),
+            now,
+            None if spec.deadline_s is None else now + spec.deadline_s,
+        )
+        self._settle_aborted()
+        if isinstance(answer, Refusal):
+            self._counts.add("handoffs_refused")
+        elif self._ledger.state(key) is not GrantState.RESIDENT:
+            self._pending[key] = Pending(spec, router, transport, writer)
+            self._expect()
+            self.receivers[transport].admit(answer.ticket)
+            self._wake(answer)
+        self._residents.start_waiting()
+        return answer
+
+    def commit(self, key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> Outcome:
+        """The writer is done; see `GrantLedger.commit`. Becoming resident answers the writer by itself."""
+        return self._settled(key, self._ledger.commit(key, generation, blocks, first, time.monotonic()))
+
+    def closed(self, key: HandoffKey) -> None:
+        """The writer writes nothing more under this handoff."""
+        pending = self._pending.get(key)
+        proof = pending is not None and not self.receivers[pending.transport].revoke_proves
+        self._ledger.closed(key, time.monotonic(), proof)
+        self._settle_aborted()
+        self._check_freed(key)
+
+    def renew(self, writer: str) -> None:
+        """Extends the leases of all that this writer was granted."""
+        self._ledger.renew(writer, time.monotonic())
+
+    def writer_back(self, writer: str) -> None:
+        """The writer has a new control stream: it has failed all that was under way on the old one, and the closes
+        that it sent there may be lost. So what it still has here is given up, and its closes are asked for again."""
+        now, message = time.monotonic(), "the control stream broke"
+        for key in self._of_writer(writer):
+            grant = self._ledger.grant(key)
+            given_up = self._ledger.abort(key, RefusalReason.UNREACHABLE, now, message)
+            self._settle_aborted()
+            if not given_up and grant is not None:
+                self._writers.aborted(Aborted(grant, RefusalReason.UNREACHABLE, message, proven=False))
+
+    def is_aborting(self, key: HandoffKey) -> bool:
+        """The handoff was given up, and its blocks wait for proof."""
+        return self._ledger.state(key) is GrantState.ABORTING
+
+    # From the transports.
+
+    def landed(self, key: HandoffKey, generation: int, indices: tuple[int, ...]) -> None:
+        outcome = self._settled(key, self._ledger.landed(key, generation, indices, time.monotonic()))
+        if outcome is Outcome.PENDING and (grant := self._ledger.grant(key)) is not None:
+            self._wake(grant)
+
+    def revoked(self, key: HandoffKey) -> None:
+        if self.is_aborting(key):
+            self._ledger.proved(key)
+            self._check_freed(key)
+
+    def writer_gone(self, incarnation: str) -> None:
+        self._ledger.writer_gone(incarnation, time.monotonic())
+        self._settle_aborted()
+        for key in self._of_writer(incarnation):
+            self._check_freed(key)
+
+    def refused_write(self, key: HandoffKey, why: str) -> None:
+        self._counts.add("writes_refused")
+        log.warning("write refused", handoff=str(key), why=why)
+
+    # From the role.
+
+    def cancel(self, attempt: AttemptKey) -> bool:
+        """Gives the attempt's handoff up, and refuses any later one; False where none was on its way."""
+        cancelled = self._ledger.cancel(attempt, time.monotonic())
+        self._settle_aborted()
+        return cancelled.aborted
+
+    def tell_freed(self, router: RouterSession, attempt: AttemptKey) -> bool:
+        """Once nothing of the attempt's handoffs waits for proof, `router` hears Freed. False where nothing waits."""
+        waiting = [key for key in self._pending if key.attempt == attempt]
+        for key in waiting:
+            self._awaiting_proof[key] = router
+            self._check_freed(key)
+        return bool(waiting)
+
+    def of_router(self, router: RouterSession) -> set[AttemptKey]:
+        """What is on its way for that router."""
+        return {key.attempt for key, pending in self._pending.items() if pending.router is router}
+
+    def expire(self) -> None:
+        """Gives up what has run out."""
+        self._ledger.expire(time.monotonic())
+        self._settle_aborted()
+
+    # What follows.
+
+    def _refusal(
+        self, key: HandoffKey, spec: SequenceSpec, router: RouterSession | None, transport: str
+    ) -> Refusal | None:
+        if self._ledger.grant(key) is not None:
+            return None  # a duplicate: the ledger knows the answer
+        if router is None:
+            return Refusal(key, RefusalReason.UNKNOWN_ROUTER, f"no stream to router {spec.router.name}")
+        if transport not in self.receivers:
+            offered = ", ".join(self.receivers)
+            return Refusal(key, RefusalReason.MISMATCH, f"transport differs: sender {transport}, receiver {offered}")
+        if not self._residents.has_slot(key.attempt):
+            message = f"all {self._max_sequences} sequence slots are taken"
+            return Refusal(key, RefusalReason.NO_CAPACITY, message, SLOT_RETRY_S)
+        return None
+
+    def _settled(self, key: HandoffKey, outcome: Outcome) -> Outcome:
+        if outcome is Outcome.RESIDENT:
+            self._start(key)
+        elif outcome is Outcome.CONFLICT:
+            self._ledger.abort(key, RefusalReason.MISMATCH, time.monotonic(), "a message contradicts the grant")
+            self._settle_aborted()
+        return outcome
+
+    def _start(self, key: HandoffKey) -> None:
+        first, pending = self._ledger.payload(key), self._pending.pop(key)
+        self._expect()
+        assert isinstance(first, FirstToken), "a commit carries the first token"
+        self.receivers[pending.transport].revoke(key)
+        spec, known, now = pending.spec, pending.spec.known_tokens, time.monotonic()
+        sequence = Sequence.from_spec(spec, self._ledger.table(key), computed=known)
+        sequence.tokens.append(first.token)
+        took_s = now - first.drawn_at
+        if key.handoff == 1:  # a later one waited for room, too
+            self._times.observe(took_s)
+            self._scheduler.handoff_s = max(self._times.expected_s, HANDOFF_S)  # trips are not in what is observed
+        sequence.first_token_at = now - max(took_s, HANDOFF_S)
+        self._residents.add(Resident(key, spec, pending.router, list(sequence.tokens), now, known), sequence)
+        self._writers.committed(pending.writer, key)
+        pending.router.send(HandoffDone(key))
+        # The first token once more: should the prefill worker's own message be lost, this one can't be.
+        logprobs = (first.logprobs,) if first.logprobs else ()
+        pending.router.send(Tokens([TokenRun(key.attempt, known, (first.token,), logprobs)]))
+        self._residents.start_waiting()
+
+    def _settle_aborted(self) -> None:
+        """Of each grant that the ledger gave up: stops the writer, and waits for proof where there is none yet."""
+        while self._aborted:
+            aborted = self._aborted.pop(0)
+            key = aborted.grant.key
+            pending = self._pending.get(key)
+            request = pending.spec.request_id if pending else ""
+            reason = aborted.reason.name
+            log.info("handoff given up", request=request, handoff=str(key), reason=reason, message=aborted.message)
+            self._counts.add("handoffs_aborted")
+            self._expect()
+            if pending is not None:
+                self.receivers[pending.transport].revoke(key)
+                self._writers.aborted(aborted)
+                if aborted.proven:
+                    self._check_freed(key)
+
+    def _check_freed(self, key: HandoffKey) -> None:
+        """Drops what is left of an aborted grant once the ledger holds none of its blocks."""
+        if self._ledger.state(key) is not None:
+            return
+        self._pending.pop(key, None)
+        self._expect()
+        router = self._awaiting_proof.pop(key, None)
+        if router is not None and not any(other.attempt == key.attempt for other in self._awaiting_proof):
+            router.send(Freed(key.attempt))
+        self._residents.start_waiting()
+
+    def _of_writer(self, writer: str) -> list[HandoffKey]:
+        return [key for key, pending in self._pending.items() if pending.writer == writer]
+
+    def _expect(self) -> None:
+        """Those on their way, as the scheduler may know them. O(their number), which slots bound."""
+        self._scheduler.expected = tuple(
+            pending.expected
+            for key, pending in self._pending.items()
+            if pending.expected is not None and not self.is_aborting(key)
+        )
+
+    def _wake(self, grant: Grant) -> None:
+        """A sequence is on its way to an engine that may have rested for long."""
+        now = time.monotonic()
+        if not len(self._residents) and now - self._woken_at >= WAKE_EVERY_S:
+            self._woken_at = now
+            self._residents.runner.wake(grant.table)

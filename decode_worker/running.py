@@ -1,0 +1,194 @@
+"""The sequences that the engine has: their steps become tokens, and their ends free blocks.
+
+    handed over ----------------------------+
+                                            v
+    waiting in the queue --room and slot--> RUNNING --its last token, or its step failed--> RELEASED
+                                               |                                              ^
+                                               +--cancelled, or broken--> STOPPING --removed--+
+
+A resident's blocks belong to the ledger, wherever its prompt was computed. They are freed at RELEASED and nowhere else:
+once the engine has confirmed, by the step that finished the sequence or by `on_removed`, that no step touches them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from baton.cost import CostModel
+from baton.engine.api import Engine, Sequence
+from baton.errors import Internal
+from baton.messages import Ended, Freed, Started, TokenRun
+from baton.spec import AttemptKey, HandoffKey
+from baton.telemetry import Counts
+from baton.worker.load import LoadReporter
+from baton.worker.runner import Runner, StepItem, StepReport, for_each
+from baton.worker.session import RouterSession, StepTokens
+from decode_worker.queue import DirectQueue, WaitingPrompt
+from decode_worker.records import Pending, PromptHere, Resident, ResidentState
+from decode_worker.scheduler import DecodeScheduler
+from kvtransfer.blocks.admission import Admission, Room
+from kvtransfer.blocks.prefix import block_digests
+from kvtransfer.handoffs.grants import GrantLedger
+
+
+class Residents:
+    """Owns the engine's thread. Everything else runs on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        scheduler: DecodeScheduler,
+        model: CostModel,
+        queue: DirectQueue,
+        ledger: GrantLedger,
+        admission: Admission,
+        pending: Mapping[HandoffKey, Pending],
+        max_sequences: int,
+        fingerprint: str,
+        counts: Counts,
+        load: LoadReporter,
+    ) -> None:
+        """`pending` are the sequences that are granted room here; each takes a slot, as a resident does."""
+        self._queue, self._ledger, self._admission, self._pending = queue, ledger, admission, pending
+        self._block_tokens, self._fingerprint = engine.layout.block_tokens, fingerprint
+        self._max_sequences, self._counts, self._load = max_sequences, counts, load
+        self._held: dict[AttemptKey, Resident] = {}
+        self.runner = Runner(engine, scheduler, self, model)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Resident]:
+        return iter(self._held.values())
+
+    def __contains__(self, key: AttemptKey) -> bool:
+        return key in self._held
+
+    @property
+    def uncomputed(self) -> int:
+        """Prompt tokens still to compute here, of prompts that have started."""
+        return sum(resident.uncomputed for resident in self)
+
+    def has_slot(self, attempt: AttemptKey = b"") -> bool:
+        """Whether one more sequence may run here, beside all others but this attempt."""
+        others = sum(other.attempt != attempt for other in self._pending)
+        return len(self._held) + others < self._max_sequences
+
+    def add(self, resident: Resident, sequence: Sequence) -> None:
+        """The engine gets it."""
+        self._held[resident.key.attempt] = resident
+        self.runner.add(sequence)
+
+    def start_waiting(self) -> None:
+        """Starts the prompts whose turn it is. To be called when room may have come free."""
+        while self.has_slot() and (found := self._queue.next(self._held.values(), self.runner.under_way_s)) is not None:
+            self._start(*found)
+        self._load.changed()
+
+    def cancel(self, attempt: AttemptKey) -> bool:
+        """Takes it out of the engine, after which it is freed and acknowledged. False when it is not here."""
+        resident = self._held.get(attempt)
+        if resident is None:
+            return False
+        self._stop(resident, Freed(attempt))
+        return True
+
+    def of_router(self, router: RouterSession) -> set[AttemptKey]:
+        """What runs for that router."""
+        return {resident.key.attempt for resident in self if resident.router is router}
+
+    def on_step(self, report: StepReport) -> None:
+        """One event per router carries the tokens of all its sequences; what raises for one sequence ends that
+        alone."""
+        tokens = StepTokens()
+        for_each(report.items, lambda item: self._advanced(item, report, tokens), self._broken)
+        tokens.send()
+        over = report.items if report.error else [item for item in report.items if item.finish is not None]
+        for_each(over, lambda item: self._finish(item, report), self._broken)
+        self.start_waiting()
+
+    def on_removed(self, key: AttemptKey) -> None:
+        resident = self._held.get(key)
+        if resident is not None and resident.farewell is not None:
+            self._release(resident)
+            resident.router.send(resident.farewell)
+
+    def _start(self, prompt: WaitingPrompt, room: Room) -> None:
+        spec, cached, now = prompt.spec, room.cached_tokens, time.monotonic()
+        here = PromptHere(room, prompt.digests, now, (now - prompt.received_at) * 1e3)
+        key = HandoffKey(spec.attempt, 0)
+        self._ledger.hold(key, room.blocks)
+        prompt.router.send(Started(spec.attempt, here.queue_ms, cached))
+        tokens = [*spec.prompt, *spec.output]
+        resident = Resident(key, spec, prompt.router, tokens, now, cached, prompt=here, rank=prompt.rank)
+        blocks = self._ledger.table(key)
+        self.add(resident, Sequence.from_spec(spec, blocks, cached, prompt.rank, prompt.late))
+
+    def _advanced(self, item: StepItem, report: StepReport, tokens: StepTokens) -> None:
+        resident = self._held.get(item.key)
+        if resident is None:
+            self._counts.add("late_steps")
+            return
+        stopping = resident.state is ResidentState.STOPPING
+        if resident.uncomputed:
+            new = max(item.computed - resident.computed, 0)
+            self._counts.add("prompt_tokens_wasted" if stopping else "prompt_tokens", new)
+        resident.computed = max(resident.computed, item.computed)
+        if stopping or not item.token_ids:
+            return  # cancelled while the step ran, or in the middle of its prompt
+        if resident.prompt is not None and resident.prompt.first_token_at is None:
+            self._first_token(resident, resident.prompt, report.started + report.seconds)
+        elif resident.first_step_at is None:
+            resident.first_step_at = report.started
+        resident.tokens.extend(item.token_ids)
+        tokens.add(resident.router, TokenRun(item.key, item.position, item.token_ids, item.logprobs))
+
+    def _first_token(self, resident: Resident, prompt: PromptHere, now: float) -> None:
+        """The prompt is computed; its blocks can be found from now on."""
+        prompt.first_token_at = resident.resident_at = now
+        self._admission.remember(list(prompt.room.blocks), prompt.digests)
+        resident.router.send(prompt.report(resident.key.attempt))
+
+    def _broken(self, item: StepItem, reason: str) -> None:
+        self._counts.add("results_failed")
+        resident = self._held.get(item.key)
+        if resident is not None and resident.state is ResidentState.RUNNING:
+            self._stop(resident, Ended(item.key, error=Internal(f"decode failed: {reason}")))
+
+    def _stop(self, resident: Resident, farewell: Freed | Ended) -> None:
+        """Ends the sequence, once no step touches its blocks."""
+        resident.farewell = farewell
+        if resident.state is ResidentState.RUNNING:
+            resident.state = ResidentState.STOPPING
+            self.runner.remove(resident.key.attempt)
+
+    def _finish(self, item: StepItem, report: StepReport) -> None:
+        resident = self._held.get(item.key)
+        if resident is None or resident.state is not ResidentState.RUNNING:
+            return
+        first_step_wait_ms = decode_ms = None
+        if resident.first_step_at is not None:
+            first_step_wait_ms = (resident.first_step_at - resident.resident_at) * 1e3
+            decode_ms = (report.started + report.seconds - resident.first_step_at) * 1e3
+        self._release(resident)
+        resident.router.send(
+            Ended(
+                item.key,
+                reason=item.finish,
+                error=Internal(f"decode failed: {report.error}") if report.error else None,
+                output_tokens=len(resident.tokens) - len(resident.spec.prompt),
+                first_step_wait_ms=first_step_wait_ms,
+                decode_ms=decode_ms,
+            )
+        )
+
+    def _release(self, resident: Resident) -> None:
+        """Blocks whose tokens were all computed stay in the prefix cache for a next turn: the last token is not."""
+        computed = resident.tokens[: resident.computed]
+        digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
+        del self._held[resident.key.attempt]
+        resident.state = ResidentState.RELEASED
+        self._ledger.release(resident.key, time.monotonic(), digests)
+        self.start_waiting()

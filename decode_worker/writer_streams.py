@@ -1,0 +1,92 @@
+"""The control streams of the workers that hand over to this one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import structlog
+
+from baton import errors
+from baton.spec import HandoffKey, ProcessRef
+from baton.v1 import transfer_pb2 as wire
+from kvtransfer.handoffs.messages import Aborted
+
+OUTGOING_LIMIT = 10_000
+log = structlog.get_logger(__name__)
+
+
+class WriterStream:
+    """One writer's control stream, while it lasts."""
+
+    def __init__(self, process: ProcessRef) -> None:
+        self.process = process
+        self.error: errors.BatonError | None = None
+        """Why it was ended, where that was the writer's fault."""
+        self._outgoing: asyncio.Queue[wire.ReceiverFrame | None] = asyncio.Queue()
+        self._ended = False
+
+    def send(self, **body: Any) -> None:
+        """Queues a frame. A writer that reads nothing for thousands of frames is cut off: it asks again later."""
+        if self._ended:
+            return
+        if self._outgoing.qsize() < OUTGOING_LIMIT:
+            self._outgoing.put_nowait(wire.ReceiverFrame(**body))
+        else:
+            log.warning("a writer does not read; stream ended", writer=self.process.name)
+            self.end()
+
+    def end(self) -> None:
+        """Nothing more is sent than what is queued. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self._outgoing.put_nowait(None)
+
+    async def outgoing(self) -> AsyncIterator[wire.ReceiverFrame]:
+        """The frames to write, until the end."""
+        while (frame := await self._outgoing.get()) is not None:
+            yield frame
+
+
+class WriterStreams:
+    """By the writers' incarnations. A writer without a stream asks again when it is back."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, WriterStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[WriterStream]:
+        return iter(list(self._streams.values()))
+
+    def add(self, stream: WriterStream) -> None:
+        """It takes the place of an older stream of the same writer."""
+        self._streams[stream.process.incarnation] = stream
+
+    def discard(self, stream: WriterStream) -> None:
+        """Nothing happens where a newer stream took its place."""
+        if self.is_current(stream):
+            del self._streams[stream.process.incarnation]
+
+    def is_current(self, stream: WriterStream) -> bool:
+        return self._streams.get(stream.process.incarnation) is stream
+
+    def committed(self, writer: str, key: HandoffKey) -> None:
+        """Tells the writer that the sequence is resident."""
+        if (stream := self._streams.get(writer)) is not None:
+            stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
+
+    def aborted(self, aborted: Aborted) -> None:
+        """Tells the writer to stop writing and to answer with a close."""
+        key = aborted.grant.key
+        if (stream := self._streams.get(aborted.grant.writer)) is not None:
+            notice = wire.AbortNotice(attempt=key.attempt, handoff=key.handoff, message=aborted.message)
+            notice.reason = aborted.reason.value  # type: ignore[assignment]  # the same numbers
+            stream.send(abort=notice)
+
+    def end(self) -> None:
+        """Ends every control stream in order."""
+        for stream in self._streams.values():
+            stream.end()
