@@ -11,7 +11,7 @@ from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import print_json, print_table, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
-from baton.client.types import Candidate, Placement, Predictions
+from baton.client.reports import Candidate, Placement, Predictions
 
 T = TypeVar("T")
 

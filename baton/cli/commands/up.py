@@ -6,27 +6,15 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
-from cyclopts import Parameter
-
-from baton.cli.flags import debug_errors, run
-
-# The names of choices stand in annotations that the flag class inherits as text, looked up here.
-from baton.config import (  # noqa: F401
-    EngineChoice,
-    KernelChoice,
-    KvChoice,
-    PathChoice,
-    TransportChoice,
-    WeightChoice,
-)
-from baton.launch.cluster import ClusterConfig, LocalCluster, LogFormat, LogLevel  # noqa: F401
+from baton.cli.flags import as_flags, debug_errors, run
+from baton.launch.cluster import ClusterConfig, LocalCluster
 from baton.launch.lifetime import stop_on_signals
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
+@as_flags()
+@dataclass(frozen=True, kw_only=True)
 class UpFlags(ClusterConfig):
-    """The cluster's settings as flags."""
+    """A cluster's settings."""
 
 
 def up(*, config: UpFlags = UpFlags()) -> None:
