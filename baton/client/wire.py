@@ -15,18 +15,6 @@ from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as worker
 
 T = TypeVar("T")
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
-STOPPING = ("max_tokens", "stop", "stop_token_ids", "ignore_eos")
-OBJECTIVES = ("ttft_ms", "tpot_ms")
 TOP_LEVEL = ("model", "request_id", "logprobs", "priority", "tenant_salt")
 ENUMS = {"when_unmet": gen.UnmetPolicy, "on_disconnect": gen.OnDisconnect}
 
@@ -44,14 +32,11 @@ def request_to_wire(prompt: str | None, options: types.RequestOptions) -> gen.Ge
         _assign(request.token_ids, "ids", given["token_ids"], "token_ids")
     if "messages" in given:
         _assign_chat(request.chat, given["messages"])
-    for parent, path, names in (
-        (request, "", TOP_LEVEL),
-        (request.sampling, "sampling.", SAMPLING),
-        (request.stopping, "stopping.", STOPPING),
-        (request.slo, "slo.", OBJECTIVES),
-    ):
-        for name in names:
-            _assign(parent, name, given.get(name), path + name)
+    for name in TOP_LEVEL:
+        _assign(request, name, given.get(name))
+    for parent, part in (("sampling", request.sampling), ("stopping", request.stopping), ("slo", request.slo)):
+        for field in part.DESCRIPTOR.fields:
+            _assign(part, field.name, given.get(field.name), f"{parent}.{field.name}")
     for name, enum in ENUMS.items():
         if name in given:
             _assign_enum(request, name, enum, given[name])

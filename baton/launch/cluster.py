@@ -202,7 +202,7 @@ class LocalCluster:
         return [*flags, *self._worker_flags.get(role, ())]
 
     async def _watch(self, child: Child) -> None:
-        """Reports a death nobody asked for."""
+        """Reports a death that was not asked for."""
         await child.wait_exited()
         how = child.describe_exit()
         if child.role == ROUTER:
@@ -240,7 +240,7 @@ def child_environment() -> dict[str, str]:
 
 
 async def _all_ready(router: Child, workers: Sequence[Child]) -> None:
-    """Raises the failure of the first worker, or of the router, that exits meanwhile."""
+    """Raises the failure of the first process that exits meanwhile."""
     guard = asyncio.create_task(router.wait_exited())
     waiting = {asyncio.create_task(worker.wait_ready()) for worker in workers}
     async with cancelling(guard, *waiting):
@@ -254,7 +254,7 @@ async def _all_ready(router: Child, workers: Sequence[Child]) -> None:
 
 
 async def _terminate(children: Sequence[Child], timeout: float | None) -> None:
-    """Asks them to stop and waits until they have; without a timeout the caller bounds it."""
+    """Asks them to stop and waits; without a timeout the caller bounds it."""
     for child in children:
         child.terminate()
     await _exited(children, timeout)
@@ -268,5 +268,5 @@ async def _exited(children: Sequence[Child], timeout: float | None) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it; the cluster goes on
+    with contextlib.suppress(BrokenPipeError):  # without a reader the cluster goes on
         print(line, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 from baton.cli.commands.up import fetch
 from baton.cli.flags import as_flags, run
 from baton.cli.output import console
-from baton.cli.picture import draw
+from baton.cli.picture import Picture
 from baton.client import Client, Completion
 from baton.config import PathChoice
 from baton.launch.cluster import ClusterConfig, LocalCluster
@@ -50,7 +50,7 @@ async def _show(config: ClusterConfig, name: str) -> None:
 
 
 async def _ask(address: str) -> list[Completion]:
-    """All at once; greedy, so that everybody sees the same answers. The first failure is raised."""
+    """Greedy, so that every run gets the same answers. Raises the first failure."""
     async with Client(address) as client:
         return await asyncio.gather(
             *(
@@ -65,4 +65,4 @@ def _print_answer(question: str, answer: Completion) -> None:
     screen.print()
     screen.print(Text(question, style="bold"))
     screen.print(Text(answer.text.strip()))
-    screen.print(draw(answer.finished))
+    screen.print(Picture(answer.finished))

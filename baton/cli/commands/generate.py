@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from baton.cli.exits import INTERRUPTED, OK, report
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import check_text, console, print_json, print_logprobs, read_text, show_stream, to_dict
-from baton.cli.picture import draw
+from baton.cli.picture import Picture
 from baton.client import Client, Event, Message, RequestOptions
 from baton.errors import BatonError, InvalidArgument
 
@@ -63,7 +63,7 @@ def generate(
         if "logprobs" in request and not json:
             print_logprobs(runs)
         if timeline:
-            console(sys.stderr).print(draw(finished))
+            console(sys.stderr).print(Picture(finished))
 
     run(main)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from baton.cli.flags import ProcessFlags, as_flags
 from baton.config import RoleName, RouterConfig, WorkerConfig, settings_of
-from baton.launch.lifetime import announce, serve
+from baton.launch.lifetime import serve
 
 
 @as_flags()
@@ -36,10 +36,7 @@ def router(*, config: RouterFlags = RouterFlags(), process: ProcessFlags = Proce
     process.prepare("router")
     from router.app import run
 
-    serve(
-        lambda ready, stop: run(config, on_ready=ready, stop=stop),
-        lambda address: announce(address, "router", process.ready_fd),
-    )
+    serve(lambda ready, stop: run(config, on_ready=ready, stop=stop), "router", process.ready_fd)
 
 
 def prefill(*, config: PrefillFlags = PrefillFlags(), process: ProcessFlags = ProcessFlags()) -> None:  # noqa: B008
@@ -56,7 +53,4 @@ def _work(role: RoleName, config: WorkerConfig, process: ProcessFlags) -> None:
     process.prepare(role)
     from baton.launch.worker import run
 
-    serve(
-        lambda ready, stop: run(config, on_ready=ready, stop=stop),
-        lambda address: announce(address, role, process.ready_fd),
-    )
+    serve(lambda ready, stop: run(config, on_ready=ready, stop=stop), role, process.ready_fd)
