@@ -1,15 +1,17 @@
 """The exception tree.
 
     BatonError
-    ├── InvalidArgument        the caller's input; names the field
-    ├── Unimplemented          a known option that does not work yet; names the field
+    ├── FieldError
+    │   ├── InvalidArgument    the caller's input is at fault
+    │   └── Unimplemented      a known option that does not work yet
+    ├── Retryable
+    │   ├── ResourceExhausted  no room now
+    │   └── Unavailable        no process is there to serve the request, or it is gone
     ├── NotFound               no such model, attempt, artifact
-    ├── Mismatch               two processes that can't work together; names the field and both values
-    ├── ResourceExhausted      no room now; may say when to try again
-    ├── Unavailable            nobody there to serve it; may say when to try again
+    ├── Mismatch               two processes that can't work together
     ├── DeadlineExceeded       a wait reached its deadline
-    ├── Cancelled              somebody asked to stop
-    ├── Internal               our own fault
+    ├── Cancelled              the caller asked to stop
+    ├── Internal               a fault of ours
     ├── ConfigError            a setting, flag or file that a process can't start with
     │   └── ModelFileError     a model file that is missing, truncated, corrupt or of an unknown kind
     └── TransferError          moving KV blocks
@@ -36,20 +38,17 @@ class FieldError(BatonError):
         self.message = message
 
 
-class InvalidArgument(FieldError):
-    """The caller's input is at fault."""
+class InvalidArgument(FieldError): ...
 
 
-class Unimplemented(FieldError):
-    """A known option that does not work yet."""
+class Unimplemented(FieldError): ...
 
 
-class NotFound(BatonError):
-    """What was named does not exist."""
+class NotFound(BatonError): ...
 
 
 class Mismatch(BatonError):
-    """Two processes that can't work together."""
+    """Names the field in which two processes differ, and both values."""
 
     def __init__(self, field: str, ours: str, theirs: str, message: str = "") -> None:
         super().__init__(message or f"{field} differs: here {ours}, there {theirs}")
@@ -65,45 +64,35 @@ class Retryable(BatonError):
         self.constraint = constraint
 
 
-class ResourceExhausted(Retryable):
-    """There is no room at the moment."""
+class ResourceExhausted(Retryable): ...
 
 
-class Unavailable(Retryable):
-    """Nobody is there to serve the request, or whoever served it is gone."""
+class Unavailable(Retryable): ...
 
 
-class DeadlineExceeded(BatonError):
-    """A wait reached its deadline."""
+class DeadlineExceeded(BatonError): ...
 
 
-class Cancelled(BatonError):
-    """Somebody asked to stop."""
+class Cancelled(BatonError): ...
 
 
-class Internal(BatonError):
-    """A fault of ours."""
+class Internal(BatonError): ...
 
 
 class ConfigError(BatonError):
-    """A setting, flag or file that a process can't start with; `str()` is one line."""
+    """`str()` is one line."""
 
 
-class ModelFileError(ConfigError):
-    """A model file that is missing, truncated, corrupt or of an unknown kind."""
+class ModelFileError(ConfigError): ...
 
 
-class TransferError(BatonError):
-    """Moving KV blocks went wrong."""
+class TransferError(BatonError): ...
 
 
-class PeerClosed(TransferError):
-    """The peer ended the connection, or died."""
+class PeerClosed(TransferError): ...
 
 
-class WriteRefused(TransferError):
-    """The peer does not accept this write."""
+class WriteRefused(TransferError): ...
 
 
-class ChecksumMismatch(TransferError):
-    """A block arrived with other bytes than were sent."""
+class ChecksumMismatch(TransferError): ...

@@ -11,12 +11,12 @@ from baton.errors import ConfigError
 from baton.spec import Objectives
 
 LEAST_MS, MOST_MS = 1e-3, 1e9
-"""What an objective can be: a microsecond to eleven days. Who has none leaves it out."""
+"""The range of an objective, from a microsecond to eleven days. A request without one leaves it out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One entry; `model` and `priority` are None where they may be any."""
+    """`model` and `priority` are None where they may be any."""
 
     model: str | None
     priority: int | None
@@ -24,15 +24,15 @@ class Rule:
 
 
 class Defaults:
-    """The rules; the one that names most wins, the model before the priority."""
+    """The rules of a text; the one that names most wins, the model before the priority. Raises ConfigError naming
+    `field`."""
 
     def __init__(self, text: str, field: str = "slo") -> None:
-        """Raises ConfigError naming `field`."""
         entries = [entry.strip() for entry in text.split(";")]
         self._rules = [_parse(entry, field) for entry in entries if entry]
 
     def fill(self, given: Objectives, model: str, priority: int) -> Objectives:
-        """The request's own objectives, and the defaults for those that it does not have."""
+        """The request's own objectives, and the defaults for those it lacks."""
         found = max(
             (rule for rule in self._rules if rule.model in (None, model) and rule.priority in (None, priority)),
             key=lambda rule: (rule.model is not None, rule.priority is not None),

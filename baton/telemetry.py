@@ -1,4 +1,4 @@
-"""Logs, and counts of what happened. One line per event, JSON unless a person is watching."""
+"""Logs, one line per event, and counts of events."""
 
 from __future__ import annotations
 
@@ -35,15 +35,13 @@ def configure_logs(role: str, *, level: str = "info", json: bool | None = None) 
 
 
 class Counts:
-    """Event counts of one process, by name. What is counted here appears in `Admin.GetStatus`."""
+    """Event counts of one process, by name, as `Admin.GetStatus` shows them."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
     def add(self, name: str, amount: int = 1) -> None:
-        """One more of these happened."""
         self._counts[name] += amount
 
     def snapshot(self) -> dict[str, int]:
-        """All counts since start."""
         return dict(self._counts)

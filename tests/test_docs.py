@@ -46,7 +46,7 @@ def flags_of(name: str) -> frozenset[str]:
     """The flags of a command; KeyError when there is no such command."""
     found: App = app[name]
     arguments = found.assemble_argument_collection() if found.default_command else []
-    return frozenset(flag for argument in arguments for flag in argument.names)
+    return frozenset(flag for argument in arguments if argument.show for flag in argument.names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

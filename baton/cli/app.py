@@ -28,13 +28,20 @@ def version() -> str:
 CLUSTER, CLIENT, OPERATIONS, MORE = (
     Group.create_ordered(name) for name in ("Start a cluster", "Use a cluster", "Look at a cluster", "More")
 )
+
+
+def shown_default(value: object) -> str | None:
+    """None, which shows nothing, for a switch that is off and for what is empty."""
+    return None if value is False or value in ("", [], None) else str(value)
+
+
 app = App(
     name="baton",
     help="LLM serving split into prefill and decode workers, over gRPC.",
     version=version,
     help_format="plaintext",
     group_commands=MORE,
-    default_parameter=Parameter(negative_iterable=()),
+    default_parameter=Parameter(negative_iterable=(), show_default=shown_default),
 )
 for group, commands in (
     (CLUSTER, (up.up, roles.router, roles.prefill, roles.decode, demo.demo)),

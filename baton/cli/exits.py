@@ -1,4 +1,4 @@
-"""How a command ends: one line on stderr and a status, whatever went wrong."""
+"""How a command ends that failed: one line on stderr and a status."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ DEBUG = "BATON_DEBUG"
 
 
 def status_of(error: BaseException) -> int:
-    """2 where another command line would help, 130 for Ctrl-C, else 1."""
+    """130 for Ctrl-C, 2 where another command line would help, else 1."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return USAGE if isinstance(error, (FieldError, ConfigError)) else FAILURE
 
 
 def line_of(error: BaseException) -> str:
-    """What a user needs to know, on one line."""
     if isinstance(error, BatonError):
         text = str(error) or type(error).__name__
     elif isinstance(error, OSError):
@@ -35,7 +34,7 @@ def report(error: BaseException) -> int:
     """Prints the line, and the traceback when asked to; returns the exit status."""
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
-    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+    if isinstance(error, BrokenPipeError):  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     if not isinstance(error, KeyboardInterrupt):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,36 +18,40 @@ from baton.rpc.status import code_of
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+Rows = Iterable[Iterable[object]]
 WIDE = 160
-"""Columns of a table that goes to a file or a pipe, where nothing should be cut off."""
+"""Columns of a table that goes to a file or a pipe, where nothing is cut off."""
 
 
 def console(file: TextIO | None = None) -> Console:
-    """As wide as the terminal; plain, without markup of our own text."""
+    """As wide as the terminal, and without markup of our own text."""
     target = file or sys.stdout
     return Console(file=target, width=None if target.isatty() else WIDE, highlight=False, markup=False)
 
 
-def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+def show(found: DataclassInstance | list[Any], as_json: bool, columns: tuple[str, ...], rows: Rows) -> None:
+    """Prints dataclasses as JSON or as the rows of a table."""
+    if as_json:
+        print_json([to_dict(entry) for entry in found] if isinstance(found, list) else to_dict(found))
+    else:
+        print_table(columns, rows)
+
+
+def print_table(columns: tuple[str, ...], rows: Rows) -> None:
     """Left-aligned, without lines."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(str, row))
     console().print(table)
 
 
 def print_json(value: Any) -> None:
-    """One line."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def to_dict(value: DataclassInstance) -> dict[str, Any]:
-    """For JSON: what is None is left out, at any depth."""
-    return asdict(value, dict_factory=_without_none)
-
-
-def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in pairs if value is not None}
+    """For JSON: None is left out, at any depth."""
+    return asdict(value, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
 
 
 def print_event(event: Event) -> None:
@@ -68,7 +72,7 @@ def print_error_event(error: BatonError) -> None:
 async def show_stream(
     events: AsyncIterator[Event], *, as_json: bool, spoken: list[str]
 ) -> tuple[Finished, list[Tokens]]:
-    """Prints a stream as it comes, in text or JSON, to its end. `spoken` gets each piece of text that was shown."""
+    """Prints a stream to its end, in text or JSON. `spoken` gets each piece of text that was shown."""
     finished: Finished | None = None
     runs: list[Tokens] = []
     try:

@@ -1,7 +1,7 @@
 """A request's timeline as a picture for the terminal: a row per phase, each bar where and as long as it was.
 
 The phases follow one another: what computing hid of the transfer lies inside prefill and gets no bar of its own.
-Durations of different processes are laid end to end; nobody compares two machines' clocks.
+Durations of different processes are laid end to end: the clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NAME_CELLS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """One row; `ms` is None where the phase did not take place."""
+class Bar:
+    """A phase; `ms` is None where it did not take place."""
 
     name: str
     ms: float | None
@@ -28,23 +28,23 @@ class Phase:
     note: str = ""
 
 
-def phases(timeline: Timeline) -> list[Phase]:
+def bars(timeline: Timeline) -> list[Bar]:
     """In order of time."""
     moved = ""
     if timeline.transport:
         moved = f"{timeline.transport}, {timeline.transfer_blocks} blocks, {_bytes(timeline.transfer_bytes)}"
     return [
-        Phase("router", timeline.router_ms, "blue"),
-        Phase("queue", timeline.queue_ms, "yellow"),
-        Phase("prefill", timeline.prefill_ms, "green", timeline.prefill_worker),
-        Phase("transfer", timeline.transfer_exposed_ms, "red", moved),
-        Phase("wait", timeline.first_step_wait_ms, "yellow"),
-        Phase("decode", timeline.decode_ms, "cyan", timeline.decode_worker),
+        Bar("router", timeline.router_ms, "blue"),
+        Bar("queue", timeline.queue_ms, "yellow"),
+        Bar("prefill", timeline.prefill_ms, "green", timeline.prefill_worker),
+        Bar("transfer", timeline.transfer_exposed_ms, "red", moved),
+        Bar("wait", timeline.first_step_wait_ms, "yellow"),
+        Bar("decode", timeline.decode_ms, "cyan", timeline.decode_worker),
     ]
 
 
 def span(start_ms: float, ms: float, whole_ms: float) -> tuple[int, int]:
-    """Cells before the bar, and in it. What took any time at all gets a cell."""
+    """Cells before the bar, and in it: at least one for any time at all."""
     if ms <= 0:
         return 0, 0
     scale = BAR_CELLS / whole_ms
@@ -55,7 +55,7 @@ def span(start_ms: float, ms: float, whole_ms: float) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A rich renderable."""
+    """A rich renderable. 80 columns are enough, and it reads without colour too."""
 
     finished: Finished
 
@@ -65,23 +65,18 @@ class Picture:
         yield Text(_summary(self.finished), style="dim", no_wrap=True)
 
     def _rows(self, fill: str, frame: str) -> Iterator[Text]:
-        rows = phases(self.finished.timeline)
-        whole = sum(phase.ms or 0.0 for phase in rows)
+        phases = bars(self.finished.timeline)
+        whole = sum(bar.ms or 0.0 for bar in phases)
         start = 0.0
-        for phase in rows:
-            before, length = span(start, phase.ms or 0.0, whole)
-            row = Text(f"  {phase.name:<{NAME_CELLS}}{frame}{' ' * before}", no_wrap=True, overflow="ellipsis")
-            row.append(fill * length, style=phase.colour)
+        for bar in phases:
+            before, length = span(start, bar.ms or 0.0, whole)
+            row = Text(f"  {bar.name:<{NAME_CELLS}}{frame}{' ' * before}", no_wrap=True, overflow="ellipsis")
+            row.append(fill * length, style=bar.colour)
             row.append(f"{' ' * (BAR_CELLS - before - length)}{frame}")
-            row.append("         -  " if phase.ms is None else f"{phase.ms:>7.1f} ms")
-            row.append(f"  {phase.note}".rstrip(), style="dim")
+            row.append("         -  " if bar.ms is None else f"{bar.ms:>7.1f} ms")
+            row.append(f"  {bar.note}".rstrip(), style="dim")
             yield row
-            start += phase.ms or 0.0
-
-
-def draw(finished: Finished) -> Picture:
-    """For `Console.print`; 80 columns are enough, and it reads without colour too."""
-    return Picture(finished)
+            start += bar.ms or 0.0
 
 
 def _summary(finished: Finished) -> str:

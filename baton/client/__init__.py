@@ -7,19 +7,16 @@ async with Client("127.0.0.1:9700") as client:
 """
 
 from baton.client.client import Client
+from baton.client.reports import Load, ModelInfo, PoolStatus, ProcessStatus, WorkerInfo
 from baton.client.types import (
     Accepted,
     Completion,
     Event,
     Finished,
     FinishReason,
-    Load,
     Message,
-    ModelInfo,
     OnDisconnect,
     Path,
-    PoolStatus,
-    ProcessStatus,
     RequestOptions,
     SloOutcome,
     Timeline,
@@ -27,7 +24,6 @@ from baton.client.types import (
     Tokens,
     Usage,
     WhenUnmet,
-    WorkerInfo,
 )
 from baton.spec import TokenLogprobs
 

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from types import TracebackType
-from typing import Any, NoReturn, Self, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.client import wire
-from baton.client.types import (
-    Accepted,
-    Completion,
-    Event,
-    Finished,
-    Message,
-    ModelInfo,
-    Placement,
-    ProcessStatus,
-    RequestOptions,
-    Tokenization,
-    Tokens,
-    WorkerInfo,
-)
+from baton.client.reports import ModelInfo, Placement, ProcessStatus, WorkerInfo
+from baton.client.types import Accepted, Completion, Event, Finished, Message, RequestOptions, Tokenization, Tokens
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidArgument, NotFound, Unavailable
 from baton.rpc.net import open_channel, parse_address
 from baton.rpc.status import from_rpc_error
 from baton.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 CALL_TIMEOUT_S = 10.0
-"""Bounds every call but `generate` and `complete`, whose work may rightly take longer."""
+"""Bounds every call but `generate` and `complete`."""
 
 
 class Client:
@@ -79,7 +67,7 @@ class Client:
                 if event is not None:
                     yield event
         except grpc.aio.AioRpcError as error:
-            self._fail(error, timeout)
+            raise _explain(error, self.address, timeout) from None
         finally:
             call.cancel()  # does nothing to a call that is over
 
@@ -100,7 +88,13 @@ class Client:
                     finished = event
         if accepted is None or finished is None:
             raise Internal("the server ended the stream without a result")
-        return _completion(accepted, runs, finished)
+        return Completion(
+            text="".join(run.text for run in runs),
+            token_ids=tuple(token for run in runs for token in run.ids),
+            logprobs=tuple(entry for run in runs for entry in run.logprobs),
+            accepted=accepted,
+            finished=finished,
+        )
 
     async def tokenize(
         self,
@@ -132,7 +126,7 @@ class Client:
     async def explain(
         self, request_id: str, *, tenant_salt: str = "", timeout: float = CALL_TIMEOUT_S
     ) -> tuple[Placement, ...]:
-        """Why a request went where it did. Raises NotFound for one that the router has not placed, or has forgotten."""
+        """The decisions about a request. Raises NotFound for one that the router has not placed, or has forgotten."""
         request = admin_pb2.ExplainRequest(request_id=request_id, tenant_salt=tenant_salt)
         answer = await self._call(self._admin.Explain, request, timeout)
         return tuple(map(wire.placement_from_wire, answer.placements))
@@ -152,14 +146,11 @@ class Client:
         try:
             return await method(request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
-            self._fail(error, timeout)
-
-    def _fail(self, error: grpc.aio.AioRpcError, timeout: float | None) -> NoReturn:
-        raise _explain(error, self.address, timeout) from None
+            raise _explain(error, self.address, timeout) from None
 
 
 def _explain(error: grpc.aio.AioRpcError, address: str, timeout: float | None) -> BatonError:
-    """The server's exception, or, where gRPC itself failed, what that means to somebody who wants an answer."""
+    """The server's exception, or, where gRPC itself failed, one in the caller's terms."""
     failure = from_rpc_error(error)
     if any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ()):
         return failure
@@ -173,19 +164,9 @@ def _explain(error: grpc.aio.AioRpcError, address: str, timeout: float | None) -
 
 
 def _cause(details: str) -> str:
-    """The part of gRPC's connection error that tells anything."""
+    """The informative part of gRPC's connection error."""
     text = details.rpartition("last error: ")[2]
     for known in ("Connection refused", "Socket closed", "DNS resolution failed"):
         if known.lower() in text.lower():
             return known.lower() if known != "DNS resolution failed" else "no such host"
     return text.rpartition(": ")[2] if "ipv4:" in text or "ipv6:" in text else text
-
-
-def _completion(accepted: Accepted, runs: list[Tokens], finished: Finished) -> Completion:
-    return Completion(
-        text="".join(run.text for run in runs),
-        token_ids=tuple(token for run in runs for token in run.ids),
-        logprobs=tuple(entry for run in runs for entry in run.logprobs),
-        accepted=accepted,
-        finished=finished,
-    )

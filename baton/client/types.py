@@ -1,4 +1,4 @@
-"""What the SDK hands out: plain frozen dataclasses, mirrors of the messages in `proto/baton/v1`.
+"""Requests and their events: plain frozen dataclasses, mirrors of the messages in `proto/baton/v1/generation.proto`.
 
 A field that the server left out is None, never a zero made up here. Durations are in milliseconds.
 """
@@ -25,11 +25,11 @@ class RequestOptions(TypedDict, total=False):
     token_ids: list[int]
     """Token ids, used as they are; instead of a prompt."""
     model: str
-    """A name from `Client.models`; may be left out when there is only one."""
+    """The name of a served model; may be left out when there is only one."""
     request_id: str
-    """The caller's label for this request; minted by the server when left out."""
+    """The caller's label for this request; minted by the router when left out."""
     temperature: float
-    """0 is greedy."""
+    """0 is greedy; the default is 1."""
     top_k: int
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float
@@ -37,7 +37,7 @@ class RequestOptions(TypedDict, total=False):
     min_p: float
     """Keep tokens at least this likely relative to the most likely one, in [0, 1]."""
     seed: int
-    """Makes the draw repeatable; minted by the server when left out and reported in `Accepted`."""
+    """Makes the draw repeatable; minted by the router when left out, and reported in `Accepted`."""
     repetition_penalty: float
     """Divides positive and multiplies negative logits of tokens seen in prompt or output; above 0."""
     presence_penalty: float
@@ -45,7 +45,7 @@ class RequestOptions(TypedDict, total=False):
     frequency_penalty: float
     """Subtracted once per occurrence in the output; -2 to 2."""
     max_tokens: int
-    """At most this many output tokens."""
+    """At most this many output tokens; by default as many as the context has room for."""
     stop: list[str]
     """Generation ends before any of these texts."""
     stop_token_ids: list[int]
@@ -121,7 +121,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Where the time went; the message `Timeline` in generation.proto says who measures what."""
+    """Durations of a request's phases; the message `Timeline` in generation.proto defines each."""
 
     ttft_ms: float
     tpot_ms: float | None
@@ -180,17 +180,14 @@ class Completion:
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Why it ended."""
         return self.finished.reason
 
     @property
     def usage(self) -> Usage:
-        """What it took."""
         return self.finished.usage
 
     @property
     def timeline(self) -> Timeline:
-        """Where the time went."""
         return self.finished.timeline
 
 
@@ -200,137 +197,3 @@ class Tokenization:
 
     ids: tuple[int, ...]
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """A model that the registered workers serve."""
-
-    name: str
-    context_tokens: int
-    vocabulary_size: int
-    fingerprint: str
-    prefill_workers: int
-    decode_workers: int
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a worker last reported."""
-
-    waiting: int
-    running: int
-    waiting_tokens: int
-    resident_tokens: int
-    free_blocks: int
-    cached_blocks: int
-    held_blocks: int
-    quarantined_blocks: int
-    pairs: dict[str, int]
-    """Decode workers that a prefill worker is connected to, by the transport between them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """How well first tokens on a worker are predicted: promises made, those that took at most 1.2 times as long, the
-    median of |achieved / predicted - 1| among the last 64, and what a prediction is multiplied with to be promised."""
-
-    promised: int
-    kept: int
-    error: float
-    factor: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerInfo:
-    """A worker as the router sees it."""
-
-    name: str
-    incarnation: str
-    address: str
-    roles: tuple[str, ...]
-    model: str
-    blocks: int
-    max_sequences: int
-    transports: tuple[str, ...]
-    attached: bool
-    lease_left_ms: float
-    load: Load
-    attempts: int
-    predictions: Predictions | None = None
-    """None before the first token."""
-    handoff_ms: float | None = None
-    """What the router expects a handoff to it to take after the first token; None before the first."""
-    step_error: float | None = None
-    """Mean relative error of the step times that it predicts itself; None before it has told a cost."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatus:
-    """A worker's block pool; `integrity_error` is empty when its books balance."""
-
-    blocks: int
-    free: int
-    held: int
-    cached: int
-    quarantined: int
-    integrity_error: str
-    bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A decode worker that a prefill worker is connected to; so many `handoffs` are under way."""
-
-    peer: str
-    address: str
-    transport: str
-    handoffs: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessStatus:
-    """What one process holds. `pool` is None, `roles` empty and `weight_bytes` 0 on a router."""
-
-    name: str
-    incarnation: str
-    address: str
-    roles: tuple[str, ...]
-    pool: PoolStatus | None
-    live: dict[str, int]
-    counters: dict[str, int]
-    resident_bytes: int
-    weight_bytes: int = 0
-    pairs: tuple[Pair, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A worker that was looked at; `note` says what spoke against it. Times are None where none was predicted."""
-
-    worker: str
-    way: str
-    feasible: bool
-    note: str
-    load: float
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """One decision about a request: its `step` is "prompt" or "decode"; `others` candidates are not listed. Where not
-    all objectives were expected to be kept (`meets`), `constraint` says what was in the way, and `refused` whether the
-    request was turned away for it."""
-
-    step: str
-    age_ms: float
-    chosen: str
-    reason: str
-    meets: bool
-    constraint: str
-    candidates: tuple[Candidate, ...]
-    others: int
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    refused: bool = False

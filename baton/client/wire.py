@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
 
-from baton.client import types
+from baton.client import reports, types
 from baton.errors import InvalidArgument
 from baton.spec import TokenLogprobs
 from baton.v1 import admin_pb2 as admin
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as worker
 
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
-STOPPING = ("max_tokens", "stop", "stop_token_ids", "ignore_eos")
-OBJECTIVES = ("ttft_ms", "tpot_ms")
+T = TypeVar("T")
 TOP_LEVEL = ("model", "request_id", "logprobs", "priority", "tenant_salt")
 ENUMS = {"when_unmet": gen.UnmetPolicy, "on_disconnect": gen.OnDisconnect}
 
@@ -42,14 +32,11 @@ def request_to_wire(prompt: str | None, options: types.RequestOptions) -> gen.Ge
         _assign(request.token_ids, "ids", given["token_ids"], "token_ids")
     if "messages" in given:
         _assign_chat(request.chat, given["messages"])
-    for parent, path, names in (
-        (request, "", TOP_LEVEL),
-        (request.sampling, "sampling.", SAMPLING),
-        (request.stopping, "stopping.", STOPPING),
-        (request.slo, "slo.", OBJECTIVES),
-    ):
-        for name in names:
-            _assign(parent, name, given.get(name), path + name)
+    for name in TOP_LEVEL:
+        _assign(request, name, given.get(name))
+    for parent, part in (("sampling", request.sampling), ("stopping", request.stopping), ("slo", request.slo)):
+        for field in part.DESCRIPTOR.fields:
+            _assign(part, field.name, given.get(field.name), f"{parent}.{field.name}")
     for name, enum in ENUMS.items():
         if name in given:
             _assign_enum(request, name, enum, given[name])
@@ -100,7 +87,7 @@ def event_from_wire(message: gen.GenerateResponse) -> types.Event | None:
     """None for a kind of event that only a newer server knows."""
     match message.WhichOneof("event"):
         case "accepted":
-            return _accepted(message.accepted)
+            return _mirror(types.Accepted, message.accepted)
         case "tokens":
             return _tokens(message.tokens)
         case "finished":
@@ -108,19 +95,8 @@ def event_from_wire(message: gen.GenerateResponse) -> types.Event | None:
     return None
 
 
-def _accepted(message: gen.Accepted) -> types.Accepted:
-    return types.Accepted(
-        request_id=message.request_id,
-        model=message.model,
-        seed=message.seed,
-        prompt_tokens=message.prompt_tokens,
-        max_tokens=message.max_tokens,
-        predicted_ttft_ms=_optional(message, "predicted_ttft_ms"),
-        predicted_tpot_ms=_optional(message, "predicted_tpot_ms"),
-    )
-
-
 def _tokens(message: gen.Tokens) -> types.Tokens:
+    """Written out: it runs once per token."""
     logprobs = (
         TokenLogprobs(entry.logprob, tuple((best.id, best.logprob) for best in entry.top)) for entry in message.logprobs
     )
@@ -128,122 +104,68 @@ def _tokens(message: gen.Tokens) -> types.Tokens:
 
 
 def _finished(message: gen.Finished) -> types.Finished:
-    slo = None
-    if message.HasField("slo"):
-        slo = types.SloOutcome(_optional(message.slo, "ttft_kept"), _optional(message.slo, "tpot_kept"))
-    usage = message.usage
+    timeline = message.timeline
     return types.Finished(
         reason=types.FinishReason(_enum_value(gen.FinishReason, message.reason)),
-        usage=types.Usage(usage.prompt_tokens, usage.output_tokens, usage.cached_prompt_tokens),
-        timeline=_timeline(message.timeline),
-        slo=slo,
+        usage=_mirror(types.Usage, message.usage),
+        timeline=_mirror(types.Timeline, timeline, path=types.Path(_enum_value(gen.Path, timeline.path))),
+        slo=_mirror(types.SloOutcome, message.slo) if message.HasField("slo") else None,
         stop=message.stop,
     )
 
 
-def _timeline(message: gen.Timeline) -> types.Timeline:
-    return types.Timeline(
-        ttft_ms=message.ttft_ms,
-        tpot_ms=_optional(message, "tpot_ms"),
-        total_ms=message.total_ms,
-        router_ms=message.router_ms,
-        queue_ms=message.queue_ms,
-        prefill_ms=message.prefill_ms,
-        transfer_ms=_optional(message, "transfer_ms"),
-        transfer_exposed_ms=_optional(message, "transfer_exposed_ms"),
-        first_step_wait_ms=_optional(message, "first_step_wait_ms"),
-        decode_ms=_optional(message, "decode_ms"),
-        attempts=message.attempts,
-        handoffs=message.handoffs,
-        prefill_worker=message.prefill_worker,
-        decode_worker=message.decode_worker,
-        path=types.Path(_enum_value(gen.Path, message.path)),
-        transport=message.transport,
-        transfer_bytes=message.transfer_bytes,
-        transfer_blocks=message.transfer_blocks,
-        transfer_cached_blocks=message.transfer_cached_blocks,
-        simulated=message.simulated,
-    )
+def model_from_wire(message: gen.ModelInfo) -> reports.ModelInfo:
+    return _mirror(reports.ModelInfo, message)
 
 
-def model_from_wire(message: gen.ModelInfo) -> types.ModelInfo:
-    """See `ModelInfo`."""
-    return types.ModelInfo(
-        message.name,
-        message.context_tokens,
-        message.vocabulary_size,
-        message.fingerprint,
-        message.prefill_workers,
-        message.decode_workers,
-    )
-
-
-def worker_from_wire(message: admin.WorkerInfo) -> types.WorkerInfo:
-    """See `WorkerInfo`."""
+def worker_from_wire(message: admin.WorkerInfo) -> reports.WorkerInfo:
     load = message.load
-    return types.WorkerInfo(
-        name=message.process.name,
-        incarnation=message.process.incarnation,
-        address=message.process.address,
-        roles=_roles(message.roles),
-        model=message.model,
+    known = message.HasField("predictions")
+    return _mirror(
+        reports.WorkerInfo,
+        message,
+        **_process(message),
         blocks=message.capacity.blocks,
         max_sequences=message.capacity.max_sequences,
         transports=tuple(message.transports),
-        attached=message.attached,
-        lease_left_ms=message.lease_left_ms,
-        load=types.Load(
-            load.waiting,
-            load.running,
-            load.waiting_tokens,
-            load.resident_tokens,
-            load.free_blocks,
-            load.cached_blocks,
-            load.held_blocks,
-            load.quarantined_blocks,
-            dict(load.pairs),
-        ),
-        attempts=message.attempts,
-        predictions=_predictions(message),
-        handoff_ms=message.handoff_ms if message.HasField("handoff_ms") else None,
+        load=_mirror(reports.Load, load, pairs=dict(load.pairs)),
+        predictions=_mirror(reports.Predictions, message.predictions) if known else None,
         step_error=load.cost.error if load.HasField("cost") else None,
     )
 
 
-def _predictions(message: admin.WorkerInfo) -> types.Predictions | None:
-    if not message.HasField("predictions"):
-        return None
-    found = message.predictions
-    return types.Predictions(found.promised, found.kept, found.error, found.factor)
-
-
-def status_from_wire(message: admin.GetStatusResponse) -> types.ProcessStatus:
-    """See `ProcessStatus`."""
-    pool = None
-    if message.HasField("pool"):
-        seen = message.pool
-        states = seen.free, seen.held, seen.cached, seen.quarantined
-        pool = types.PoolStatus(seen.blocks, *states, seen.integrity_error, seen.bytes)
-    return types.ProcessStatus(
-        name=message.process.name,
-        incarnation=message.process.incarnation,
-        address=message.process.address,
-        roles=_roles(message.roles),
-        pool=pool,
+def status_from_wire(message: admin.GetStatusResponse) -> reports.ProcessStatus:
+    return _mirror(
+        reports.ProcessStatus,
+        message,
+        **_process(message),
+        pool=_mirror(reports.PoolStatus, message.pool) if message.HasField("pool") else None,
         live=dict(message.live),
         counters=dict(message.counters),
-        resident_bytes=message.resident_bytes,
-        weight_bytes=message.weight_bytes,
-        pairs=tuple(types.Pair(p.peer.name, p.peer.address, p.transport, p.handoffs) for p in message.pairs),
+        pairs=tuple(
+            _mirror(reports.Pair, pair, peer=pair.peer.name, address=pair.peer.address) for pair in message.pairs
+        ),
     )
 
 
-def _roles(numbers: Any) -> tuple[str, ...]:
-    return tuple(_enum_value(worker.Role, number) for number in numbers)
+def placement_from_wire(message: admin.Placement) -> reports.Placement:
+    candidates = tuple(_mirror(reports.Candidate, entry) for entry in message.candidates)
+    return _mirror(reports.Placement, message, candidates=candidates)
 
 
-def _optional(message: Any, name: str) -> Any:
-    return getattr(message, name) if message.HasField(name) else None
+def _process(message: admin.WorkerInfo | admin.GetStatusResponse) -> dict[str, Any]:
+    process = message.process
+    roles = tuple(_enum_value(worker.Role, number) for number in message.roles)
+    return {"name": process.name, "incarnation": process.incarnation, "address": process.address, "roles": roles}
+
+
+def _mirror(kind: type[T], message: ProtoMessage, **converted: Any) -> T:
+    """A dataclass with the message's fields of the same names, None for absent ones, and with those `converted`."""
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in converted:
+            absent = message.DESCRIPTOR.fields_by_name[field.name].has_presence and not message.HasField(field.name)
+            converted[field.name] = None if absent else getattr(message, field.name)
+    return kind(**converted)
 
 
 def _enum_value(enum: Any, number: int) -> str:
@@ -253,31 +175,3 @@ def _enum_value(enum: Any, number: int) -> str:
         return "unknown"
     prefix: str = enum.DESCRIPTOR.values[0].name.removesuffix("UNSPECIFIED")
     return str(entry.name).removeprefix(prefix).lower()
-
-
-def placement_from_wire(message: admin.Placement) -> types.Placement:
-    """See `Placement`."""
-    return types.Placement(
-        step=message.step,
-        age_ms=message.age_ms,
-        chosen=message.chosen,
-        reason=message.reason,
-        meets=message.meets,
-        constraint=message.constraint,
-        refused=message.refused,
-        others=message.others,
-        ttft_ms=_optional(message, "ttft_ms"),
-        tpot_ms=_optional(message, "tpot_ms"),
-        candidates=tuple(
-            types.Candidate(
-                worker=entry.worker,
-                way=entry.way,
-                feasible=entry.feasible,
-                note=entry.note,
-                load=entry.load,
-                ttft_ms=_optional(entry, "ttft_ms"),
-                tpot_ms=_optional(entry, "tpot_ms"),
-            )
-            for entry in message.candidates
-        ),
-    )

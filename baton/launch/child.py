@@ -1,7 +1,7 @@
 """One child process of a local cluster: started, ready, exited.
 
-Its output is read to the end, line by line, so that it can never block on a full pipe; each line goes to a sink. What
-it said last is kept, to tell why it ended.
+Its output is read to the end, line by line, so that it never blocks on a full pipe; each line goes to a sink. The last
+lines are kept, to tell why it ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from baton.errors import BatonError, ConfigError, Unavailable
+from baton.errors import ConfigError, Unavailable
 
 Sink = Callable[[str], None]
 """Takes one line without its newline; must not block for long."""
@@ -34,7 +34,7 @@ class _Pipe(NamedTuple):
 
 
 class Child:
-    """A running process. Make it with `start`; whoever does must see to it that it ends, with `terminate` or `kill`."""
+    """A running process, made by `start`. The caller must end it, with `terminate` or `kill`."""
 
     def __init__(self, name: str, role: str, process: asyncio.subprocess.Process, ready: _Pipe, sink: Sink) -> None:
         self.name, self.role = name, role
@@ -47,7 +47,7 @@ class Child:
     async def start(
         cls, name: str, role: str, command: Sequence[str], environment: Mapping[str, str], sink: Sink
     ) -> Child:
-        """Starts `command` with `--ready-fd N` appended. It leaves the process group by itself (`leave_terminal`)."""
+        """Appends `--ready-fd N` to the command. The process leaves our process group itself (`leave_terminal`)."""
         read_end, write_end = os.pipe()
         ready = await _open_pipe(read_end)
         try:
@@ -69,27 +69,25 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether it has not been seen to exit."""
         return self._process.returncode is None
 
     async def wait_ready(self) -> str:
         """Its address, once it says so. Raises when it exits first: ConfigError for status 2, else Unavailable."""
         line = await self._ready.reader.readline()
         if not line.endswith(b"\n"):
-            await self.wait_exited()
-            raise self._failure()
+            kind = ConfigError if await self.wait_exited() == USAGE_STATUS else Unavailable
+            raise kind(f"{self.name}: {self.describe_exit()}")
         self.address = line.decode().strip()
         return self.address
 
     async def wait_exited(self) -> int:
         """Its exit status (negative for a signal), after its last words have been read."""
         status = await self._process.wait()
-        # Somebody else may hold its output open (what it started itself): bounded.
+        # Bounded: a process that it started itself may hold its output open.
         await asyncio.wait([self._reading], timeout=DRAIN_S)
         self._reading.cancel()
         self._ready.transport.close()
@@ -106,21 +104,13 @@ class Child:
             self._process.kill()
 
     def describe_exit(self) -> str:
-        """How it ended and why, as far as it said."""
+        """By which signal it was killed, else the line in which it said what was wrong, else its very last one."""
         status = self._process.returncode
         assert status is not None, "it has exited"
         if status < 0:
             return f"was killed by {signal.Signals(-status).name}"
-        return self._last_words() or f"ended with status {status}"
-
-    def _failure(self) -> BatonError:
-        kind = ConfigError if self._process.returncode == USAGE_STATUS else Unavailable
-        return kind(f"{self.name}: {self.describe_exit()}")
-
-    def _last_words(self) -> str:
-        """The line in which it said what was wrong, else its very last one."""
         fatal = [line.removeprefix(FATAL) for line in self._said if line.startswith(FATAL)]
-        return (fatal or list(self._said) or [""])[-1]
+        return (fatal or self._said or [f"ended with status {status}"])[-1]
 
     async def _read_output(self) -> None:
         assert self._process.stdout is not None
@@ -139,13 +129,13 @@ class Child:
         if not line:
             return
         self._said.append(_COLOUR.sub("", line))
-        # Before it is ready, its last words come out as the exception of `wait_ready`.
+        # Before it is ready, `wait_ready` raises its last words.
         if self.address or not line.startswith(FATAL):
             self._sink(f"({self.name}) {line}")
 
 
 async def _open_pipe(descriptor: int) -> _Pipe:
-    """Reads a pipe; owns its descriptor from here on."""
+    """Owns the descriptor."""
     reader = asyncio.StreamReader()
     pipe = os.fdopen(descriptor, "rb", buffering=0)
     loop = asyncio.get_running_loop()

@@ -14,131 +14,91 @@ import contextlib
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Annotated, Self
 
 import baton
 from baton.config import (
+    CLUSTER,
     DEFAULT_LISTEN,
-    DEFAULT_MODEL,
-    EngineChoice,
-    KernelChoice,
-    KvChoice,
-    PathChoice,
+    MODEL,
+    PROCESS,
+    LogLevel,
+    LogSettings,
     RoleName,
-    TransportChoice,
+    RoutingSettings,
     WeightChoice,
+    WorkerSettings,
     require,
+    require_at_least,
     require_choice,
+    require_positive,
+    settings_of,
 )
 from baton.errors import Unavailable
 from baton.launch.child import Child, Sink
-from baton.objectives import Defaults
 from baton.rpc.net import cancelling, format_address, parse_address
 
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["auto", "console", "json"]
 ROUTER = "router"
 PROGRAM = (sys.executable, "-P", "-m", "baton.cli")
-"""-P: the directory somebody happens to stand in is no place to import from."""
+"""-P: nothing is imported from the working directory."""
 STOP_S = 5.0
 """From the first SIGTERM to SIGKILL."""
 ROUTER_STOP_S = 2.0
 """How long the router stays for workers that are leaving."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig:
-    """A local cluster; each worker gets the same settings, but for those that name a role."""
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(WorkerSettings, RoutingSettings, LogSettings):
+    """A local cluster. The settings of a worker are those of all its workers, except where a name says the role."""
 
-    prefill: int = 1
+    prefill: Annotated[int, CLUSTER] = 1
     """Prefill workers."""
-    decode: int = 1
+    decode: Annotated[int, CLUSTER] = 1
     """Decode workers."""
-    colocated: int = 0
+    colocated: Annotated[int, CLUSTER] = 0
     """Workers that do both phases, in place of the two pools; 0 for the two pools."""
-    path: PathChoice = "adaptive"
-    """disaggregated: over both pools; direct: prompts are computed on decode workers; adaptive: by each request."""
-    slo: str = ""
-    """Objectives of requests that come without: `[MODEL@]PRIORITY:ttft=MS,tpot=MS`, `*` for any priority, with `;`."""
-    tpot_budget_ms: float = 0.0
-    """Bounds a step that also computes prompts in place; 0 goes by the objectives of the sequences in it."""
-    model: str = DEFAULT_MODEL
-    """A built-in name, a Hugging Face folder, a GGUF file, or a hub name."""
-    transport: TransportChoice = "auto"
-    """How KV blocks move; auto prefers shared memory."""
-    listen: str = DEFAULT_LISTEN
+    listen: Annotated[str, CLUSTER] = DEFAULT_LISTEN
     """HOST:PORT of the router; port 0 takes any free one."""
-    pin: bool = False
-    """Keep each worker on one core: prefill workers from the first core on, decode workers from the last back."""
-    engine: EngineChoice = "model"
-    """model computes; simulated takes a cost model's time instead and answers with random tokens."""
-    cost_model: str = "smollm2-135m"
-    """What a simulated step costs: smollm2-135m, instant, or a JSON file of coefficients."""
-    sim_speed: float = 1.0
-    """Makes the simulated engine so many times as fast as its cost model."""
-    sim_kv_bytes_per_token: int = 0
-    """Shrinks the simulated KV of a token to this, a multiple of 4; 0 keeps the model's own layout."""
-    sim_eos_after: int = 0
-    """A simulated output ends by itself after this many tokens; 0: never."""
-    device: str = "auto"
-    """cpu, or auto, which is the same today."""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: what the device is good at."""
-    kernels: KernelChoice = "auto"
-    """native: compiled for this processor; torch: slower, equally right; auto: native where it can be had."""
-    weights: WeightChoice = "auto"
-    """bf16, int8, int4 (native kernels only), or auto: a file's own 4-bit or 8-bit grid, else bf16."""
-    prefill_weights: WeightChoice | None = None
-    """The same for prefill workers alone, which are bound by arithmetic."""
-    decode_weights: WeightChoice | None = None
-    """The same for decode workers alone, which are bound by memory bandwidth."""
-    kv_dtype: KvChoice = "auto"
-    """int8 halves the KV's memory and transfer; auto keeps it in `dtype`."""
-    deterministic: bool = False
-    """Promise the same bits whatever the batch, the chunking and the worker; native kernels only."""
-    pool_tokens: int = 32_768
-    """Tokens whose KV each worker's block pool holds."""
-    chunk_tokens: int = 512
-    """Prompt tokens computed in one prefill step."""
-    max_sequences: int = 64
-    """Sequences in one decode step."""
-    threads: int = 1
-    """Threads of each worker's arithmetic."""
-    start_s: float = 60.0
+    start_s: Annotated[float, CLUSTER] = 60.0
     """Seconds until every process must be ready."""
-    log_level: LogLevel = "warning"
-    """The least severe events that the processes log."""
-    log_format: LogFormat = "auto"
-    """json, console, or auto: json unless stderr is a terminal."""
+    prefill_weights: Annotated[WeightChoice | None, MODEL] = None
+    """--weights of prefill workers alone, which are bound by arithmetic."""
+    decode_weights: Annotated[WeightChoice | None, MODEL] = None
+    """--weights of decode workers alone, which are bound by memory bandwidth."""
+    pin: Annotated[bool, PROCESS] = False
+    """Keep each worker on one core: prefill workers from the first core on, decode workers from the last back."""
+    log_level: Annotated[LogLevel, PROCESS] = "warning"
 
     def __post_init__(self) -> None:
-        for field in ("prefill", "decode"):
-            require(getattr(self, field) >= 1, field, f"at least 1, not {getattr(self, field)}")
-        require(self.colocated >= 0, "colocated", f"at least 0, not {self.colocated}")
-        require(self.tpot_budget_ms >= 0, "tpot_budget_ms", f"must not be negative, not {self.tpot_budget_ms}")
-        require_choice("path", self.path, PathChoice)
+        WorkerSettings.__post_init__(self)
+        RoutingSettings.__post_init__(self)
+        require_at_least(self, 1, "prefill", "decode")
+        require_at_least(self, 0, "colocated")
         require(not self.colocated or self.path == "adaptive", "path", "colocated workers know only one, direct")
-        Defaults(self.slo)
-        for field, choices in (("kernels", KernelChoice), ("weights", WeightChoice), ("kv_dtype", KvChoice)):
-            require_choice(field, getattr(self, field), choices)
         for field in ("prefill_weights", "decode_weights"):
             if getattr(self, field) is not None:
                 require_choice(field, getattr(self, field), WeightChoice)
-        require(self.start_s > 0, "start_s", "must be positive")
+        require_positive(self, "start_s")
         require(not (self.pin and self.threads > 1), "threads", "with --pin each worker has one core, so 1")
         parse_address(self.listen, "listen")
+
+    def of_worker(self, role: RoleName) -> dict[str, object]:
+        """What a worker of this role gets, by the names of `WorkerConfig`."""
+        weights = self.prefill_weights if role == "prefill" else self.decode_weights
+        shared = {name: getattr(self, name) for name in settings_of(WorkerSettings, role)}
+        return shared | {"weights": weights or self.weights}
 
 
 class LocalCluster:
     """`async with LocalCluster(ClusterConfig(...)) as cluster`: ready inside the block, gone after it.
 
     Entering raises ConfigError or Unavailable with the reason of the first process that failed. Leaving stops every
-    process within `STOP_S`, also when it is cancelled. `sink` gets the processes' output, line by line; each worker
-    gets `worker_flags` besides those of the config. `program` is what runs a role, its name and flags following.
+    process within `STOP_S`, also when it is cancelled. `sink` gets the processes' output, line by line; the workers of
+    a role get its `worker_flags` besides those of the config. `program` runs a role, whose name and flags follow it.
     """
 
     def __init__(
@@ -146,13 +106,13 @@ class LocalCluster:
         config: ClusterConfig,
         *,
         sink: Sink | None = None,
-        worker_flags: Sequence[str] = (),
+        worker_flags: Mapping[RoleName, Sequence[str]] | None = None,
         program: Sequence[str] = PROGRAM,
     ) -> None:
         self.config = config
         self.address = ""
         self._sink = sink or _to_stderr
-        self._worker_flags = tuple(worker_flags)
+        self._worker_flags = worker_flags or {}
         self._program = tuple(program)
         self._children: list[Child] = []
         self._watchers: list[asyncio.Task[None]] = []
@@ -230,37 +190,19 @@ class LocalCluster:
         return ["--log-level", self.config.log_level, "--log-format", chosen]
 
     def _flags_of(self, role: RoleName, index: int) -> list[str]:
-        config = self.config
         flags = ["--router", self.address]
-        for field in (
-            "model",
-            "transport",
-            "engine",
-            "cost_model",
-            "sim_speed",
-            "sim_kv_bytes_per_token",
-            "sim_eos_after",
-            "device",
-            "dtype",
-            "kernels",
-            "kv_dtype",
-            "pool_tokens",
-            "chunk_tokens",
-            "tpot_budget_ms",
-            "max_sequences",
-            "threads",
-        ):
-            flags += [f"--{field.replace('_', '-')}", str(getattr(config, field))]
-        own = config.prefill_weights if role == "prefill" else config.decode_weights
-        flags += ["--weights", own or config.weights]
-        if config.deterministic:
-            flags.append("--deterministic")
-        if config.pin:
+        for name, value in self.config.of_worker(role).items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                flags += [flag] * value
+            else:
+                flags += [flag, str(value)]
+        if self.config.pin:
             flags += ["--pin", str(core_of(role, index, sorted(os.sched_getaffinity(0))))]
-        return [*flags, *self._worker_flags]
+        return [*flags, *self._worker_flags.get(role, ())]
 
     async def _watch(self, child: Child) -> None:
-        """Reports a death nobody asked for."""
+        """Reports a death that was not asked for."""
         await child.wait_exited()
         how = child.describe_exit()
         if child.role == ROUTER:
@@ -298,7 +240,7 @@ def child_environment() -> dict[str, str]:
 
 
 async def _all_ready(router: Child, workers: Sequence[Child]) -> None:
-    """Raises the failure of the first worker, or of the router, that exits meanwhile."""
+    """Raises the failure of the first process that exits meanwhile."""
     guard = asyncio.create_task(router.wait_exited())
     waiting = {asyncio.create_task(worker.wait_ready()) for worker in workers}
     async with cancelling(guard, *waiting):
@@ -312,7 +254,7 @@ async def _all_ready(router: Child, workers: Sequence[Child]) -> None:
 
 
 async def _terminate(children: Sequence[Child], timeout: float | None) -> None:
-    """Asks them to stop and waits until they have; without a timeout the caller bounds it."""
+    """Asks them to stop and waits; without a timeout the caller bounds it."""
     for child in children:
         child.terminate()
     await _exited(children, timeout)
@@ -326,5 +268,5 @@ async def _exited(children: Sequence[Child], timeout: float | None) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it; the cluster goes on
+    with contextlib.suppress(BrokenPipeError):  # without a reader the cluster goes on
         print(line, file=sys.stderr, flush=True)

@@ -19,16 +19,16 @@ Role = Callable[[Callable[[str], None], asyncio.Event], Awaitable[None]]
 """Serves until the event is set; calls back with its address once it is ready."""
 
 
-def serve(role: Role, on_ready: Callable[[str], None]) -> None:
+def serve(role: Role, name: str, ready_fd: int | None) -> None:
     """Runs a role on uvloop until it ends or a signal stops it. Call it in the main thread."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        stop_on_signals(stop.set)
+        await role(lambda address: announce(address, name, ready_fd), stop)
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_until_stopped(role, on_ready))
-
-
-async def _until_stopped(role: Role, on_ready: Callable[[str], None]) -> None:
-    stop = asyncio.Event()
-    stop_on_signals(stop.set)
-    await role(on_ready, stop)
+        runner.run(main())
 
 
 def stop_on_signals(stop: Callable[[], object]) -> None:
@@ -74,8 +74,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def leave_terminal() -> None:
-    """Out of the parent's process group, so that a terminal's Ctrl-C reaches the parent alone, who decides when this
-    process stops.
+    """Leaves the parent's process group: a terminal's Ctrl-C then reaches the parent alone, which stops this process.
 
     Not a session of its own, which would do the same: Linux shares the cores fairly among sessions before it does among
     threads (see autogroup in sched(7)), and where there are more sessions than cores, one of them is at times left

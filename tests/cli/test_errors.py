@@ -57,7 +57,7 @@ async def test_every_command_has_help(command: str) -> None:
         (["generate", "hi", "--server", "nowhere"], "expected HOST:PORT"),
         (["workers", "--server", "127.0.0.1:99999"], "expected HOST:PORT"),
         (["health", "localhost"], "expected HOST:PORT"),
-        (["up", "--prefill", "0"], "prefill: at least 1"),
+        (["up", "--prefill", "0"], "prefill: must be at least 1"),
         (["up", "--transport", "pigeon"], "pigeon"),
         (["up", "--pin", "--threads", "2"], "threads:"),
         (["up", "--model", "no-such-model"], "no-such-model"),

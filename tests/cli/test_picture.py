@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from baton.cli.picture import BAR_CELLS, draw, phases, span
+from baton.cli.picture import BAR_CELLS, Picture, bars, span
 from baton.client import Finished
 from baton.client.wire import event_from_wire
 from tests.client.double import finished
@@ -22,7 +22,7 @@ def a_result() -> Finished:
 def render(result: Finished, *, encoding: str = "utf-8", **settings: object) -> list[str]:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    Console(file=file, width=80, highlight=False, markup=False, **settings).print(draw(result))  # type: ignore[arg-type]
+    Console(file=file, width=80, highlight=False, markup=False, **settings).print(Picture(result))  # type: ignore[arg-type]
     file.flush()
     return raw.getvalue().decode(encoding).splitlines()
 
@@ -74,7 +74,7 @@ def test_a_phase_that_did_not_take_place_has_no_bar() -> None:
     lines = render(replace(result, timeline=short))
     assert [("█" in line, line.rstrip().endswith("-")) for line in lines[3:6]] == [(False, True)] * 3
     assert "TPOT" not in lines[6]
-    assert [phase.ms for phase in phases(short)] == [1.0, 2.0, 47.0, None, None, None]
+    assert [bar.ms for bar in bars(short)] == [1.0, 2.0, 47.0, None, None, None]
 
 
 def test_spans_stay_in_the_frame() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import psutil
 
-from baton.client import Client
-from baton.client.types import ProcessStatus
+from baton.client import Client, ProcessStatus
+from baton.config import RoleName
 from baton.errors import Unavailable
 from baton.launch.child import Sink
 from baton.launch.cluster import ClusterConfig, LocalCluster
@@ -43,13 +44,19 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*worker_flags: str, sink: Sink | None = None, **options: object) -> AsyncIterator[Running]:
+async def running(
+    *worker_flags: str,
+    role_flags: Mapping[RoleName, Sequence[str]] | None = None,
+    sink: Sink | None = None,
+    **options: object,
+) -> AsyncIterator[Running]:
     """A cluster on a free port, with every prompt over both pools unless told otherwise; none of its processes is left
-    afterwards. The flags are for each worker."""
+    afterwards. The flags are for each worker, or for those of one role."""
     path = "adaptive" if options.get("colocated") else "disaggregated"
     fields = {"listen": "127.0.0.1:0", "pool_tokens": 12_288, "path": path} | options
     config = ClusterConfig(**fields)  # type: ignore[arg-type]
-    async with LocalCluster(config, worker_flags=worker_flags, sink=sink) as cluster:
+    flags = {role: (*worker_flags, *(role_flags or {}).get(role, ())) for role in get_args(RoleName)}
+    async with LocalCluster(config, worker_flags=flags, sink=sink) as cluster:
         pids = [child.pid for child in cluster.processes]
         async with Client(cluster.address) as client:
             yield Running(cluster, client)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import trustme
 
+from baton.config import RoleName
 from kvtransfer.blocks.layout import KvLayout
 from tests.cluster.conftest import prompt_of, running, settled
 from tests.kvtransfer.conftest import needs_nixl
@@ -25,9 +27,9 @@ def certificates(folder: Path) -> list[str]:
     return [word for name, path in files.items() for word in (f"--tcp-tls-{name}", path)]
 
 
-async def check(transport: str, *flags: str) -> None:
+async def check(transport: str, *flags: str, role_flags: Mapping[RoleName, Sequence[str]] | None = None) -> None:
     """Each block is sent once, and what the decode worker holds already is not sent again."""
-    async with running(*flags, transport=transport, dtype="bfloat16") as cluster:
+    async with running(*flags, role_flags=role_flags, transport=transport, dtype="bfloat16") as cluster:
         first = await cluster.client.complete(token_ids=prompt_of(PROMPT), max_tokens=4, ignore_eos=True, timeout=60)
         again = await cluster.client.complete(token_ids=prompt_of(PROMPT), max_tokens=4, ignore_eos=True, timeout=60)
         for completion, sent in ((first, 41), (again, 1)):
@@ -48,7 +50,11 @@ async def check(transport: str, *flags: str) -> None:
 
 @pytest.mark.asyncio
 async def test_tcp_with_all_that_it_can_do(tmp_path: Path) -> None:
-    await check("tcp", "--checksums", "--tcp-connections", "3", "--tcp-listen", "[::1]:0", *certificates(tmp_path))
+    own: dict[RoleName, list[str]] = {
+        "prefill": ["--tcp-connections", "3"],
+        "decode": ["--tcp-listen", "[::1]:0"],
+    }
+    await check("tcp", "--checksums", *certificates(tmp_path), role_flags=own)
 
 
 @needs_nixl

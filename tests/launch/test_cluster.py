@@ -70,6 +70,7 @@ async def test_flags_are_every_workers_but_for_those_that_name_a_role() -> None:
     for name, weights in (("prefill-0", "int8"), ("decode-0", "int4")):
         assert f"--weights {weights}" in said[name]
         assert "--kernels native --kv-dtype int8" in said[name]
+        assert ("--max-sequences 64 --tpot-budget-ms 0.0" in said[name]) is (name == "decode-0")
 
 
 @pytest.mark.parametrize("field", ["kernels", "weights", "prefill_weights", "decode_weights", "kv_dtype"])

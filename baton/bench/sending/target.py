@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 
 from baton.bench.config import LoadConfig
-from baton.client.types import ModelInfo
+from baton.client.reports import ModelInfo
 from baton.client.wire import model_from_wire
 from baton.errors import ConfigError, Unavailable
 from baton.rpc.net import open_channel, parse_address

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-# What stands in annotations that the flag class inherits as text is looked up here.
-from baton.bench.config import Arrivals, LoadConfig, SweepConfig, TraceFormat  # noqa: F401
+from baton.bench.config import LoadConfig, SweepConfig
 from baton.cli.exits import FAILURE, INTERRUPTED, OK
-from baton.cli.flags import DEFAULT_SERVER, Server, run
-from baton.client.types import WhenUnmet  # noqa: F401
+from baton.cli.flags import DEFAULT_SERVER, Server, as_flags, run
 from baton.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,19 +21,16 @@ if TYPE_CHECKING:
     from baton.bench.sending.driver import Run
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
+@as_flags(classes=Parameter(name="--class"))
+@dataclass(frozen=True, kw_only=True)
 class LoadFlags(LoadConfig):
-    """The load's settings as flags."""
-
-    classes: Annotated[list[str], Parameter(name="--class")] = field(default_factory=list)
-    """NAME:WEIGHT:ttft_ms=N,tpot_ms=N,priority=N,when_unmet=...; may be given several times."""
+    """The load's settings."""
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
+@as_flags()
+@dataclass(frozen=True, kw_only=True)
 class SweepFlags(SweepConfig):
-    """What a sweep looks for, as flags."""
+    """What a sweep looks for."""
 
 
 @Parameter(name="*")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from typing import Annotated
+from dataclasses import dataclass
 
-from cyclopts import Parameter
 from rich.text import Text
 
 from baton.cli.commands.up import fetch
-from baton.cli.flags import run
+from baton.cli.flags import as_flags, run
 from baton.cli.output import console
-from baton.cli.picture import draw
+from baton.cli.picture import Picture
 from baton.client import Client, Completion
-from baton.config import DEFAULT_MODEL, KernelChoice, KvChoice, TransportChoice, WeightChoice
+from baton.config import PathChoice
 from baton.launch.cluster import ClusterConfig, LocalCluster
 
 QUESTIONS = ("What is the capital of France?", "What is the chemical symbol for water?", "What is 2 + 2?")
@@ -23,25 +22,18 @@ MAX_TOKENS = 64
 ANSWER_S = 120.0
 
 
-def demo(
-    *,
-    model: Annotated[str, Parameter(help="What to serve; see `baton prefill --help`.")] = DEFAULT_MODEL,
-    transport: Annotated[TransportChoice, Parameter(help="How KV blocks move.")] = "auto",
-    kernels: Annotated[KernelChoice, Parameter(help="What computes: native, torch, or what there is.")] = "auto",
-    weights: Annotated[WeightChoice, Parameter(help="The weights' format.")] = "auto",
-    kv_dtype: Annotated[KvChoice, Parameter(help="int8 halves the KV; auto keeps it as it is computed.")] = "auto",
-) -> None:
+@as_flags({"model", "transport", "kernels", "weights", "kv_dtype"})
+@dataclass(frozen=True, kw_only=True)
+class DemoFlags(ClusterConfig):
+    """The demo's cluster."""
+
+    path: PathChoice = "disaggregated"  # adaptively, a prompt may take the shorter way
+    listen: str = "127.0.0.1:0"
+
+
+def demo(*, config: DemoFlags = DemoFlags()) -> None:
     """Show it all: start one prefill and one decode worker, answer three prompts at once, draw where the time went."""
-    name = fetch(model)
-    config = ClusterConfig(
-        path="disaggregated",  # what is to be seen; adaptively, a prompt may take the shorter way
-        model=model,
-        transport=transport,
-        kernels=kernels,
-        weights=weights,
-        kv_dtype=kv_dtype,
-        listen="127.0.0.1:0",
-    )
+    name = fetch(config.model)
     run(lambda: _show(config, name))
 
 
@@ -58,7 +50,7 @@ async def _show(config: ClusterConfig, name: str) -> None:
 
 
 async def _ask(address: str) -> list[Completion]:
-    """All at once; greedy, so that everybody sees the same answers. The first failure is raised."""
+    """Greedy, so that every run gets the same answers. Raises the first failure."""
     async with Client(address) as client:
         return await asyncio.gather(
             *(
@@ -73,4 +65,4 @@ def _print_answer(question: str, answer: Completion) -> None:
     screen.print()
     screen.print(Text(question, style="bold"))
     screen.print(Text(answer.text.strip()))
-    screen.print(draw(answer.finished))
+    screen.print(Picture(answer.finished))

@@ -6,16 +6,17 @@ import asyncio
 import io
 import re
 import sys
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated
 
 import uvloop
 from cyclopts import Parameter
 
 from baton.cli.exits import INTERRUPTED, OK, report
-from baton.cli.flags import DEFAULT_SERVER, Json, RequestFlags, Server, run
+from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import check_text, console, print_json, print_logprobs, read_text, show_stream, to_dict
-from baton.cli.picture import draw
-from baton.client import Client, Message, RequestOptions
+from baton.cli.picture import Picture
+from baton.client import Client, Event, Message, RequestOptions
 from baton.errors import BatonError, InvalidArgument
 
 OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
@@ -30,6 +31,8 @@ def _no_option(kind: object, value: str) -> None:
 Prompt = Annotated[str, Parameter(allow_leading_hyphen=True, validator=_no_option)]
 Raw = Annotated[bool, Parameter(negative=(), help="Send the text as it is, without the model's chat template.")]
 System = Annotated[str | None, Parameter(help="A system message before the chat.")]
+Ask = Callable[[list[Message]], AsyncIterator[Event]]
+Timeout = Annotated[float | None, Parameter(help="Give up after this many seconds.")]
 
 
 def generate(
@@ -41,7 +44,8 @@ def generate(
     system: System = None,
     json: Json = False,
     timeline: Annotated[bool, Parameter(negative=(), help="Draw where the time went, on stderr.")] = False,
-    request: RequestFlags = RequestFlags(),  # noqa: B008
+    timeout: Timeout = None,
+    request: RequestOptions = RequestOptions(),  # noqa: B008
 ) -> None:
     """Stream one answer to the terminal.
 
@@ -54,12 +58,12 @@ def generate(
 
     async def main() -> None:
         async with Client(server) as client:
-            events = client.generate(text, timeout=request.timeout, **options)
+            events = client.generate(text, timeout=timeout, **options)
             finished, runs = await show_stream(events, as_json=json, spoken=[])
-        if request.logprobs is not None and not json:
+        if "logprobs" in request and not json:
             print_logprobs(runs)
         if timeline:
-            console(sys.stderr).print(draw(finished))
+            console(sys.stderr).print(Picture(finished))
 
     run(main)
 
@@ -83,7 +87,7 @@ def tokenize(
     model
         A model from `baton models`; may be left out when there is only one.
     """
-    text, options = _request(prompt, raw, system, RequestFlags())
+    text, options = _request(prompt, raw, system, RequestOptions())
 
     async def main() -> None:
         async with Client(server) as client:
@@ -96,15 +100,14 @@ def tokenize(
     run(main)
 
 
-def _request(prompt: str, raw: bool, system: str | None, flags: RequestFlags) -> tuple[str | None, RequestOptions]:
+def _request(prompt: str, raw: bool, system: str | None, given: RequestOptions) -> tuple[str | None, RequestOptions]:
     """The prompt as plain text, or None and the options with it as a chat."""
-    text, options = read_text(prompt), flags.options()
-    if raw:
-        if system is not None:
-            raise InvalidArgument("system", "belongs to a chat, so it does not go with --raw")
-        return text, options
-    options["messages"] = [*_opening(system), ("user", text)]
-    return None, options
+    text = read_text(prompt)
+    if not raw:
+        return None, {**given, "messages": [*_opening(system), ("user", text)]}
+    if system is not None:
+        raise InvalidArgument("system", "belongs to a chat, so it does not go with --raw")
+    return text, given
 
 
 def _opening(system: str | None) -> list[Message]:
@@ -116,7 +119,8 @@ def chat(
     server: Server = DEFAULT_SERVER,
     system: System = None,
     json: Json = False,
-    request: RequestFlags = RequestFlags(),  # noqa: B008
+    timeout: Timeout = None,
+    request: RequestOptions = RequestOptions(),  # noqa: B008
 ) -> int:
     """Talk with a model, turn by turn. Ctrl-C cancels an answer, Ctrl-D ends.
 
@@ -131,9 +135,14 @@ def chat(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         client = runner.run(_connect(server))
+
+        def ask(chat: list[Message]) -> AsyncIterator[Event]:
+            options: RequestOptions = {**request, "messages": chat}
+            return client.generate(timeout=timeout, **options)
+
         try:
             while (line := _read_turn(interactive)) is not None:
-                status = _turn(runner, client, messages, line, as_json=json, request=request) if line else 0
+                status = _turn(runner, ask, messages, line, as_json=json) if line else 0
                 if status and not interactive:
                     return status
         finally:
@@ -160,20 +169,11 @@ def _read_turn(interactive: bool) -> str | None:
         return ""
 
 
-def _turn(
-    runner: asyncio.Runner,
-    client: Client,
-    messages: list[Message],
-    line: str,
-    *,
-    as_json: bool,
-    request: RequestFlags,
-) -> int:
+def _turn(runner: asyncio.Runner, ask: Ask, messages: list[Message], line: str, *, as_json: bool) -> int:
     """One question and its answer, added to `messages` as far as it came. Returns 0 or an exit status."""
     spoken: list[str] = []
     try:
-        options: RequestOptions = {**request.options(), "messages": [*messages, ("user", check_text(line, "message"))]}
-        events = client.generate(timeout=request.timeout, **options)
+        events = ask([*messages, ("user", check_text(line, "message"))])
         runner.run(show_stream(events, as_json=as_json, spoken=spoken))
     except KeyboardInterrupt:
         print("(cancelled)", file=sys.stderr)

@@ -9,9 +9,9 @@ from cyclopts import Parameter
 
 from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
-from baton.cli.output import print_json, print_table, to_dict
+from baton.cli.output import print_json, print_table, show, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
-from baton.client.types import Candidate, Placement, Predictions
+from baton.client.reports import Candidate, Placement, Predictions
 
 T = TypeVar("T")
 
@@ -19,14 +19,11 @@ T = TypeVar("T")
 def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     """List the workers that the router knows."""
     found = _ask(server, lambda client: client.workers())
-    if json:
-        print_json([to_dict(worker) for worker in found])
-        return
     columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "kept"
-    print_table((*columns, "transports", "pairs"), [_worker_row(worker) for worker in found])
+    show(found, json, (*columns, "transports", "pairs"), map(_worker_row, found))
 
 
-def _worker_row(worker: WorkerInfo) -> list[str]:
+def _worker_row(worker: WorkerInfo) -> list[object]:
     load = worker.load
     return [
         worker.name,
@@ -35,8 +32,8 @@ def _worker_row(worker: WorkerInfo) -> list[str]:
         worker.address,
         "yes" if worker.attached else "no",
         f"{worker.lease_left_ms / 1e3:.1f} s",
-        str(load.waiting),
-        str(load.running),
+        load.waiting,
+        load.running,
         f"{load.held_blocks + load.quarantined_blocks}/{worker.blocks}",
         _kept(worker.predictions),
         ", ".join(worker.transports),
@@ -52,20 +49,8 @@ def _kept(found: Predictions | None) -> str:
 def models(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     """List the models that the cluster serves."""
     found = _ask(server, lambda client: client.models())
-    if json:
-        print_json([to_dict(model) for model in found])
-        return
-    rows = [
-        [
-            entry.name,
-            str(entry.context_tokens),
-            str(entry.prefill_workers),
-            str(entry.decode_workers),
-            entry.fingerprint,
-        ]
-        for entry in found
-    ]
-    print_table(("name", "context", "prefill", "decode", "fingerprint"), rows)
+    rows = ([m.name, m.context_tokens, m.prefill_workers, m.decode_workers, m.fingerprint] for m in found)
+    show(found, json, ("name", "context", "prefill", "decode", "fingerprint"), rows)
 
 
 def status(address: str | None = None, /, *, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
@@ -77,14 +62,11 @@ def status(address: str | None = None, /, *, server: Server = DEFAULT_SERVER, js
         HOST:PORT of a router or a worker. Default: the server.
     """
     found = _ask(address or server, lambda client: client.status())
-    if json:
-        print_json(to_dict(found))
-    else:
-        print_table(("what", "value"), _status_rows(found))
+    show(found, json, ("what", "value"), _status_rows(found))
 
 
-def _status_rows(found: ProcessStatus) -> list[list[str]]:
-    rows = [
+def _status_rows(found: ProcessStatus) -> list[list[object]]:
+    rows: list[list[object]] = [
         ["name", found.name],
         ["address", found.address],
         ["incarnation", found.incarnation],
@@ -99,13 +81,13 @@ def _status_rows(found: ProcessStatus) -> list[list[str]]:
         rows.append(["pool", f"{pool.bytes / 1e6:.0f} MB, {pool.blocks} blocks: {states}"])
         rows.append(["pool integrity", pool.integrity_error or "ok"])
     rows += [[f"pair {pair.peer}", f"{pair.transport}, {pair.handoffs} under way"] for pair in found.pairs]
-    rows += [[f"live {name}", str(value)] for name, value in sorted(found.live.items())]
-    rows += [[f"count {name}", str(value)] for name, value in sorted(found.counters.items())]
+    rows += [[f"live {name}", value] for name, value in sorted(found.live.items())]
+    rows += [[f"count {name}", value] for name, value in sorted(found.counters.items())]
     return rows
 
 
 def explain(request_id: str, /, *, tenant_salt: str = "", server: Server = DEFAULT_SERVER, json: Json = False) -> None:
-    """Show why a request went where it did: the workers that were looked at, and what was predicted for each.
+    """Show why a request went where it did: the workers that were considered, and the prediction for each.
 
     Parameters
     ----------
@@ -120,9 +102,7 @@ def explain(request_id: str, /, *, tenant_salt: str = "", server: Server = DEFAU
         return
     for placement in found:
         print(f"{placement.step}: {_verdict(placement)}{placement.chosen}: {placement.reason}{_times(placement)}")
-        print_table(
-            ("worker", "way", "fits", "ttft", "tpot", "note"), [_candidate_row(c) for c in placement.candidates]
-        )
+        print_table(("worker", "way", "fits", "ttft", "tpot", "note"), map(_candidate_row, placement.candidates))
         if placement.others:
             print(f"and {placement.others} others")
 
@@ -142,7 +122,7 @@ def _times(placement: Placement) -> str:
     return f"; {'expected' if placement.refused else 'promised'} {', '.join(times)}" if times else ""
 
 
-def _candidate_row(found: Candidate) -> list[str]:
+def _candidate_row(found: Candidate) -> list[object]:
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} ms"
 

@@ -10,16 +10,15 @@ from cyclopts import App, Parameter
 
 from baton.cli.flags import Json
 from baton.cli.output import print_json, print_table
-from baton.config import DEFAULT_MODEL, KvChoice, WeightChoice
+from baton.config import DEFAULT_MODEL, KvChoice, WeightChoice, WorkerSettings
 from baton.errors import ConfigError
 from baton.telemetry import configure_logs
 from kvtransfer.blocks.layout import KvLayout
 
 app = App(name="model", help="Manage the models on this machine.")
 LENGTHS = (128, 1024, 8192)
-DEFAULT_POOL_TOKENS = 32_768
 OVERHEAD_BYTES = 350_000_000
-"""What a worker takes at most beside weights and pool."""
+"""The most that a worker takes beside weights and pool."""
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -40,7 +39,7 @@ def fetch(name: str = DEFAULT_MODEL, /) -> None:
 
 
 def prepare_kernels() -> None:
-    """Compiles the kernels for this processor, once; where they can't be had, workers say so and compute with torch."""
+    """Compiles the kernels for this processor, once; where that fails, workers say so and compute with torch."""
     from baton.engine.native.build import NativeUnavailable, cpu_flags, library_for, target_for
 
     configure_logs("model")
@@ -54,7 +53,7 @@ def info(
     /,
     *,
     length: Annotated[list[int] | None, Parameter(help="Tokens of a sequence, output included; repeatable.")] = None,
-    pool_tokens: Annotated[int | None, Parameter(help="A pool of so many tokens. Default: 32768.")] = None,
+    pool_tokens: Annotated[int | None, Parameter(help="A pool of so many tokens. Default: a worker's.")] = None,
     pool: Annotated[str | None, Parameter(help="A pool of so many bytes, as in 2GB or 512MiB.")] = None,
     memory: Annotated[str | None, Parameter(help="Memory of the whole worker, as in 8GB.")] = None,
     weights: Annotated[WeightChoice, Parameter(help="The format that --memory reckons with.")] = "auto",
@@ -112,11 +111,11 @@ def info(
 
 
 def _blocks(layout: KvLayout, tokens: int | None, pool: str | None, memory: str | None, weight_bytes: int) -> int:
-    """Of the pool that the options describe; ConfigError names the one that is too small, or that there are several."""
+    """Blocks of the pool that the options describe. Raises ConfigError for no block, and for several options."""
     if sum(option is not None for option in (tokens, pool, memory)) > 1:
         raise ConfigError("pool-tokens, pool and memory: only one of them")
     if pool is None and memory is None:
-        tokens = DEFAULT_POOL_TOKENS if tokens is None else tokens
+        tokens = WorkerSettings.pool_tokens if tokens is None else tokens
         if tokens < 1:
             raise ConfigError(f"pool-tokens: at least 1, not {tokens}")
         return layout.blocks_for(tokens)

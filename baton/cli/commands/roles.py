@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from baton.cli.flags import ProcessFlags
-
-# The last name stands in annotations that the flag classes inherit as text, which are looked up in this module.
-from baton.config import (  # noqa: F401
-    EngineChoice,
-    KernelChoice,
-    KvChoice,
-    PathChoice,
-    RoleName,
-    RouterConfig,
-    TransportChoice,
-    WeightChoice,
-    WorkerConfig,
-)
-from baton.launch.lifetime import announce, serve
+from baton.cli.flags import ProcessFlags, as_flags
+from baton.config import RoleName, RouterConfig, WorkerConfig, settings_of
+from baton.launch.lifetime import serve
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
+@as_flags()
+@dataclass(frozen=True, kw_only=True)
 class RouterFlags(RouterConfig):
-    """The router's settings as flags."""
+    """A router's settings."""
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
+@as_flags(settings_of(WorkerConfig, "prefill"))
+@dataclass(frozen=True, kw_only=True)
 class PrefillFlags(WorkerConfig):
-    """A worker's settings as flags, all but its role."""
+    """A prefill worker's settings."""
 
-    roles: Annotated[frozenset[RoleName], Parameter(parse=False)] = frozenset({"prefill"})
+    roles: frozenset[RoleName] = frozenset({"prefill"})
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
+@as_flags(settings_of(WorkerConfig, "decode"))
+@dataclass(frozen=True, kw_only=True)
 class DecodeFlags(WorkerConfig):
-    """A worker's settings as flags, all but its role."""
+    """A decode worker's settings."""
 
-    roles: Annotated[frozenset[RoleName], Parameter(parse=False)] = frozenset({"decode"})
+    roles: frozenset[RoleName] = frozenset({"decode"})
 
 
 def router(*, config: RouterFlags = RouterFlags(), process: ProcessFlags = ProcessFlags()) -> None:  # noqa: B008
-    """Run the router: what clients talk to, and what workers join."""
+    """Run the router: clients talk to it, and workers join it."""
     process.prepare("router")
     from router.app import run
 
-    serve(
-        lambda ready, stop: run(config, on_ready=ready, stop=stop),
-        lambda address: announce(address, "router", process.ready_fd),
-    )
+    serve(lambda ready, stop: run(config, on_ready=ready, stop=stop), "router", process.ready_fd)
 
 
 def prefill(*, config: PrefillFlags = PrefillFlags(), process: ProcessFlags = ProcessFlags()) -> None:  # noqa: B008
@@ -71,7 +53,4 @@ def _work(role: RoleName, config: WorkerConfig, process: ProcessFlags) -> None:
     process.prepare(role)
     from baton.launch.worker import run
 
-    serve(
-        lambda ready, stop: run(config, on_ready=ready, stop=stop),
-        lambda address: announce(address, role, process.ready_fd),
-    )
+    serve(lambda ready, stop: run(config, on_ready=ready, stop=stop), role, process.ready_fd)

@@ -6,27 +6,15 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
-from cyclopts import Parameter
-
-from baton.cli.flags import debug_errors, run
-
-# The names of choices stand in annotations that the flag class inherits as text, looked up here.
-from baton.config import (  # noqa: F401
-    EngineChoice,
-    KernelChoice,
-    KvChoice,
-    PathChoice,
-    TransportChoice,
-    WeightChoice,
-)
-from baton.launch.cluster import ClusterConfig, LocalCluster, LogFormat, LogLevel  # noqa: F401
+from baton.cli.flags import as_flags, debug_errors, run
+from baton.launch.cluster import ClusterConfig, LocalCluster
 from baton.launch.lifetime import stop_on_signals
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
+@as_flags()
+@dataclass(frozen=True, kw_only=True)
 class UpFlags(ClusterConfig):
-    """The cluster's settings as flags."""
+    """A cluster's settings."""
 
 
 def up(*, config: UpFlags = UpFlags()) -> None:
@@ -38,19 +26,19 @@ def up(*, config: UpFlags = UpFlags()) -> None:
     """
     debug_errors(config.log_level)
     model = simulated_name(config.model) if config.engine == "simulated" else fetch(config.model)
-    with contextlib.suppress(asyncio.CancelledError):  # a signal's, and the cluster is down by now
+    with contextlib.suppress(asyncio.CancelledError):  # by a signal; the cluster is down by now
         run(lambda: _serve(config, model))
 
 
 def fetch(model: str) -> str:
-    """Makes sure of the model's files before any worker starts, once and with a progress bar. Returns its name."""
+    """Makes sure of the model's files, once and with a progress bar, before any worker starts. Returns its name."""
     from baton.engine.files.models import resolve
 
     return resolve(model).name
 
 
 def simulated_name(model: str) -> str:
-    """The same for a simulated model, whose files only say what it is like, if it has any."""
+    """The same for a simulated model, of which only the metadata is used, if it has files at all."""
     from baton.engine.simulated.load import BYTES_MODEL, PREFIX
 
     return PREFIX + (model if model == BYTES_MODEL else fetch(model))
