@@ -10,8 +10,8 @@ from baton.bench.figures.results import Measurement, measure
 from baton.bench.schedule.lengths import UNBOUNDED
 from baton.bench.schedule.plan import make_plan
 from baton.bench.schedule.traces import mean_rate, read_trace
-from baton.bench.sending.driver import Run, Watcher, run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.sending.driver import LoadRun, Watcher, run_plan
+from baton.bench.sending.target import LoadTarget, connect
 from baton.bench.sweep import Point, best, next_rate, shortfall
 from baton.config import require
 
@@ -19,7 +19,7 @@ PART_SEEDS = 1_000_003
 """From one part's seed of prompts to the next one's: further than anybody counts by hand."""
 
 
-async def measure_once(address: str, config: LoadConfig, watch: Watcher | None = None) -> tuple[Measurement, Run]:
+async def measure_once(address: str, config: LoadConfig, watch: Watcher | None = None) -> tuple[Measurement, LoadRun]:
     """Connects, sends, sums up. Raises ConfigError, or Unavailable when nobody serves there."""
     make_plan(config, UNBOUNDED)  # what is wrong with a trace is told before anybody is asked
     async with connect(address, config) as target:
@@ -27,8 +27,8 @@ async def measure_once(address: str, config: LoadConfig, watch: Watcher | None =
 
 
 async def measure_on(
-    target: Target, config: LoadConfig, watch: Watcher | None = None, part: int = 0
-) -> tuple[Measurement, Run]:
+    target: LoadTarget, config: LoadConfig, watch: Watcher | None = None, part: int = 0
+) -> tuple[Measurement, LoadRun]:
     """The same on a connection that is there. Parts of one measurement have different prompts: those of an earlier part
     would be found in the server's prefix caches."""
     plan = make_plan(config, target.model.context_tokens)
@@ -42,15 +42,15 @@ class Search:
 
     config: SweepConfig
     points: list[Point] = field(default_factory=list)
-    found: dict[float, tuple[Measurement, Run]] = field(default_factory=dict)
+    found: dict[float, tuple[Measurement, LoadRun]] = field(default_factory=dict)
 
-    def add(self, rate: float, measured: Measurement, run: Run) -> Point:
+    def add(self, rate: float, measured: Measurement, run: LoadRun) -> Point:
         """One more."""
         self.found[rate] = measured, run
         self.points.append(Point(rate, measured.summary.attainment, measured.summary.goodput, measured.verdict.valid))
         return self.points[-1]
 
-    def sum_up(self) -> tuple[Measurement, Run]:
+    def sum_up(self) -> tuple[Measurement, LoadRun]:
         """The measurement of the best rate, or of the lowest when none reached the attainment, with all points; a
         warning where the answer is not known to within the tolerance. At least one rate must have been tried."""
         top = best(self.points, self.config.attainment)
@@ -67,7 +67,7 @@ async def measure_sweep(
     search: Search,
     watch: Watcher | None = None,
     told: Callable[[Point], None] = lambda point: None,
-) -> tuple[Measurement, Run]:
+) -> tuple[Measurement, LoadRun]:
     """Tries rates until the search has its answer. Each has the same pattern of arrivals and lengths, stretched, with
     prompts of its own, and starts when everything before it has ended. What `search` holds outlives a cancellation.
     """

@@ -40,7 +40,7 @@ class Prompt:
 
 
 @dataclass(slots=True)
-class Completion:
+class GenerationResult:
     """What came of one prompt. `prefill_s` are the seconds of steps that computed its prompt (the last drew the first
     token), `step_s` those of each later step, one a token; a step's time is the whole batch's.
     """
@@ -56,7 +56,7 @@ class Completion:
 class _Running:
     prompt: Prompt
     sequence: Sequence
-    completion: Completion
+    completion: GenerationResult
 
     @property
     def in_prefill(self) -> bool:
@@ -104,14 +104,14 @@ class _Blocks:
 
 def generate(
     engine: Engine, prompts: Seq[Prompt], *, blocks: int, chunk_tokens: int = 512, max_sequences: int = 16
-) -> list[Completion]:
+) -> list[GenerationResult]:
     """Runs all prompts, in batches of at most `max_sequences`, over pool blocks [0, blocks).
 
     A step computes one token of every sequence that decodes and at most `chunk_tokens` prompt tokens. Raises
     ResourceExhausted when a prompt with its output exceeds the whole pool.
     """
     pool = _Blocks(engine, blocks)
-    waiting = deque((prompt, Completion()) for prompt in prompts)
+    waiting = deque((prompt, GenerationResult()) for prompt in prompts)
     completions = [completion for _, completion in waiting]
     running: list[_Running] = []
     while waiting or running:
@@ -127,7 +127,7 @@ def generate(
 
 
 def _admit(
-    waiting: deque[tuple[Prompt, Completion]], running: list[_Running], pool: _Blocks, max_sequences: int
+    waiting: deque[tuple[Prompt, GenerationResult]], running: list[_Running], pool: _Blocks, max_sequences: int
 ) -> None:
     while waiting and len(running) < max_sequences:
         prompt, completion = waiting[0]

@@ -39,7 +39,7 @@ BF16_TARGETS = {("decode 16, short", "vllm"): 1.4}
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class EngineFormat:
     """Weights and KV of one of our engines."""
 
     weights: WeightChoice
@@ -50,7 +50,7 @@ class Format:
         return f"{self.weights} weights, {'8-bit' if self.kv_dtype == 'int8' else 'bf16'} KV"
 
 
-FORMATS = (Format("auto", "auto"), Format("auto", "int8"), Format("bf16", "auto"))
+FORMATS = (EngineFormat("auto", "auto"), EngineFormat("auto", "int8"), EngineFormat("bf16", "auto"))
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def compare(others: list[peers.Peer], rounds: int, cases: list[Case]) -> list[Ro
         print(f"{peer.name}: {peer.about}", flush=True)
     hardware = limits.measure()
     engines = {form: _engine(form) for form in FORMATS}
-    ours: dict[tuple[str, Format], list[float]] = {}
+    ours: dict[tuple[str, EngineFormat], list[float]] = {}
     theirs: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         hardware = hardware.or_better(limits.measure())
@@ -105,16 +105,16 @@ def compare(others: list[peers.Peer], rounds: int, cases: list[Case]) -> list[Ro
     return rows + _ready_rows(others)
 
 
-def _engine(form: Format) -> NativeEngine:
+def _engine(form: EngineFormat) -> NativeEngine:
     description = describe(resolve(EMBEDDED_MODEL), "bfloat16", kv_dtype=form.kv_dtype)
     engine = NativeEngine.load(description, blocks=BLOCKS, weights=form.weights)
     engine.warm_up()
     return engine
 
 
-def _row(case: Case, form: Format, rates: list[float], limit: float, peer: str, theirs: float | None) -> Row:
+def _row(case: Case, form: EngineFormat, rates: list[float], limit: float, peer: str, theirs: float | None) -> Row:
     # A target is for the best format that the quality bounds allow; the others are shown beside it.
-    best = Format("auto", "int8" if case.name.endswith("1000 tokens") else "auto")
+    best = EngineFormat("auto", "int8" if case.name.endswith("1000 tokens") else "auto")
     target = TARGETS.get((case.name, peer)) if form == best else None
     if form.weights == "bf16":
         target = BF16_TARGETS.get((case.name, peer))

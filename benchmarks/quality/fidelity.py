@@ -13,7 +13,7 @@ from baton.engine.api import Sequence, Work
 from baton.engine.files.models import ResolvedModel
 from baton.engine.stepper import Stepper
 from baton.spec import Sampling
-from benchmarks.quality.prompts import Prompt
+from benchmarks.quality.prompts import QualityPrompt
 
 GREEDY = Sampling(temperature=0.0)
 AT_ONCE = 10
@@ -56,7 +56,7 @@ def reference_model(model: ResolvedModel) -> Any:
 
 
 @torch.inference_mode()
-def continuations(reference: Any, prompts: Seq[Prompt], outputs: int) -> list[Continuation]:
+def continuations(reference: Any, prompts: Seq[QualityPrompt], outputs: int) -> list[Continuation]:
     """Each prompt with `outputs` greedy tokens; ends of text are passed over."""
     found: list[Continuation] = []
     for start in range(0, len(prompts), AT_ONCE):

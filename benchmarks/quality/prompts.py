@@ -17,19 +17,19 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class QualityPrompt:
     """A text to continue and what sort it is."""
 
     kind: str
     tokens: tuple[int, ...]
 
 
-def read(tokenizer_json: bytes) -> list[Prompt]:
+def read(tokenizer_json: bytes) -> list[QualityPrompt]:
     """All prompts in their order, as the tokeniser cuts them."""
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     prompts = []
     for part in FILE.read_text(encoding="utf-8").split(MARK)[1:]:
         kind, _, text = part.partition("\n")
         written = CHAT.format(text.strip()) if kind == "chat" else text.rstrip("\n")
-        prompts.append(Prompt(kind, tuple(tokenizer.encode(written, add_special_tokens=False).ids)))
+        prompts.append(QualityPrompt(kind, tuple(tokenizer.encode(written, add_special_tokens=False).ids)))
     return prompts

@@ -37,7 +37,7 @@ KV_BOUND = 2e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class QualityCase:
     """One engine: what computes, and in which formats. `is_shuffled` is for the checkpoint in floats."""
 
     name: str
@@ -60,16 +60,16 @@ class Case:
 
 
 NATIVE = (
-    Case("bf16", "bf16"),
-    Case("own 4-bit grid, 8-bit activations", "auto"),
-    Case("int8", "int8"),
-    Case("int4, from floats", "int4", is_shuffled=True),
+    QualityCase("bf16", "bf16"),
+    QualityCase("own 4-bit grid, 8-bit activations", "auto"),
+    QualityCase("int8", "int8"),
+    QualityCase("int4, from floats", "int4", is_shuffled=True),
 )
 CASES = (
-    Case("torch float32", "auto", dtype="float32", is_torch=True),
-    Case("torch bf16", "bf16", is_torch=True),
+    QualityCase("torch float32", "auto", dtype="float32", is_torch=True),
+    QualityCase("torch bf16", "bf16", is_torch=True),
     *NATIVE,
-    *(Case(case.name, case.weights, "int8", is_shuffled=case.is_shuffled) for case in NATIVE),
+    *(QualityCase(case.name, case.weights, "int8", is_shuffled=case.is_shuffled) for case in NATIVE),
 )
 
 
@@ -96,7 +96,7 @@ def reference(model: ResolvedModel, count: int, folder: Path) -> list[Continuati
     return wanted
 
 
-def engine_for(case: Case, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> Stepper:
+def engine_for(case: QualityCase, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> Stepper:
     """The engine of a case with a pool that suffices."""
     found = resolve(str(folder)) if case.is_shuffled else model
     description: ModelDescription = describe(found, case.dtype, kv_dtype=case.kv_dtype)
@@ -106,14 +106,14 @@ def engine_for(case: Case, model: ResolvedModel, folder: Path, wanted: Sequence[
     return NativeEngine.load(description, blocks=blocks, weights=case.weights)
 
 
-def measured(case: Case, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> list[Fidelity]:
+def measured(case: QualityCase, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> list[Fidelity]:
     """One entry per continuation."""
     found = fidelity.measure(engine_for(case, model, folder, wanted), wanted)
     print(f"{case.label}: mean KL {fidelity.mean_divergence(found):.2e}", flush=True)
     return found
 
 
-def rows_of(case: Case, found: Sequence[Fidelity]) -> list[Row]:
+def rows_of(case: QualityCase, found: Sequence[Fidelity]) -> list[Row]:
     """Mean KL against its bound, and the share of identical continuations."""
     divergence, share = fidelity.mean_divergence(found), sum(one.identical for one in found) / len(found)
     of_prompts = spread([float(one.divergence.mean()) for one in found])

@@ -19,9 +19,9 @@ import numpy as np
 import uvloop
 
 from baton.bench.config import LoadConfig
-from baton.bench.schedule.plan import Plan, Planned
-from baton.bench.sending.driver import Run, run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.schedule.plan import LoadPlan, Planned
+from baton.bench.sending.driver import LoadRun, run_plan
+from baton.bench.sending.target import LoadTarget, connect
 from benchmarks.report import Row, publish, spread
 from benchmarks.serving.burst_peer import VllmBurst
 from benchmarks.serving.modes import MODES, Mode
@@ -87,28 +87,28 @@ class OurBurst:
     def close(self) -> None:
         """Nothing outlives a round."""
 
-    async def _tokens_needed(self, target: Target) -> int:
+    async def _tokens_needed(self, target: LoadTarget) -> int:
         """How long the streams must be to outlast the burst, by the pace of both phases alone."""
         one_prompt = Planned(0, 0.0, BURST_PROMPT, 1)
         streams = [Planned(1 + index, 4.0, STREAM_PROMPT, 64) for index in range(STREAMS)]
-        run = await run_plan(target, Plan((one_prompt, *streams), 5.0), LoadConfig(seed=self._seed + 1))
+        run = await run_plan(target, LoadPlan((one_prompt, *streams), 5.0), LoadConfig(seed=self._seed + 1))
         prefill_s = (run.records[0].ttft_ms or 0.0) / 1e3
         step_s = statistics.median(gap for record in run.records[1:] for gap in record.gaps_ms) / 1e3
         return round((SETTLED_S + BURST * prefill_s * MARGIN) / step_s)
 
-    async def _run(self, target: Target, tokens: int, *, burst: bool) -> Run:
+    async def _run(self, target: LoadTarget, tokens: int, *, burst: bool) -> LoadRun:
         self._seed += 2  # fresh prompts: nothing is in a prefix cache
         requests = [Planned(index, 0.0, STREAM_PROMPT, tokens) for index in range(STREAMS)]
         if burst:
             requests += [Planned(STREAMS + index, SETTLED_S, BURST_PROMPT, BURST_OUTPUT) for index in range(BURST)]
-        run = await run_plan(target, Plan(tuple(requests), 1.0), LoadConfig(seed=self._seed, timeout_s=240.0))
+        run = await run_plan(target, LoadPlan(tuple(requests), 1.0), LoadConfig(seed=self._seed, timeout_s=240.0))
         failed = {record.status for record in run.records} - {"OK"}
         if failed:
             raise RuntimeError(f"{self.name}: requests ended with {', '.join(failed)}")
         return run
 
 
-def _gaps(run: Run) -> list[tuple[float, float]]:
+def _gaps(run: LoadRun) -> list[tuple[float, float]]:
     """(end after the burst's arrival, length) of each gap in the streams, seconds."""
     return [
         (after - SETTLED_S, after - before)

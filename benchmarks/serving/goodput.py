@@ -30,9 +30,9 @@ import uvloop
 
 from baton.bench.config import LoadConfig
 from baton.bench.measuring import measure_on
-from baton.bench.schedule.plan import Plan, Planned, make_plan
+from baton.bench.schedule.plan import LoadPlan, Planned, make_plan
 from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.sending.target import LoadTarget, connect
 from benchmarks.report import Row, publish, spread
 from benchmarks.serving.idle import Idle, idle_times
 from benchmarks.serving.modes import ADAPTIVE, DISAGGREGATED, Mode, colocated, together
@@ -139,12 +139,12 @@ class Loads:
     load: LoadConfig
     warming: Iterator[int] = field(default_factory=lambda: itertools.count(WARM_SEED))
 
-    async def window(self, name: str, target: Target, rate: float, seed: int, part: int = 0) -> float | None:
+    async def window(self, name: str, target: LoadTarget, rate: float, seed: int, part: int = 0) -> float | None:
         """Of the requests whose objectives an idle system could keep, the share that a mode keeps; None where the
         client was the bottleneck. No other seed and part has the same prompts."""
         load = replace(self.load, rate=rate, seed=seed)
         warm = [Planned(index, index * WARM_EVERY_S, 64, 8) for index in range(WARM_UP)]
-        await run_plan(target, Plan(tuple(warm), WARM_UP * WARM_EVERY_S), LoadConfig(seed=next(self.warming)))
+        await run_plan(target, LoadPlan(tuple(warm), WARM_UP * WARM_EVERY_S), LoadConfig(seed=next(self.warming)))
         measured, _ = await measure_on(target, load, part=part)
         kept, possible = measured.summary.attainment, attainable(load, self.corner, self.idle)
         told = f"{kept:.1%} of {measured.summary.requests} kept, {possible:.1%} can be"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from baton.bench.config import LoadConfig
-from baton.bench.schedule.plan import Plan, Planned
+from baton.bench.schedule.plan import LoadPlan, Planned
 from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.sending.target import LoadTarget, connect
 from benchmarks.serving.modes import Mode
 
 STEP_SEQUENCES, STEP_TOKENS = 8, 64
@@ -53,7 +53,7 @@ async def idle_times(mode: Mode, prompts: Sequence[int]) -> Idle:
         return await idle_of(target, prompts, 1.0)
 
 
-async def idle_of(target: Target, prompts: Sequence[int], every_s: float) -> Idle:
+async def idle_of(target: LoadTarget, prompts: Sequence[int], every_s: float) -> Idle:
     """`prompts` of so many tokens, the median one first and longer ones behind, so far apart that each is alone, and a
     step of eight sequences; three times over, since a machine is not equally fast from minute to minute. Medians."""
     median, *longer = prompts
@@ -75,7 +75,7 @@ async def idle_of(target: Target, prompts: Sequence[int], every_s: float) -> Idl
         for _ in range(STEP_SEQUENCES):
             plan(STEP_TOKENS, STEP_TOKENS, 0.0)
         at += STEPS_S
-    run = await run_plan(target, Plan(tuple(planned), at), LoadConfig(seed=99))
+    run = await run_plan(target, LoadPlan(tuple(planned), at), LoadConfig(seed=99))
     if failed := [record.status for record in run.records if record.ttft_ms is None]:
         raise RuntimeError(f"{len(failed)} requests to an idle system had no first token: {failed[0]}")
     alone = [record for record in run.records[WARM_UP:] if record.planned.output_tokens == 1]

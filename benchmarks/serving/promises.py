@@ -18,7 +18,7 @@ import uvloop
 from baton.bench.config import LoadConfig
 from baton.bench.figures.metrics import Summary
 from baton.bench.measuring import measure_on
-from baton.bench.sending.target import Target, connect
+from baton.bench.sending.target import LoadTarget, connect
 from baton.bench.sweep import Point, best, next_rate
 from benchmarks.report import Row, publish
 from benchmarks.serving.goodput import WANTED, WORKLOADS, attainable, load_of
@@ -51,7 +51,7 @@ SUBJECTS = {
 }
 
 
-async def at_rate(target: Target, load: LoadConfig, rate: float) -> Summary:
+async def at_rate(target: LoadTarget, load: LoadConfig, rate: float) -> Summary:
     """One run, of prompts that no other run has: nothing is cached. Raises RuntimeError where the client was the
     bottleneck."""
     found, _ = await measure_on(target, replace(load, rate=rate), part=next(RUNS))
@@ -70,7 +70,7 @@ async def at_rate(target: Target, load: LoadConfig, rate: float) -> Summary:
     return summary
 
 
-async def capacity(target: Target, load: LoadConfig, start: float, wanted: float) -> tuple[float, list[Point]]:
+async def capacity(target: LoadTarget, load: LoadConfig, start: float, wanted: float) -> tuple[float, list[Point]]:
     """The highest rate that keeps enough, and the runs that say so. Raises RuntimeError where there is none."""
     points: list[Point] = []
     while len(points) < POINTS and (rate := next_rate(points, start, wanted, TOLERANCE)) is not None:

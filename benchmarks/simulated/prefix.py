@@ -48,7 +48,7 @@ CARD = ModelCard(
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class TracePrompt:
     """When it comes, and what of. Equal ids are equal blocks."""
 
     at: float
@@ -61,18 +61,18 @@ class Prompt:
         return [self.tokens[n * BLOCK_TOKENS : (n + 1) * BLOCK_TOKENS] for n in range(whole)]
 
 
-def read(path: Path) -> list[Prompt]:
+def read(path: Path) -> list[TracePrompt]:
     """A Mooncake trace, each of its blocks of 512 tokens shrunk to one of ours."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Prompt(row["timestamp"] / 1e3, _tokens(row["hash_ids"], row["input_length"])) for row in rows]
+    return [TracePrompt(row["timestamp"] / 1e3, _tokens(row["hash_ids"], row["input_length"])) for row in rows]
 
 
-def synthesise(prompts: int = 4000, seed: int = 1) -> list[Prompt]:
+def synthesise(prompts: int = 4000, seed: int = 1) -> list[TracePrompt]:
     """What such a trace looks like: a few shared beginnings, sessions that grow turn by turn, and single prompts."""
     draw = random.Random(seed)
     beginnings = [list(range(1000 * n, 1000 * n + draw.randint(2, 24))) for n in range(12)]
     sessions: list[list[int]] = []
-    fresh, at, made = 100_000, 0.0, list[Prompt]()
+    fresh, at, made = 100_000, 0.0, list[TracePrompt]()
     for _ in range(prompts):
         at += draw.expovariate(4.0)
         if sessions and draw.random() < 0.6:
@@ -83,7 +83,7 @@ def synthesise(prompts: int = 4000, seed: int = 1) -> list[Prompt]:
         more = min(1 + int(draw.expovariate(0.1)), 80)
         ids += range(fresh, fresh + more)
         fresh += more
-        made.append(Prompt(at, _tokens(ids, len(ids) * TRACE_BLOCK - draw.randrange(TRACE_BLOCK))))
+        made.append(TracePrompt(at, _tokens(ids, len(ids) * TRACE_BLOCK - draw.randrange(TRACE_BLOCK))))
     return made
 
 
@@ -116,7 +116,7 @@ class SimulatedWorker:
 class Simulation:
     """Prompts come, are placed and computed; events reach the router as late as they do in a cluster."""
 
-    def __init__(self, prompts: Sequence[Prompt], workers: int, blocks: int, entries: int) -> None:
+    def __init__(self, prompts: Sequence[TracePrompt], workers: int, blocks: int, entries: int) -> None:
         self.workers = [SimulatedWorker(number, blocks) for number in range(workers)]
         self.prefixes = Prefixes(entries, Counts())
         for worker in self.workers:
@@ -143,7 +143,7 @@ class Simulation:
         self._steps += 1
         heapq.heappush(self._agenda, (at, self._steps, step))
 
-    def _arrive(self, prompt: Prompt) -> None:
+    def _arrive(self, prompt: TracePrompt) -> None:
         spec = SequenceSpec(bytes(16), "", prompt.tokens, Sampling(), 1, ROUTER)
         cached = self.prefixes.cached_tokens(CARD, spec)
 
@@ -184,7 +184,7 @@ class Simulation:
             self.prefixes.on_frame(worker.known, wire.WorkerFrame(cache_events=worker.feed.take()))
 
 
-def clairvoyant(prompts: Sequence[Prompt], blocks: int) -> int:
+def clairvoyant(prompts: Sequence[TracePrompt], blocks: int) -> int:
     """Tokens that the best possible cache of `blocks` blocks saves (Belady's rule). A block's next use is never later
     than that of those behind it in its chain, so what it keeps are whole prefixes."""
     chains = list(_chains(prompts))
@@ -207,7 +207,7 @@ def clairvoyant(prompts: Sequence[Prompt], blocks: int) -> int:
     return hits * BLOCK_TOKENS
 
 
-def one_lru(prompts: Sequence[Prompt], blocks: int) -> int:
+def one_lru(prompts: Sequence[TracePrompt], blocks: int) -> int:
     """Tokens that one least-recently-used cache of `blocks` blocks saves, a chain's end going before its start."""
     kept: OrderedDict[int, None] = OrderedDict()
     hits = 0
@@ -222,7 +222,7 @@ def one_lru(prompts: Sequence[Prompt], blocks: int) -> int:
     return hits * BLOCK_TOKENS
 
 
-def _chains(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+def _chains(prompts: Sequence[TracePrompt]) -> Iterator[list[int]]:
     """Each prompt's whole blocks, equal numbers for equal prefixes."""
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     for prompt in prompts:
@@ -233,7 +233,7 @@ def _chains(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         yield chain
 
 
-def compare(prompts: Sequence[Prompt], workers: int, blocks: int, entries: int) -> list[Row]:
+def compare(prompts: Sequence[TracePrompt], workers: int, blocks: int, entries: int) -> list[Row]:
     """One size: what the pools saved, beside both references, and how much of it the router foretold."""
     simulation = Simulation(prompts, workers, blocks, entries)
     simulation.run()

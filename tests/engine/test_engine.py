@@ -15,7 +15,7 @@ from baton.engine.api import Engine, Sequence, Work
 from baton.engine.files.card import ModelDescription
 from baton.engine.files.models import ResolvedModel
 from baton.engine.kv import KvPool
-from baton.engine.offline import Completion, Prompt, generate
+from baton.engine.offline import GenerationResult, Prompt, generate
 from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError, InvalidArgument, ResourceExhausted
 from baton.spec import Sampling
@@ -79,7 +79,7 @@ def test_timing_and_logprobs_are_reported(computing: Computing, tiny: Callable[[
     model = tiny("llama")
     tokens = tokens_for(30)
     prompt = Prompt(tuple(tokens), Sampling(temperature=0.7, seed=5, logprobs=2), max_tokens=5)
-    completion: Completion = generate(computing.engine(model), [prompt], blocks=8, chunk_tokens=8)[0]
+    completion: GenerationResult = generate(computing.engine(model), [prompt], blocks=8, chunk_tokens=8)[0]
     assert completion.prefill_s > 0
     assert len(completion.step_s) == 4
     assert len(completion.logprobs) == 5

@@ -14,7 +14,7 @@ from baton.bench.config import LoadConfig, SweepConfig
 from baton.bench.figures.metrics import Summary, by_class, counted, summarize
 from baton.bench.figures.series import Series, series_of
 from baton.bench.figures.verdict import ClientHealth, Verdict, health_of, judge
-from baton.bench.sending.driver import Run
+from baton.bench.sending.driver import LoadRun
 from baton.bench.sending.records import Record
 from baton.bench.sweep import Point
 from baton.errors import ConfigError
@@ -47,7 +47,7 @@ class Measurement:
     found: Point | None = None
 
 
-def measure(run: Run, config: LoadConfig, address: str, model: str) -> Measurement:
+def measure(run: LoadRun, config: LoadConfig, address: str, model: str) -> Measurement:
     """Sums a run up."""
     chosen = counted(run.records, run.plan.warmup_s)
     summary = summarize(chosen, run.plan.window_s, run.plan.warmup_s)

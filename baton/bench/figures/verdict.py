@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from baton.bench.config import LoadConfig
 from baton.bench.figures.metrics import CrossCheck, Distribution, cached_prompt_share, distribution
-from baton.bench.sending.driver import Run
+from baton.bench.sending.driver import LoadRun
 
 WARN_LATE_MS = 5.0
 WARN_SHARE, MOST_SHARE = 0.7, 0.95
@@ -42,7 +42,7 @@ class Verdict:
     warnings: tuple[str, ...]
 
 
-def health_of(run: Run) -> ClientHealth:
+def health_of(run: LoadRun) -> ClientHealth:
     """Over the whole run, warm-up included; how busy it was, without the time after the last request was due, in which
     answers only end."""
     client = run.client
@@ -59,7 +59,7 @@ def health_of(run: Run) -> ClientHealth:
     )
 
 
-def judge(run: Run, health: ClientHealth, check: CrossCheck, config: LoadConfig) -> Verdict:
+def judge(run: LoadRun, health: ClientHealth, check: CrossCheck, config: LoadConfig) -> Verdict:
     """The bounds: `max_late_ms` at the 99th percentile of sends and of the loop's timers; a full loop; full cores."""
     valid, warnings = True, []
     for what, found in (("requests were sent", health.late_ms), ("the event loop ran", health.lag_ms)):
@@ -80,7 +80,7 @@ def judge(run: Run, health: ClientHealth, check: CrossCheck, config: LoadConfig)
     return Verdict(valid, tuple(warnings + _notes(run, check)))
 
 
-def _notes(run: Run, check: CrossCheck) -> list[str]:
+def _notes(run: LoadRun, check: CrossCheck) -> list[str]:
     notes = []
     if run.plan.clipped:
         notes.append(f"{run.plan.clipped} requests were shortened to fit the model's context")

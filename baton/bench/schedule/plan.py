@@ -13,7 +13,7 @@ from baton.bench.config import LoadConfig
 from baton.bench.schedule.arrivals import arrival_times, profile_of
 from baton.bench.schedule.classes import TrafficClass
 from baton.bench.schedule.lengths import parse_lengths
-from baton.bench.schedule.traces import Entry, mean_rate, read_trace, scaled
+from baton.bench.schedule.traces import TraceRequest, mean_rate, read_trace, scaled
 from baton.errors import ConfigError
 
 LENGTHS_STREAM, CLASSES_STREAM, PROMPTS_STREAM, BLOCKS_STREAM = 2, 3, 4, 5
@@ -26,7 +26,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A request to be sent `at_s` seconds after the start. `blocks` as in `Entry`."""
+    """A request to be sent `at_s` seconds after the start. `blocks` as in `TraceRequest`."""
 
     index: int
     at_s: float
@@ -38,7 +38,7 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LoadPlan:
     """Requests in the order of their times. Those due before `warmup_s` are not counted; the window ends at `end_s`."""
 
     requests: tuple[Planned, ...]
@@ -53,7 +53,7 @@ class Plan:
         return self.end_s - self.warmup_s
 
 
-def make_plan(config: LoadConfig, context_tokens: int) -> Plan:
+def make_plan(config: LoadConfig, context_tokens: int) -> LoadPlan:
     """Reads the trace, if there is one, and draws the rest. Raises ConfigError when nothing would be sent."""
     entries = read_trace(config.trace, config.trace_format) if config.trace is not None else []
     times = _trace_times(config, entries) if config.arrival_kind == "trace" else _drawn_times(config)
@@ -72,7 +72,7 @@ def make_plan(config: LoadConfig, context_tokens: int) -> Plan:
         )
     fitted = tuple(_fit(request, context_tokens) for request in requests)
     clipped = sum(after != before for after, before in zip(fitted, requests, strict=True))
-    return Plan(fitted, end_s, config.warmup_s, clipped)
+    return LoadPlan(fitted, end_s, config.warmup_s, clipped)
 
 
 def _drawn_times(config: LoadConfig) -> Iterator[float]:
@@ -82,7 +82,7 @@ def _drawn_times(config: LoadConfig) -> Iterator[float]:
     return itertools.takewhile(lambda at_s: at_s < config.seconds, times)
 
 
-def _trace_times(config: LoadConfig, entries: Sequence[Entry]) -> Iterator[float]:
+def _trace_times(config: LoadConfig, entries: Sequence[TraceRequest]) -> Iterator[float]:
     stretch = config.time_scale
     if config.rate is not None:
         stretch = mean_rate(entries) / config.rate
@@ -91,7 +91,7 @@ def _trace_times(config: LoadConfig, entries: Sequence[Entry]) -> Iterator[float
     return itertools.takewhile(lambda at_s: at_s < config.seconds, (entry.at_s * stretch for entry in entries))
 
 
-def _duration(config: LoadConfig, entries: Sequence[Entry], due: Sequence[float]) -> float:
+def _duration(config: LoadConfig, entries: Sequence[TraceRequest], due: Sequence[float]) -> float:
     """Of a run that the next request does not end: a trace or steps may end before the time is up. A trace's last one
     stands for as much time as the others do on average; where all come at once there is no such time."""
     if config.arrival_kind == "steps":
@@ -102,7 +102,7 @@ def _duration(config: LoadConfig, entries: Sequence[Entry], due: Sequence[float]
     return config.seconds
 
 
-def _lengths(config: LoadConfig, entries: Sequence[Entry]) -> Iterator[Entry]:
+def _lengths(config: LoadConfig, entries: Sequence[TraceRequest]) -> Iterator[TraceRequest]:
     """Without end: a trace starts over, which matters only where its times are not used."""
     if entries:
         yield from itertools.cycle([scaled(entry, config.length_scale) for entry in entries])
@@ -110,7 +110,7 @@ def _lengths(config: LoadConfig, entries: Sequence[Entry]) -> Iterator[Entry]:
     prompt = parse_lengths(config.prompt_tokens, "prompt_tokens")
     output = parse_lengths(config.output_tokens, "output_tokens")
     while True:
-        yield Entry(0.0, prompt.draw(rng), output.draw(rng))
+        yield TraceRequest(0.0, prompt.draw(rng), output.draw(rng))
 
 
 def _classes(config: LoadConfig) -> Iterator[TrafficClass]:
@@ -121,7 +121,7 @@ def _classes(config: LoadConfig) -> Iterator[TrafficClass]:
         yield classes[int(np.searchsorted(bounds[:-1], rng.random() * bounds[-1], side="right"))]
 
 
-def _planned(index: int, at_s: float, entry: Entry, traffic: TrafficClass) -> Planned:
+def _planned(index: int, at_s: float, entry: TraceRequest, traffic: TrafficClass) -> Planned:
     return Planned(index, at_s, entry.prompt_tokens, entry.output_tokens, traffic, entry.blocks, entry.block_tokens)
 
 

@@ -22,7 +22,7 @@ AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TraceRequest:
     """A recorded request: seconds after the first one, lengths in tokens, and the ids of its prompt's blocks.
 
     Equal block ids stand for equal tokens; without any, the prompt shares nothing. `block_tokens` is a block's size.
@@ -35,7 +35,7 @@ class Entry:
     block_tokens: int = 0
 
 
-def read_trace(path: Path, form: TraceFormat) -> list[Entry]:
+def read_trace(path: Path, form: TraceFormat) -> list[TraceRequest]:
     """In the order of time, the first at 0. Raises ConfigError naming the line and the field at fault."""
     if form == "auto":
         known: dict[str, TraceFormat] = {".csv": "azure", ".jsonl": "mooncake"}
@@ -54,7 +54,7 @@ def read_trace(path: Path, form: TraceFormat) -> list[Entry]:
     return [replace(entry, at_s=entry.at_s - entries[0].at_s) for entry in entries]
 
 
-def scaled(entry: Entry, factor: float) -> Entry:
+def scaled(entry: TraceRequest, factor: float) -> TraceRequest:
     """With its lengths multiplied. Shared blocks shrink or grow as a whole, so what was shared stays shared."""
     output = max(1, round(entry.output_tokens * factor))
     if not entry.blocks:
@@ -64,20 +64,20 @@ def scaled(entry: Entry, factor: float) -> Entry:
     return replace(entry, prompt_tokens=prompt, output_tokens=output, block_tokens=block)
 
 
-def mean_rate(entries: Sequence[Entry]) -> float:
+def mean_rate(entries: Sequence[TraceRequest]) -> float:
     """Requests per second over the whole trace; 0 for one that has no duration."""
     duration = entries[-1].at_s
     return (len(entries) - 1) / duration if duration else 0.0
 
 
-def _azure(path: Path, file: Any) -> Iterator[Entry]:
+def _azure(path: Path, file: Any) -> Iterator[TraceRequest]:
     rows = csv.DictReader(file)
     missing = set(AZURE_COLUMNS) - set(rows.fieldnames or ())
     if missing:
         raise ConfigError(f"trace: {path}: no column {', '.join(sorted(missing))}")
     for row in _readable(path, rows):
         line = rows.line_num
-        yield Entry(
+        yield TraceRequest(
             _field(path, line, row, "TIMESTAMP", _seconds),
             _field(path, line, row, "ContextTokens", _count),
             _field(path, line, row, "GeneratedTokens", _count),
@@ -91,7 +91,7 @@ def _readable(path: Path, rows: csv.DictReader[str]) -> Iterator[dict[str, Any]]
         raise ConfigError(f"trace: {path}:{rows.line_num}: not CSV: {error}") from None
 
 
-def _mooncake(path: Path, file: Any) -> Iterator[Entry]:
+def _mooncake(path: Path, file: Any) -> Iterator[TraceRequest]:
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
@@ -106,7 +106,7 @@ def _mooncake(path: Path, file: Any) -> Iterator[Entry]:
         if len(blocks) * MOONCAKE_BLOCK < prompt:
             raise ConfigError(f"trace: {path}:{line}: hash_ids: {len(blocks)} blocks are too few for {prompt} tokens")
         at_s = _field(path, line, row, "timestamp", _finite) / 1e3
-        yield Entry(at_s, prompt, _field(path, line, row, "output_length", _count), blocks, MOONCAKE_BLOCK)
+        yield TraceRequest(at_s, prompt, _field(path, line, row, "output_length", _count), blocks, MOONCAKE_BLOCK)
 
 
 def _field(path: Path, line: int, row: dict[str, Any], name: str, convert: Callable[[Any], T]) -> T:

@@ -21,10 +21,10 @@ from typing import Any
 import grpc
 
 from baton.bench.config import LoadConfig
-from baton.bench.schedule.plan import Plan, Planned, Prompts
+from baton.bench.schedule.plan import LoadPlan, Planned, Prompts
 from baton.bench.sending.probe import ClientLoad, Probe
 from baton.bench.sending.records import OK, Record
-from baton.bench.sending.target import Target
+from baton.bench.sending.target import LoadTarget
 from baton.client.types import Accepted, Finished, RequestOptions
 from baton.client.wire import event_from_wire, request_to_wire
 from baton.errors import Retryable
@@ -54,13 +54,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoadRun:
     """A finished run: a record for each planned request, in the plan's order, and how the client did.
 
     `zero` is what `time.perf_counter` said when the plan's time began.
     """
 
-    plan: Plan
+    plan: LoadPlan
     records: tuple[Record, ...]
     client: ClientLoad
     zero: float = 0.0
@@ -69,7 +69,7 @@ class Run:
 Watcher = Callable[[Progress], None]
 
 
-async def run_plan(target: Target, plan: Plan, config: LoadConfig, watch: Watcher | None = None) -> Run:
+async def run_plan(target: LoadTarget, plan: LoadPlan, config: LoadConfig, watch: Watcher | None = None) -> LoadRun:
     """Returns when every request has ended; each ends by its deadline. `watch` is called twice a second."""
     driver = _Driver(target, plan, config)
     probe = Probe()
@@ -79,7 +79,7 @@ async def run_plan(target: Target, plan: Plan, config: LoadConfig, watch: Watche
             records = await driver.run()
     if watch:
         watch(driver.progress)
-    return Run(plan, records, probe.load, driver.zero)
+    return LoadRun(plan, records, probe.load, driver.zero)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 class _Driver:
-    def __init__(self, target: Target, plan: Plan, config: LoadConfig) -> None:
+    def __init__(self, target: LoadTarget, plan: LoadPlan, config: LoadConfig) -> None:
         self._plan, self._config, self._model = plan, config, target.model.name
         self._prompts = Prompts(config.seed, target.model.vocabulary_size)
         self._calls: Iterator[Any] = itertools.cycle(

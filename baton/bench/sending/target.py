@@ -20,7 +20,7 @@ CONNECT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class LoadTarget:
     """`async with connect(...)` makes one."""
 
     address: str
@@ -29,7 +29,7 @@ class Target:
 
 
 @contextlib.asynccontextmanager
-async def connect(address: str, config: LoadConfig) -> AsyncIterator[Target]:
+async def connect(address: str, config: LoadConfig) -> AsyncIterator[LoadTarget]:
     """Every channel has answered a call, so that no request pays for connecting.
 
     Raises ConfigError for an address or a model that can't be, Unavailable when nobody serves there.
@@ -39,7 +39,7 @@ async def connect(address: str, config: LoadConfig) -> AsyncIterator[Target]:
     try:
         for channel in channels:
             models = await _models(channel, address)
-        yield Target(address, _chosen(models, config.model), channels)
+        yield LoadTarget(address, _chosen(models, config.model), channels)
     finally:
         for channel in channels:
             await channel.close()

@@ -38,7 +38,7 @@ class NativeUnavailable(BatonError):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class BuildTarget:
     """What to compile for: a name for logs and fingerprints, and the compiler's flags."""
 
     name: str
@@ -54,22 +54,22 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def target_for(features: frozenset[str]) -> Target:
+def target_for(features: frozenset[str]) -> BuildTarget:
     """The best target that `features` allow; NativeUnavailable below AVX2 with FMA."""
     if not {"avx2", "fma", "f16c"} <= features:
         raise NativeUnavailable("the processor has no AVX2 with FMA")
     if not {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features:
-        return Target("avx2", _AVX2)
+        return BuildTarget("avx2", _AVX2)
     name = "avx512"
     flags: tuple[str, ...] = _AVX2 + _AVX512
     for feature, flag in (("avx512_vnni", "-mavx512vnni"), ("avx512_bf16", "-mavx512bf16")):
         if feature in features:
             name, flags = f"{name}+{feature.removeprefix('avx512_')}", (*flags, flag)
-    return Target(name, flags)
+    return BuildTarget(name, flags)
 
 
 @cache
-def library_for(target: Target) -> Path:
+def library_for(target: BuildTarget) -> Path:
     """The compiled library, made now where the cache has none (seconds). Raises NativeUnavailable."""
     sources = sorted(SOURCES.glob("*.cpp"))
     folder = cache_dir() / "native"
@@ -98,7 +98,7 @@ def _wait_turn(lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def arithmetic_of(target: Target) -> dict[str, str]:
+def arithmetic_of(target: BuildTarget) -> dict[str, str]:
     """What decides on the bits that the kernels compute: their sources, the instructions, the mathematical library."""
     libc = "-".join(platform.libc_ver()) or platform.system()
     return {"kernels": f"native-{_key(target).rpartition('-')[2][:12]}", "instructions": target.name, "libm": libc}
@@ -112,14 +112,14 @@ def find_compiler() -> str:
     raise NativeUnavailable("there is no C++ compiler (g++, c++, clang++ or $CXX)")
 
 
-def _key(target: Target) -> str:
+def _key(target: BuildTarget) -> str:
     digest = hashlib.sha256("\0".join((*_FLAGS, *target.flags)).encode())
     for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"{target.name}-{digest.hexdigest()[:32]}"
 
 
-def _compile(compiler: str, target: Target, sources: list[Path], path: Path) -> None:
+def _compile(compiler: str, target: BuildTarget, sources: list[Path], path: Path) -> None:
     flags = (*_FLAGS, *target.flags)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.engine.files.config import ModelConfig
-from baton.engine.native.build import Target, cpu_flags, library_for, target_for
+from baton.engine.native.build import BuildTarget, cpu_flags, library_for, target_for
 
 
 class Format(IntEnum):
@@ -85,7 +85,7 @@ class _Batch(ctypes.Structure):
 class Library:
     """The loaded kernels and what they were compiled for."""
 
-    target: Target
+    target: BuildTarget
     calls: ctypes.CDLL
 
 
@@ -94,7 +94,7 @@ def load() -> Library:
     return load_for(target_for(cpu_flags()))
 
 
-def load_for(target: Target) -> Library:
+def load_for(target: BuildTarget) -> Library:
     """The kernels for a target, which the processor must be able to run."""
     return Library(target, _bind(library_for(target)))
 

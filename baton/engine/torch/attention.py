@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from baton.engine.kv import KvPool
-from baton.engine.torch.plan import Chunk, DecodeGroup, Plan
+from baton.engine.torch.plan import Chunk, DecodeGroup, StepPlan
 
 
 def attend(
-    pool: KvPool, layer: int, plan: Plan, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    pool: KvPool, layer: int, plan: StepPlan, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
     """The output of all heads, [T, heads, head_dim].
 

@@ -13,7 +13,7 @@ from baton.engine.files.config import ModelConfig
 from baton.engine.kv import KvPool
 from baton.engine.torch import rope
 from baton.engine.torch.attention import attend
-from baton.engine.torch.plan import Plan
+from baton.engine.torch.plan import StepPlan
 from baton.engine.torch.weights import LayerWeights, ModelWeights
 
 HEAD_PART = 1 << 20
@@ -34,7 +34,7 @@ class Model:
         """Of all tensors, each counted once."""
         return self._weights.bytes
 
-    def forward(self, plan: Plan, pool: KvPool) -> torch.Tensor:
+    def forward(self, plan: StepPlan, pool: KvPool) -> torch.Tensor:
         """Writes the KV of the step's tokens and returns float32 logits [sampled rows, vocabulary]."""
         weights = self._weights
         hidden = F.embedding(plan.tokens, weights.embedding).float()
@@ -59,7 +59,7 @@ class Model:
         hidden: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        plan: Plan,
+        plan: StepPlan,
         pool: KvPool,
     ) -> torch.Tensor:
         heads, kv_heads, dim = self._config.heads, self._config.kv_heads, self._config.head_dim

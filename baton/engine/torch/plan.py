@@ -57,7 +57,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """One step. `order` lists the batch's work items as their rows follow each other; the tensors are [T], int64.
 
     `sampled` are the work items that sample and `sampled_rows` the rows of their last tokens.
@@ -74,7 +74,7 @@ class Plan:
     sampled_rows: torch.Tensor
 
 
-def make_plan(batch: Seq[Work], pool: KvPool) -> Plan:
+def make_plan(batch: Seq[Work], pool: KvPool) -> StepPlan:
     """Plans a step over `batch`, whose sequences' blocks cover what is computed."""
     groups_of = _group([(index, _end(work)) for index, work in enumerate(batch) if work.count == 1])
     chunked = [index for index, work in enumerate(batch) if work.count > 1]
@@ -92,7 +92,7 @@ def make_plan(batch: Seq[Work], pool: KvPool) -> Plan:
         row += batch[index].count
     last_rows = _last_rows([batch[i].count for i in order])
     sampled = [(index, last) for index, last in zip(order, last_rows, strict=True) if batch[index].samples]
-    return Plan(
+    return StepPlan(
         order=order,
         tokens=torch.tensor([token for i in order for token in _tokens(batch[i])], device=device),
         positions=positions.to(device),
