@@ -13,9 +13,8 @@ import time
 
 import structlog
 
-from baton.cost import HANDOFF_S, CostModel
+from baton.cost import HANDOFF_S, CostModel, HandoffTimes
 from baton.engine.api import Engine, Sequence
-from baton.handoff_times import HandoffTimes
 from baton.rpc.convert import run_to_wire, spec_from_wire
 from baton.spec import AttemptKey, HandoffKey, SequenceSpec
 from baton.telemetry import Counts

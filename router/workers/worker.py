@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.config import RoleName
-from baton.cost import StepCost
-from baton.handoff_times import HandoffTimes
+from baton.cost import HandoffTimes, StepCost
 from baton.rpc.convert import cost_from_wire
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire

@@ -16,8 +16,7 @@ import pytest
 
 from baton.bench.figures.metrics import summarize
 from baton.bench.schedule.plan import LoadPlan, Planned
-from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import connect
+from baton.bench.sending.driver import connect, run_plan
 from tests.bench.builders import config
 from tests.bench.paced import pacing
 

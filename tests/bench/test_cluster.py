@@ -15,8 +15,7 @@ import pytest_asyncio
 
 from baton.bench.measuring import measure_once
 from baton.bench.schedule.plan import LoadPlan, Planned
-from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import connect
+from baton.bench.sending.driver import connect, run_plan
 from tests.bench.builders import config
 from tests.cluster.conftest import Running, running, settled
 

@@ -16,9 +16,8 @@ from baton.bench.figures.metrics import summarize
 from baton.bench.measuring import measure_once
 from baton.bench.schedule.plan import LoadPlan, Planned, make_plan
 from baton.bench.sending import driver
-from baton.bench.sending.driver import LoadRun, Progress, run_plan
+from baton.bench.sending.driver import LoadRun, Progress, connect, run_plan
 from baton.bench.sending.records import Record
-from baton.bench.sending.target import connect
 from tests.bench.builders import config
 from tests.bench.paced import Paced
 from tests.client.double import serving

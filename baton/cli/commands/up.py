@@ -51,7 +51,7 @@ def fetch(model: str) -> str:
 
 def simulated_name(model: str) -> str:
     """The same for a simulated model, whose files only say what it is like, if it has any."""
-    from baton.engine.simulated.load import BYTES_MODEL, PREFIX
+    from baton.engine.simulated import BYTES_MODEL, PREFIX
 
     return PREFIX + (model if model == BYTES_MODEL else fetch(model))
 
