@@ -1,55 +1,61 @@
-"""What a step costs, and how that is learned: one linear model per worker, fitted online from its own step times.
+"""The cost model of a worker's steps and handoffs, learned online from its own times. Seconds throughout.
 
     a prefill chunk   fixed + per_token * n + per_pair * n * (c + n / 2)     n new tokens behind c that are in the KV
     a decode step     fixed + per_sequence * sequences + per_resident * resident tokens
 
-A step that does both costs the decode step and what the chunk adds to it, times what such steps have lately taken over
-that sum: under load, when the other cores compute too. Seconds throughout.
+A mixed step costs the decode step plus the chunk without its fixed part, times `mixed`: the recent ratio of mixed
+steps' times to that sum, which exceeds 1 under load, when other cores compute too.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 FORGETTING = 0.98
-"""What an observation weighs after each further one: about 50 steps are remembered."""
+"""Decay of an observation's weight with each further one: about 50 steps are remembered."""
 TRUST, NO_TRUST = 3e-3, 1e-5
-"""How much a prior weighs beside what is remembered; and where nothing was measured before, so that the equations can
-be solved. It decides what observations leave open, and what they can't tell from noise: how chunks of 46 to 50 tokens
-differ says nothing of one with 300. With 1e-5 such a prompt was predicted at a fifth of its time in one case of ten,
-after steps that took 0 to 80 % longer; so it is within a tenth mostly."""
+"""Weights of the ridge towards a measured prior, and towards zero without one, so that the equations can be solved.
+
+The prior decides where observations are few or noisy: chunks of 46 to 50 tokens do not predict one of 300. With 1e-5
+one such prediction in ten was a fifth of the true time, after steps that took 0 to 80 % longer; with 3e-3 most are
+within a tenth."""
 OUTLIER = 3.0
-"""A residual counts for no more than so many times the usual one."""
+"""A residual is clipped to this many times the usual one."""
 LEAST_CHUNK = 4
-"""Tokens of a chunk beside residents where their objectives leave less: a prompt that has started must end."""
+"""The smallest chunk beside residents, even if their objectives leave less: a started prompt must end."""
 ALONE_CHUNK = 64
-"""Tokens of a chunk beside nobody: with fewer, reading the weights would take a good part of the step."""
+"""The smallest chunk in a step without residents: in a smaller one, reading the weights would dominate."""
 MIXED_GAIN, MIXED_MOST = 0.1, 3.0
-"""What one step with a chunk beside sequences weighs in their mean, and the most that one may be out by."""
+"""The weight of one mixed step in `mixed`, and the largest ratio that it may contribute."""
 MARGIN = 0.9
-"""Of what an objective leaves, what is used."""
+"""The share of an objective's slack that chunks may use."""
 HANDOFF_S = 0.005
-"""What the first gap between tokens is longer for blocks that are still on their way when the first token is drawn,
-until handoffs were observed; and the least that a decode worker reckons with."""
+"""How much a handoff prolongs the first gap between tokens: the default until handoffs are observed, and the minimum
+that a decode worker assumes."""
+HANDOFF_WINDOW, HANDOFF_SHARE = 64, 0.9
+"""Of the last handoffs, the share that took at most the expected time."""
+HANDOFF_PRIOR = (HANDOFF_S,) * 20
+"""Observations to begin with: the first handoff includes the connection, so that it says nothing."""
 STRETCH = 3.0
-"""A step without objectives may take so many times as long with a chunk as without."""
+"""A chunk may prolong a step without objectives to this many times its time."""
 FIXED_SHARE = 0.2
-"""Of a step with prompts in it, what may be fixed cost. A step with more is filled up with less urgent prompts, for
-which the first one then waits."""
+"""The largest share of fixed cost in a prefill step. A step with more is filled up with less urgent prompts, for which
+the urgent one then waits."""
 LATE_CHUNK = 32
-"""Tokens of a step of a prompt that can't be in time any more, if no more are worth it: whoever can be waits for such a
-step to end. With steps in which the fixed cost was a twentieth, 0.1 s here, 1 % fewer requests were in time."""
+"""The smallest step of a prompt that can't be in time, after which prompts that can be go on. With a fixed cost of a
+twentieth, 0.1 s a step here, 1 % fewer requests were in time."""
 SOLVE_ALWAYS, SOLVE_EVERY = 32, 8
-"""The first observations are solved for one by one, later ones by eights: a step has better things to do."""
+"""The equations are solved for each of the first observations, then for every eighth, to save time in a step."""
 COEFFICIENTS = ("chunk", "per_token", "per_pair", "step", "per_sequence", "per_resident")
-"""Those of `StepCost` that are seconds."""
+"""The fields of `StepCost` in seconds."""
 
 
 class StepShape(NamedTuple):
-    """What one step computes. `pairs` sums n * (c + n / 2) over its chunks; resident tokens are those attended to."""
+    """A step's work. `pairs` sums n * (c + n / 2) over its chunks; decoding attends to the resident tokens."""
 
     new_tokens: int = 0
     pairs: float = 0.0
@@ -59,7 +65,7 @@ class StepShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """The coefficients, none negative; see the module. A worker that never did one phase has zeros for it."""
+    """The coefficients, none negative; see the module. A phase that a worker never computed has zeros."""
 
     chunk: float = 0.0
     per_token: float = 0.0
@@ -85,7 +91,6 @@ class StepCost:
         return self.step > 0 or self.per_sequence > 0
 
     def seconds(self, shape: StepShape) -> float:
-        """One step."""
         if not shape.sequences:
             return self.chunk + self._adds(shape.new_tokens, shape.pairs)
         decode = self.decode(shape.sequences, shape.resident_tokens)
@@ -93,16 +98,15 @@ class StepCost:
         return self.mixed * (decode + adds) if shape.new_tokens else decode
 
     def decode(self, sequences: float, resident_tokens: float) -> float:
-        """A step without prefill."""
         return self.step + self.per_sequence * sequences + self.per_resident * resident_tokens
 
     def prefill(self, new_tokens: int, cached_tokens: int, chunk_tokens: int) -> float:
-        """A whole prompt, computed alone in chunks of at most `chunk_tokens`."""
+        """A whole prompt, alone, in chunks of at most `chunk_tokens`."""
         chunks = -(-new_tokens // chunk_tokens)
         return chunks * self.chunk + self._adds(new_tokens, pairs(new_tokens, cached_tokens))
 
     def fits(self, seconds: float, cached_tokens: int, most: int) -> int:
-        """The largest chunk behind `cached_tokens` that adds at most so much to a step; 0 to `most` tokens."""
+        """The largest chunk behind `cached_tokens` that adds at most `seconds` to a step; 0 to `most` tokens."""
         linear = self.per_token + self.per_pair * cached_tokens
         if seconds <= 0 or (linear <= 0 and self.per_pair <= 0):
             return 0 if seconds <= 0 else most
@@ -112,24 +116,24 @@ class StepCost:
         return int(min(most, (root - linear) / self.per_pair))
 
     def fits_beside(self, step_s: float, limit_s: float | None, cached_tokens: int, most: int) -> int:
-        """The largest chunk that a step of `step_s` has room for within the strictest objective among its sequences, or
-        within `STRETCH` of itself where there is none; 0 to `most` tokens. Whoever sizes chunks takes `LEAST_CHUNK` at
-        the least; whoever places prompts takes less for a missed objective."""
+        """The largest chunk beside a decode step of `step_s` that keeps `limit_s`, the strictest objective of its
+        sequences, or `STRETCH` without one; 0 to `most` tokens. Schedulers compute at least `LEAST_CHUNK` all the same;
+        placement takes less for a missed objective."""
         spare = (STRETCH - 1) * step_s if limit_s is None else limit_s * MARGIN / self.mixed - step_s
         return self.fits(spare, cached_tokens, most)
 
     def fits_alone(self, limit_s: float | None, cached_tokens: int, most: int) -> int:
-        """The same for a step without sequences, at least `ALONE_CHUNK`: who comes in meanwhile waits for its end."""
+        """The same without sequences, at least `ALONE_CHUNK`: sequences that arrive meanwhile wait for the step."""
         if limit_s is None:
             return most
         return min(most, max(ALONE_CHUNK, self.fits(limit_s * MARGIN - self.chunk, cached_tokens, most)))
 
     def making_way(self, most: int) -> int:
-        """Tokens of a step of a prompt that is late."""
+        """Tokens of a late prompt's step."""
         return min(most, max(LATE_CHUNK, self.worth_computing(self.chunk, most)))
 
     def worth_computing(self, fixed_s: float, most: int) -> int:
-        """Prompt tokens from which on `fixed_s` is no more than `FIXED_SHARE` of a step; at most `most`."""
+        """The fewest prompt tokens with which `fixed_s` is at most `FIXED_SHARE` of a step; at most `most`."""
         wanted = fixed_s * (1 / FIXED_SHARE - 1)
         return most if wanted >= self.per_token * most else math.ceil(wanted / self.per_token)
 
@@ -138,19 +142,19 @@ class StepCost:
 
 
 def pairs(new_tokens: int, cached_tokens: int) -> float:
-    """Query and key pairs of a chunk, as the model counts them."""
+    """Query and key pairs of a chunk."""
     return new_tokens * (cached_tokens + new_tokens / 2)
 
 
 class Fit:
-    """Recursive least squares with forgetting of relative residuals, for y = sum of three coefficients times features.
+    """Recursive least squares on relative residuals, with forgetting, for three coefficients.
 
-    Kept as normal equations with a ridge towards the prior, so that a direction that the load does not exercise falls
-    back to the prior instead of drifting off. Outliers are pulled in (Huber's M-estimator, Ann. Math. Stat. 35:73).
+    Normal equations with a ridge towards the prior: a direction that the load does not exercise returns to the prior
+    instead of drifting. Outliers are clipped (Huber's M-estimator, Ann. Math. Stat. 35:73).
     """
 
     def __init__(self, scales: Sequence[float], prior: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
-        """`scales` are the features' typical sizes: they make the equations well conditioned."""
+        """`scales` are the features' typical sizes, for well conditioned equations."""
         self._scales = tuple(scales)
         self._prior = [coefficient * scale for coefficient, scale in zip(prior, scales, strict=True)]
         self._trust = TRUST if any(self._prior) else NO_TRUST
@@ -160,7 +164,6 @@ class Fit:
         self._count = 0
 
     def observe(self, features: tuple[float, float, float], seconds: float) -> None:
-        """One measurement; it must be positive."""
         assert seconds > 0, "a step takes time"
         x, y, z = features[0] / self._scales[0], features[1] / self._scales[1], features[2] / self._scales[2]
         p, q, r = self._solution
@@ -178,12 +181,12 @@ class Fit:
         self._count += 1
 
     def coefficients(self) -> tuple[float, float, float]:
-        """The best ones when it was last solved, none negative."""
+        """The latest solution, none negative."""
         first, second, third = (value / scale for value, scale in zip(self._solution, self._scales, strict=True))
         return first, second, third
 
     def _solve(self, active: tuple[int, ...]) -> list[float]:
-        """Least squares over the active features; a negative one is dropped and the rest solved again."""
+        """Least squares over the active features; drops the most negative one and solves again."""
         xx, xy, xz, yy, yz, zz = self._sums[:6]
         matrix = ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))
         ridge = self._trust * max((xx + yy + zz) / 3, 1e-12)
@@ -199,7 +202,7 @@ class Fit:
 
 
 def _eliminate(rows: list[list[float]]) -> list[float]:
-    """Solves a small positive definite system given as rows with their right-hand side."""
+    """Solves a small positive definite system; each row ends with its right-hand side."""
     size = len(rows)
     for column in range(size):
         pivot = rows[column][column]
@@ -214,21 +217,20 @@ def _eliminate(rows: list[list[float]]) -> list[float]:
 
 
 class CostModel:
-    """A worker's own cost, learned from its steps. Not thread-safe; `cost` may be read from anywhere."""
+    """A worker's cost, learned from its steps. Not thread-safe, but any thread may read `cost`."""
 
     def __init__(self, measured: Iterable[tuple[StepShape, float]] = ()) -> None:
-        """`measured` are steps of a self-measurement: what they show is the prior of all that follows."""
+        """`measured` are the steps of a self-measurement, which give the prior."""
         first = _Fits()
         for shape, seconds in measured:
             first.observe(shape, seconds)
         self.cost = first.cost()
         self.error = 0.0
-        """Mean relative error of predicted step times, exponentially forgotten."""
+        """Moving mean of the relative error of predicted step times."""
         self._fits = _Fits(self.cost)
         self._mixed = 1.0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """A step took so long."""
         if seconds <= 0:
             return
         predicted = self.cost.seconds(shape)
@@ -249,7 +251,7 @@ class _Fits:
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         if shape.new_tokens and shape.sequences:
-            return  # a mixed step says little of either part, only of both together
+            return  # a mixed step tells of the sum of both parts, not of each
         if shape.new_tokens:
             self._chunks.observe((1.0, shape.new_tokens, shape.pairs), seconds)
         elif shape.sequences:
@@ -257,3 +259,21 @@ class _Fits:
 
     def cost(self) -> StepCost:
         return StepCost(*self._chunks.coefficients(), *self._steps.coefficients())
+
+
+class HandoffTimes:
+    """Seconds from a first token until its sequence is resident, of the last handoffs to one decode worker."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=HANDOFF_WINDOW)
+        self.expected_s = HANDOFF_S
+        """The time that most handoffs do not exceed."""
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def observe(self, seconds: float) -> None:
+        """`seconds` is 0 for a sequence that was resident before its first token."""
+        self._seconds.append(seconds)
+        ordered = sorted((*self._seconds, *HANDOFF_PRIOR[len(self._seconds) :]))
+        self.expected_s = ordered[int(HANDOFF_SHARE * len(ordered))]

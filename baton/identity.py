@@ -1,4 +1,4 @@
-"""Who a process is: name, incarnation, host, and the fingerprint of what its KV blocks mean."""
+"""Identities: a process's name and incarnation, its host, attempts, fingerprints."""
 
 from __future__ import annotations
 
@@ -13,36 +13,34 @@ from baton.spec import AttemptKey, ProcessRef
 
 
 def mint_process(role: str, address: str, name: str = "") -> ProcessRef:
-    """A new incarnation. The default name says role, host and process id."""
+    """A new incarnation. The default name has role, host and process id."""
     return ProcessRef(name or f"{role}-{socket.gethostname()}-{os.getpid()}", str(uuid.uuid4()), address)
 
 
 def mint_attempt() -> AttemptKey:
-    """A key that no other attempt has, here or anywhere."""
+    """A random key, unique across all processes."""
     return os.urandom(16)
 
 
 @cache
 def host_id() -> str:
-    """Equal for two processes that share a kernel and a network namespace, so that shared memory can work.
-
-    The boot id tells machines apart; the namespace tells containers apart that share one kernel.
-    """
+    """Equal for two processes that can share memory: the boot id tells machines apart, the network namespace containers
+    on one kernel."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/net").st_ino
     except OSError:
-        return str(uuid.uuid4())  # unknown: never equal to anybody's, so shared memory is not tried
+        return str(uuid.uuid4())  # unknown: equal to no other, so that shared memory is not tried
     return f"{boot}:{namespace}:{os.getuid()}"
 
 
 def extended_fingerprint(base: str, facts: Mapping[str, str]) -> str:
-    """`base/name=value/...`: equal only where all the facts are too. They stay legible: a mismatch names one."""
+    """`base/name=value/...`, equal only for equal facts, which stay legible so that a mismatch can name one."""
     return "/".join((base, *(f"{name}={value}" for name, value in facts.items())))
 
 
 def fingerprint_difference(ours: str, theirs: str) -> tuple[str, str, str]:
-    """What differs between two fingerprints, ours and theirs: a fact by its name, or "fingerprint" for the rest."""
+    """The first difference, with our value and theirs: a fact by its name, else "fingerprint"."""
     (base, *mine), (other_base, *other) = ours.split("/"), theirs.split("/")
     if base != other_base:
         return "fingerprint", base, other_base

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: rows, as a table and as `bench-results/NAME.json`."""
+"""The report of every benchmark: rows, as a table and as `bench-results/NAME.json`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case. `ratio` is oriented so that more is better for us; `peer` says what `theirs` was measured on.
+    """One case. A greater `ratio` is better for us; `theirs` is of `peer`.
 
-    `format` names what was computed with and `of_limit` the share of what the hardware could do, where that is known.
+    `format` names the formats of weights and KV, `of_limit` is the share of the hardware's limit, where known.
     """
 
     case: str
@@ -45,20 +45,20 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Ours over theirs, or the inverse where less is better."""
+        """Ours over theirs, or the inverse if less is better."""
         if not self.theirs or self.ours <= 0:
             return None
         return self.ours / self.theirs if self.higher_is_better else self.theirs / self.ours
 
 
 def spread(values: Sequence[float]) -> str:
-    """Quartiles and extremes, in the unit of the values."""
+    """Extremes and quartiles."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return f"{min(values):.4g} [{low:.4g} {high:.4g}] {max(values):.4g}"
 
 
 def publish(name: str, rows: Sequence[Row]) -> bool:
-    """Prints the table and writes the file, with the arguments and the commit; whether every target is met."""
+    """Prints the table and writes the file, with arguments and commit; returns whether every target is met."""
     Console(width=150).print(_table(name, rows))
     RESULTS.mkdir(exist_ok=True)
     document = {
@@ -74,7 +74,7 @@ def publish(name: str, rows: Sequence[Row]) -> bool:
 
 
 def _table(name: str, rows: Sequence[Row]) -> Table:
-    """A column is left out where no row has anything in it."""
+    """A table without the columns that are empty in every row."""
     lines = [_cells(row) for row in rows]
     table = Table(title=f"bench-{name}", title_justify="left")
     columns = [column for column in COLUMNS if any(line[column] for line in lines)]
@@ -97,7 +97,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """With `-dirty` where something else than that commit was measured; empty where there is no git."""
+    """With `-dirty` for a modified tree; empty without git."""
     git = shutil.which("git")
     if git is None:
         return ""

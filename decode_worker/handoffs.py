@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from baton.cost import HANDOFF_S
+from baton.cost import HANDOFF_S, HandoffTimes
 from baton.engine.api import Sequence
-from baton.handoff_times import HandoffTimes
 from baton.messages import Freed, HandoffDone, TokenRun, Tokens
 from baton.spec import AttemptKey, HandoffKey, RefusalReason, SequenceSpec
 from baton.telemetry import Counts

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.cost import HANDOFF_S
-from baton.handoff_times import WINDOW, HandoffTimes
+from baton.cost import HANDOFF_S, HANDOFF_WINDOW, HandoffTimes
 
 
 def after(*seconds: float) -> float:
@@ -35,8 +34,8 @@ def test_nine_of_ten_take_no_longer() -> None:
 
 
 def test_what_is_long_ago_is_forgotten() -> None:
-    assert after(*[0.5] * WINDOW, *[0.002] * WINDOW) == 0.002
+    assert after(*[0.5] * HANDOFF_WINDOW, *[0.002] * HANDOFF_WINDOW) == 0.002
 
 
 def test_a_sequence_that_is_there_before_its_token_waits_for_nothing() -> None:
-    assert after(*[0.0] * WINDOW) == 0.0
+    assert after(*[0.0] * HANDOFF_WINDOW) == 0.0

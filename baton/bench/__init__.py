@@ -1,6 +1,6 @@
-"""The load generator behind `baton bench`: open loop, so that a slow server can't make its own load lighter.
+"""The load generator of `baton bench`: open loop, so that a slow server does not lighten its own load.
 
     arrivals, traces, lengths, classes -> plan -> driver -> records -> metrics -> verdict, results, page
 
-Everything but the driver and the probe is a pure function; what is drawn, is drawn from the seed.
+All but the driver and the probe are pure functions; the seed decides on every random number.
 """

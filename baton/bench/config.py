@@ -1,4 +1,4 @@
-"""What to send, how fast and for how long, as a frozen dataclass; the flags of `baton bench` are made from it.
+"""The settings of a load; `baton bench` derives its flags and their help from them.
 
 A bad value raises ConfigError with the field's name.
 """
@@ -23,7 +23,7 @@ DEFAULT_RATE = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
-    """A load: a schedule, lengths, classes, and how the client holds its end."""
+    """A load: its schedule, lengths, classes, and the client's own limits."""
 
     model: str = ""
     """A model from `baton models`; may be left out when there is only one."""
@@ -106,7 +106,6 @@ class LoadConfig:
         return "trace" if self.trace is not None else "steady"
 
     def traffic_classes(self) -> tuple[TrafficClass, ...]:
-        """The classes with their objectives."""
         return parse_classes(self.slo, self.classes, self.when_unmet)
 
     def step_list(self) -> tuple[tuple[float, float], ...]:
@@ -116,7 +115,7 @@ class LoadConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:
-    """What a sweep looks for, and how closely."""
+    """A sweep's goal and its precision."""
 
     attainment: float = 0.9
     """With --sweep: the share of requests that must keep their objectives."""

@@ -1,4 +1,4 @@
-"""One measurement, or a sweep of them, from a configuration to its figures."""
+"""Runs one measurement, or a sweep of them, from a configuration to its figures."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from baton.bench.figures.results import Measurement, measure
 from baton.bench.schedule.lengths import UNBOUNDED
 from baton.bench.schedule.plan import make_plan
 from baton.bench.schedule.traces import mean_rate, read_trace
-from baton.bench.sending.driver import Run, Watcher, run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.sending.driver import LoadRun, LoadTarget, Watcher, connect, run_plan
 from baton.bench.sweep import Point, best, next_rate, shortfall
 from baton.config import require
 
 PART_SEEDS = 1_000_003
-"""From one part's seed of prompts to the next one's: further than anybody counts by hand."""
+"""The distance between the prompt seeds of two parts, beyond seeds that users choose."""
 
 
-async def measure_once(address: str, config: LoadConfig, watch: Watcher | None = None) -> tuple[Measurement, Run]:
-    """Connects, sends, sums up. Raises ConfigError, or Unavailable when nobody serves there."""
-    make_plan(config, UNBOUNDED)  # what is wrong with a trace is told before anybody is asked
+async def measure_once(address: str, config: LoadConfig, watch: Watcher | None = None) -> tuple[Measurement, LoadRun]:
+    """Raises ConfigError, or Unavailable without a server at the address."""
+    make_plan(config, UNBOUNDED)  # a bad trace raises before the connection
     async with connect(address, config) as target:
         return await measure_on(target, config, watch)
 
 
 async def measure_on(
-    target: Target, config: LoadConfig, watch: Watcher | None = None, part: int = 0
-) -> tuple[Measurement, Run]:
-    """The same on a connection that is there. Parts of one measurement have different prompts: those of an earlier part
-    would be found in the server's prefix caches."""
+    target: LoadTarget, config: LoadConfig, watch: Watcher | None = None, part: int = 0
+) -> tuple[Measurement, LoadRun]:
+    """Measures over an open connection. Each `part` of a measurement has its own prompts: those of another part
+    would be in the server's prefix caches."""
     plan = make_plan(config, target.model.context_tokens)
     run = await run_plan(target, plan, replace(config, seed=config.seed + part * PART_SEEDS), watch)
     return measure(run, config, target.address, target.model.name), run
@@ -38,21 +37,20 @@ async def measure_on(
 
 @dataclass(slots=True)
 class Search:
-    """The rates that a sweep has tried so far, in their order, each with what was measured at it."""
+    """The points of a sweep so far, in order, and the measurement of each rate."""
 
     config: SweepConfig
     points: list[Point] = field(default_factory=list)
-    found: dict[float, tuple[Measurement, Run]] = field(default_factory=dict)
+    found: dict[float, tuple[Measurement, LoadRun]] = field(default_factory=dict)
 
-    def add(self, rate: float, measured: Measurement, run: Run) -> Point:
-        """One more."""
+    def add(self, rate: float, measured: Measurement, run: LoadRun) -> Point:
         self.found[rate] = measured, run
         self.points.append(Point(rate, measured.summary.attainment, measured.summary.goodput, measured.verdict.valid))
         return self.points[-1]
 
-    def sum_up(self) -> tuple[Measurement, Run]:
-        """The measurement of the best rate, or of the lowest when none reached the attainment, with all points; a
-        warning where the answer is not known to within the tolerance. At least one rate must have been tried."""
+    def sum_up(self) -> tuple[Measurement, LoadRun]:
+        """The measurement of the best rate, else of the lowest, with all points, and with a warning if the best rate is
+        not known to within the tolerance. At least one rate must have been tried."""
         top = best(self.points, self.config.attainment)
         measured, run = self.found[top.rate if top else min(self.found)]
         verdict, why = measured.verdict, shortfall(self.points, self.config.attainment, self.config.tolerance)
@@ -67,10 +65,9 @@ async def measure_sweep(
     search: Search,
     watch: Watcher | None = None,
     told: Callable[[Point], None] = lambda point: None,
-) -> tuple[Measurement, Run]:
-    """Tries rates until the search has its answer. Each has the same pattern of arrivals and lengths, stretched, with
-    prompts of its own, and starts when everything before it has ended. What `search` holds outlives a cancellation.
-    """
+) -> tuple[Measurement, LoadRun]:
+    """Tries rates until the search has its answer. Each rate has the same pattern of arrivals and lengths, stretched,
+    with prompts of its own, and starts when the one before has ended. `search` keeps its points on cancellation."""
     require(config.arrival_kind != "steps", "sweep", "steps have rates of their own; it goes with other arrivals")
     start, wanted = _first_rate(config), search.config
     async with connect(address, config) as target:

@@ -1,4 +1,4 @@
-"""The highest rate at which enough requests keep their objectives, by doubling and then bisecting."""
+"""Searches the highest rate at which enough requests keep their objectives, by doubling, then bisecting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEAST_RATE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A run of a sweep. `valid` is False when the client was the bottleneck."""
+    """A run of a sweep. `valid` is False if the client was the bottleneck."""
 
     rate: float
     attainment: float
@@ -20,7 +20,7 @@ class Point:
 
 
 def shortfall(points: Sequence[Point], attainment: float, tolerance: float) -> str:
-    """Why the search ended before the answer was known to within `tolerance`; empty when it is known."""
+    """Why the answer is not known to within `tolerance`; empty if it is."""
     found, failed = best(points, attainment), _lowest_failed(points, attainment)
     if found is None:
         return f"no rate that was tried reached {attainment:.0%}; the figures are those of the lowest"
@@ -34,21 +34,16 @@ def shortfall(points: Sequence[Point], attainment: float, tolerance: float) -> s
 
 
 def best(points: Sequence[Point], attainment: float) -> Point | None:
-    """The highest rate that reached the attainment, below the lowest that did not: runs are noisy."""
+    """The highest rate that reached the attainment below the lowest that did not: runs are noisy."""
     ceiling = _lowest_failed(points, attainment)
-    reached = [
-        point
-        for point in points
-        if point.valid and attainment <= point.attainment and (ceiling is None or point.rate < ceiling)
-    ]
-    return max(reached, key=lambda point: point.rate, default=None)
+    reached = [point for point in points if point.valid and attainment <= point.attainment]
+    below = [point for point in reached if ceiling is None or point.rate < ceiling]
+    return max(below, key=lambda point: point.rate, default=None)
 
 
 def next_rate(points: Sequence[Point], start: float, attainment: float, tolerance: float) -> float | None:
-    """Which rate to try; None when the answer is known to within `tolerance` (0.05: 5 %), or can't be had.
-
-    A point at which the client was the bottleneck ends the search: what lies above it can't be measured from here.
-    """
+    """The rate to try next; None if the answer is known to within `tolerance` (0.05: 5 %) or can't be found. A point
+    with the client as the bottleneck ends the search: this client can't measure higher rates."""
     if not points:
         return start
     if len(points) >= MOST_POINTS or not all(point.valid for point in points):
@@ -62,5 +57,5 @@ def next_rate(points: Sequence[Point], start: float, attainment: float, toleranc
 
 
 def _lowest_failed(points: Sequence[Point], attainment: float) -> float | None:
-    """Where the client was the bottleneck, a miss says nothing of the server."""
+    """Of valid points: with the client as the bottleneck, a miss says nothing about the server."""
     return min((point.rate for point in points if point.valid and point.attainment < attainment), default=None)

@@ -1,8 +1,8 @@
-"""The engine's seam: what schedulers ask of it, and what comes back.
+"""The interface between schedulers and engines.
 
-One step serves both phases: for each sequence, "compute the KV of `count` tokens from position `start`", and sample
-when that reaches the end of what is known. `count` is a chunk in prefill and 1 in decode. A scheduler decides who is
-in a step; the engine only computes.
+One step serves both phases: for each sequence it computes the KV of `count` tokens from position `computed`, and
+samples when that reaches the last known token. `count` is a chunk in prefill and 1 in decode. The scheduler chooses a
+step's sequences; the engine only computes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from kvtransfer.blocks.layout import KvLayout
 class Sequence:
     """A sequence on this worker. Owned by the engine thread between `Runner.submit(add)` and its removal.
 
-    `tokens` is prompt followed by output; `tokens[:computed]` have their KV in `blocks`. `rank` orders prompts, the
-    smallest first, and a `late` one makes way for others between short steps; `tpot_s` is the objective for the
-    mean of its steps, which count from `first_token_at` (monotonic seconds; None: from when a scheduler sees it).
-    `engine_state` is the engine's own (a block table tensor,
-    penalty counts), and nobody else's.
+    `tokens` is prompt followed by output; `tokens[:computed]` have their KV in `blocks`. Prompts of smaller `rank` go
+    first; a `late` one is computed in short steps, between which others overtake it. `tpot_s` is the objective for the
+    mean of its steps from `first_token_at` on (monotonic seconds; None: from when a scheduler sees it). `engine_state`
+    belongs to the engine alone (a block table tensor, penalty counts).
     """
 
     key: AttemptKey
@@ -44,7 +43,7 @@ class Sequence:
     def from_spec(
         cls, spec: SequenceSpec, blocks: list[int], computed: int = 0, rank: float = 0.0, late: bool = False
     ) -> Sequence:
-        """`blocks` cover at least the positions that will be computed here, in order of position."""
+        """`blocks` cover at least the positions to compute here, in order of position."""
         tokens = [*spec.prompt, *spec.output]
         tpot = None if spec.objectives.tpot_ms is None else spec.objectives.tpot_ms / 1e3
         return cls(
@@ -53,7 +52,7 @@ class Sequence:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens generated so far, those of earlier attempts included."""
+        """Tokens generated so far, with those of earlier attempts."""
         return len(self.tokens) - self.prompt_tokens
 
     @property
@@ -64,7 +63,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Compute `count` tokens of `sequence` from its `computed` on; sample if that is all of its known tokens."""
+    """Compute `count` tokens of `sequence` from its `computed` on; sample if these are all of its known tokens."""
 
     sequence: Sequence
     count: int
@@ -76,7 +75,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Tokens that a step drew for one sequence: one, or several when speculating."""
+    """The tokens that a step drew for one sequence: one, or several when speculating."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -86,25 +85,24 @@ class Engine(Protocol):
     """Computes steps over one block pool. Used from one thread; never blocks on anything but arithmetic."""
 
     @property
-    def layout(self) -> KvLayout:
-        """The shape of the blocks it reads and writes."""
+    def layout(self) -> KvLayout: ...
 
     def step(self, batch: list[Work]) -> list[Sampled | None]:
-        """Computes one mixed batch and returns, per work item, what was sampled (None where `samples` is False).
+        """Computes one mixed batch, not empty, and returns each work item's sample (None if `samples` is False).
 
         Writes KV for positions `[computed, computed + count)` into the sequence's blocks and then advances
-        `computed`; appends nothing to `tokens` (the scheduler does). The batch must not be empty.
+        `computed`; appends nothing to `tokens` (the scheduler does).
         """
 
     def warm_up(self) -> None:
-        """Runs what is slow only once (lazy allocations, kernel selection), so that the first request is not."""
+        """Runs everything that is slow once (lazy allocations, kernel selection), so that the first request is not."""
 
     def wake(self, blocks: Seq[int]) -> None:
-        """Touches what a step over these blocks will read, after a rest. Reads only: a peer may be writing them."""
+        """Reads, after a rest, the memory that a step over these blocks needs. A peer may be writing the blocks."""
 
 
 def shape_of(batch: list[Work]) -> StepShape:
-    """What a step will compute, before it does: one token of a sequence counts as decoding."""
+    """The shape of a step before it runs. A work item of one token counts as decoding."""
     new = resident = sequences = 0
     attended = 0.0
     for work in batch:

@@ -9,9 +9,7 @@ import torch
 from kvtransfer.blocks.layout import KvLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What torch computes in; a pool of another dtype is bytes to it."""
-
-
+"""The dtypes of torch's arithmetic; a pool of another dtype is bytes."""
 Buffer = memoryview | mmap.mmap | bytearray
 """Memory that the caller owns and that can be written."""
 
@@ -19,12 +17,12 @@ Buffer = memoryview | mmap.mmap | bytearray
 class KvPool:
     """Blocks of keys and values, `[block][layer][key|value][kv head][token][dim]`, contiguous.
 
-    Rows of whole head shares (16 tokens of one head) are gathered by one indexed read, so that keys come out
-    head-major and ready for attention with a single copy.
+    One indexed read gathers whole head shares (16 tokens of one head), so that keys come out head-major, ready for
+    attention, with a single copy.
     """
 
     def __init__(self, blocks: torch.Tensor, layout: KvLayout) -> None:
-        """`blocks` is [blocks, *layout.shape] and stays the caller's memory."""
+        """`blocks` [blocks, *layout.shape] stays the caller's memory."""
         assert blocks.shape[1:] == layout.shape, "the pool has the layout's shape"
         self.layout = layout
         self.blocks = blocks
@@ -34,10 +32,8 @@ class KvPool:
 
     @classmethod
     def over(cls, buffer: Buffer, layout: KvLayout) -> KvPool:
-        """A pool in the caller's writable memory (a memoryview, an mmap): as many whole blocks as fit.
-
-        The tensor keeps the buffer exported: an mmap can be closed only after the pool is dropped.
-        """
+        """A pool of as many whole blocks as fit into the caller's writable memory. The tensor keeps the buffer
+        exported: an mmap can be closed only after the pool is dropped."""
         memory = memoryview(buffer).cast("B")
         count = len(memory) // layout.block_bytes
         assert count > 0, "the pool's memory holds at least one block"
@@ -45,14 +41,8 @@ class KvPool:
         flat = torch.frombuffer(memory[: count * layout.block_bytes], dtype=_storage(layout))
         return cls(flat.view(count, *layout.shape), layout)
 
-    @classmethod
-    def allocate(cls, count: int, layout: KvLayout, device: torch.device) -> KvPool:
-        """A pool of the engine's own memory."""
-        return cls(torch.zeros((count, *layout.shape), dtype=_storage(layout), device=device), layout)
-
     @property
     def count(self) -> int:
-        """Blocks there are."""
         return self.blocks.shape[0]
 
     def write(self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, kv: torch.Tensor) -> None:
@@ -60,12 +50,12 @@ class KvPool:
         self.blocks[:, layer][blocks, :, :, offsets] = kv
 
     def shares(self, tables: torch.Tensor) -> torch.Tensor:
-        """Where layer 0 of the blocks in `tables` [S, blocks] lies, for `gather`: [2, S, kv_heads, blocks]."""
+        """Indices of layer 0 of the blocks in `tables` [S, blocks], for `gather`: [2, S, kv_heads, blocks]."""
         per_block = self.layout.layers * 2 * self.layout.kv_heads
         return tables[None, :, None] * per_block + self._share_offsets[:, None, :, None]
 
     def gather(self, layer: int, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the blocks behind `shares`, a copy: each [S, kv_heads, blocks * 16, head_dim]."""
+        """Copies of the keys and values at `shares`, each [S, kv_heads, blocks * 16, head_dim]."""
         _, sequences, heads, blocks = shares.shape
         rows = (shares + layer * 2 * heads).view(-1)
         found = self._shares.index_select(0, rows)
@@ -78,10 +68,9 @@ def _storage(layout: KvLayout) -> torch.dtype:
 
 
 def make_pool(layout: KvLayout, buffer: Buffer | None, blocks: int | None, device: str = "cpu") -> KvPool:
-    """A pool in `buffer`, as many blocks as fit, or of `blocks` blocks of its own: give one of the two."""
-    assert (buffer is None) != (blocks is None), "give either the pool's memory or its size"
-    return (
-        KvPool.over(buffer, layout)
-        if buffer is not None
-        else KvPool.allocate(blocks or 0, layout, torch.device(device))
-    )
+    """A pool over `buffer`, as many blocks as fit, or of `blocks` blocks in memory of its own: give one of the two."""
+    if buffer is not None:
+        assert blocks is None, "give either the pool's memory or its size"
+        return KvPool.over(buffer, layout)
+    assert blocks is not None, "give either the pool's memory or its size"
+    return KvPool(torch.zeros((blocks, *layout.shape), dtype=_storage(layout), device=device), layout)

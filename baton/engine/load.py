@@ -1,4 +1,4 @@
-"""Which engine serves: the compiled kernels where they can be had, plain torch elsewhere."""
+"""Chooses the engine: the compiled kernels if they can serve, else plain torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError
 
 QUANTISED = ("int8", "int4")
-"""Weights that only the native kernels have."""
+"""Formats of weights that only the native kernels have."""
 log = structlog.get_logger(__name__)
 
 
@@ -31,27 +31,28 @@ def load_engine(
 ) -> NativeEngine | TorchEngine:
     """An engine ready for `warm_up`; the pool as for `TorchEngine.load`.
 
-    With `kernels` "auto", whatever keeps the kernels from serving (no compiler, an old processor, float32) is logged
-    once and torch computes; with "native" it is a ConfigError. So it is with `weights` in 8 or 4 bits, which torch
-    does not have, and with `deterministic`, which torch can't keep: it sums in another order for another batch.
+    Without a compiler, on an old processor and in float32 the kernels can't serve: then torch computes, and the reason
+    is logged, if `kernels` is "auto"; "native" raises ConfigError. ConfigError is also raised for what torch lacks:
+    `weights` in 8 or 4 bits, and `deterministic`, since it sums in another order for another batch.
     """
     if kernels not in get_args(KernelChoice):
         raise ConfigError(f"kernels: {', '.join(get_args(KernelChoice))}, not {kernels!r}")
     if weights not in get_args(WeightChoice):
         raise ConfigError(f"weights: {', '.join(get_args(WeightChoice))}, not {weights!r}")
+    reason = ""
     if kernels != "torch" and resolve_device(device).type == "cpu":
         try:
             return NativeEngine.load(description, buffer=buffer, blocks=blocks, weights=weights)
         except NativeUnavailable as error:
             if kernels == "native":
                 raise ConfigError(f"kernels: {error}") from None
-            if deterministic:
-                raise ConfigError(f"deterministic: needs the native kernels, but {error}") from None
-            if weights in QUANTISED:
-                raise ConfigError(f"weights: {weights} needs the native kernels, but {error}") from None
-            log.warning("computing with torch, which is slower", reason=str(error))
+            reason = str(error)
     if deterministic:
-        raise ConfigError("deterministic: needs the native kernels; torch sums in another order for another batch")
+        why = f", but {reason}" if reason else "; torch sums in another order for another batch"
+        raise ConfigError(f"deterministic: needs the native kernels{why}")
     if weights in QUANTISED:
-        raise ConfigError(f"weights: {weights} needs the native kernels; torch has no such weights")
+        why = f", but {reason}" if reason else "; torch has no such weights"
+        raise ConfigError(f"weights: {weights} needs the native kernels{why}")
+    if reason:
+        log.warning("computing with torch, which is slower", reason=reason)
     return TorchEngine.load(description, device=device, buffer=buffer, blocks=blocks)

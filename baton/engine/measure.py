@@ -1,4 +1,4 @@
-"""A short self-measurement at start, so that the very first prediction is sane: a few steps of both phases."""
+"""A short self-measurement at start, a few steps of both phases, so that the first prediction is sane."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from baton.engine.api import Engine, Sequence, Work, shape_of
 from baton.spec import Sampling
 
 LIMIT_S = 1.5
-"""Where steps are slow, what has been measured by then must do."""
+"""After this time the measurement ends, with the steps that it has."""
 CHUNKS = ((16, 0), (128, 0), (64, 1024), (128, 0))
-"""New tokens behind so many that count as computed."""
+"""(new tokens, tokens that count as computed before them)."""
 STEPS = ((1, 32), (8, 32), (4, 256), (1, 32), (8, 128))
-"""Sequences of so many tokens each."""
+"""(sequences, tokens of each)."""
 
 
 def measure(engine: Engine, blocks: int, context_tokens: int) -> list[tuple[StepShape, float]]:
-    """Steps with their seconds, over a pool of `blocks` whose blocks nobody holds yet. What it writes is never read."""
+    """Steps with their seconds, over a pool of `blocks` blocks that no sequence holds yet."""
     found: list[tuple[StepShape, float]] = []
     started = time.monotonic()
     for batch in _batches(engine, blocks, min(blocks * engine.layout.block_tokens, context_tokens)):
@@ -31,14 +31,14 @@ def measure(engine: Engine, blocks: int, context_tokens: int) -> list[tuple[Step
 
 
 def _batches(engine: Engine, blocks: int, room: int) -> Iterator[list[Work]]:
-    """Alternating, so that a limit on the time leaves some of both. `room` tokens fit into blocks and context."""
+    """Alternates chunks and steps, so that the time limit leaves some of both. `room` tokens fit pool and context."""
     for chunk, step in zip((*CHUNKS, None), STEPS, strict=True):
         if chunk is not None:
             new = min(chunk[0], room)
             cached = min(chunk[1], room - new)
             yield [Work(_sequence(engine, cached + new, cached, 0), new)]
         count, tokens = min(step[0], blocks), min(step[1], room)
-        held = min(engine.layout.blocks_for(tokens), blocks // count)  # of each sequence: no two write one block
+        held = min(engine.layout.blocks_for(tokens), blocks // count)  # no two sequences write one block
         tokens = min(tokens, held * engine.layout.block_tokens)
         if tokens >= 2:
             yield [Work(_sequence(engine, tokens, tokens - 1, index * held), 1) for index in range(count)]

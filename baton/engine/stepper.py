@@ -1,37 +1,53 @@
-"""What every engine does around its arithmetic: check the work, sample, advance the sequences."""
+"""The part of a step that every engine shares: check the work, sample, advance the sequences."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
 
 from baton.engine.api import Sampled, Sequence, Work
 from baton.engine.files.card import ModelDescription
 from baton.engine.kv import KvPool
-from baton.engine.sampling.sampler import Logits, logprobs, sample
-from baton.engine.state import state_of
-from baton.spec import Sampling, TokenLogprobs
+from baton.engine.sampling import Logits, Penalties, logprobs, sample
+from baton.spec import Sampling
 from kvtransfer.blocks.layout import KvLayout
 
 
-class Stepper(ABC):
-    """`baton.engine.api.Engine` over a `_forward` that computes logits. Used from one thread."""
+@dataclass(slots=True)
+class SequenceState:
+    """An engine's state of a sequence between steps, in `Sequence.engine_state`. `table` is `Sequence.blocks` as an
+    int64 tensor on the CPU; `penalties` are None where sampling needs none."""
 
-    def __init__(self, description: ModelDescription, pool: KvPool) -> None:
-        self.description = description
-        self._pool = pool
+    table: torch.Tensor
+    penalties: Penalties | None
+
+
+def state_of(sequence: Sequence) -> SequenceState:
+    """The state, made at a sequence's first step, with a block table that has all blocks appended since."""
+    state = sequence.engine_state
+    if not isinstance(state, SequenceState):
+        state = SequenceState(torch.tensor(sequence.blocks, dtype=torch.int64), Penalties.for_sampling(sequence))
+        sequence.engine_state = state
+    elif len(state.table) != len(sequence.blocks):
+        state.table = torch.tensor(sequence.blocks, dtype=torch.int64)
+    return state
+
+
+class Stepper(ABC):
+    """`baton.engine.api.Engine` over a `_forward` that computes logits. Every token id is below the vocabulary's size.
+    `kernels` names the implementation, for logs; `weight_bytes` is the memory of the weights."""
+
+    def __init__(self, description: ModelDescription, pool: KvPool, kernels: str, weight_bytes: int) -> None:
+        self.description, self.pool, self.kernels, self.weight_bytes = description, pool, kernels, weight_bytes
 
     @property
     def layout(self) -> KvLayout:
-        return self._pool.layout
-
-    @property
-    def pool(self) -> KvPool:
-        """The blocks it computes on."""
-        return self._pool
+        return self.pool.layout
 
     def step(self, batch: list[Work]) -> list[Sampled | None]:
-        """See `api.Engine.step`. Every token id must be below the vocabulary's size."""
         sampled, logits = self._run(batch)
         results: list[Sampled | None] = [None] * len(batch)
         for row, index in enumerate(sampled):
@@ -39,7 +55,7 @@ class Stepper(ABC):
         return results
 
     def logits(self, batch: list[Work]) -> dict[int, Logits]:
-        """A step that draws nothing: per index of a work item that would sample, its logits [vocabulary]."""
+        """A step without sampling: the logits [vocabulary] by the index of each work item that would sample."""
         sampled, logits = self._run(batch)
         return {index: logits[row].copy() for row, index in enumerate(sampled)}
 
@@ -52,31 +68,24 @@ class Stepper(ABC):
         self.step([Work(sequence, 1)])
 
     @abstractmethod
-    def wake(self, blocks: Seq[int]) -> None:
-        """See `api.Engine.wake`."""
+    def wake(self, blocks: Seq[int]) -> None: ...
 
     @abstractmethod
     def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
-        """Writes the KV of the batch and returns the indices of the work items that sample with their logits' rows.
-
-        The logits stay valid until the next call.
-        """
+        """Writes the batch's KV. Returns the indices of the work items that sample and a row of logits for each, valid
+        until the next call."""
 
     def _run(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
         assert batch, "a step computes something"
         for work in batch:
-            _check(work, self.layout)
+            sequence = work.sequence
+            assert 1 <= work.count <= sequence.remaining, "a step computes known tokens"
+            covered = len(sequence.blocks) * self.layout.block_tokens
+            assert sequence.computed + work.count <= covered, "blocks cover what is computed"
         found = self._forward(batch)
         for work in batch:
             work.sequence.computed += work.count
         return found
-
-
-def _check(work: Work, layout: KvLayout) -> None:
-    sequence = work.sequence
-    assert 1 <= work.count <= sequence.remaining, "a step computes known tokens"
-    covered = len(sequence.blocks) * layout.block_tokens
-    assert sequence.computed + work.count <= covered, "blocks cover what is computed"
 
 
 def _sampled(sequence: Sequence, logits: Logits) -> Sampled:
@@ -84,7 +93,6 @@ def _sampled(sequence: Sequence, logits: Logits) -> Sampled:
     if penalties is not None:
         penalties.observe(sequence.tokens, len(logits))
     token = sample(logits, sampling, len(sequence.tokens), penalties)
-    reported: tuple[TokenLogprobs, ...] = ()
-    if sampling.logprobs is not None:
-        reported = (logprobs(logits, token, sampling.logprobs),)
-    return Sampled((token,), reported)
+    if sampling.logprobs is None:
+        return Sampled((token,))
+    return Sampled((token,), (logprobs(logits, token, sampling.logprobs),))

@@ -12,8 +12,7 @@ import structlog
 from baton.config import KernelChoice, WorkerConfig
 from baton.cost import StepShape
 from baton.errors import ConfigError
-from kvtransfer.blocks.copying import BlockCopy, copy_runs
-from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.blocks.memory import BlockCopy, PoolMemory, copy_runs
 from kvtransfer.transports.nccl.library import DevicePool
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def load(config: WorkerConfig) -> Loaded:
 
 
 def _simulated(config: WorkerConfig) -> Loaded:
-    from baton.engine.simulated.load import simulated_card, simulated_engine, typical_steps
+    from baton.engine.simulated import simulated_card, simulated_engine, typical_steps
 
     card = simulated_card(config)
     memory = PoolMemory(card.kv_layout, card.kv_layout.blocks_for(config.pool_tokens))
@@ -131,12 +130,11 @@ def _computing(config: WorkerConfig) -> Loaded:
 def block_copy(kernels: KernelChoice) -> BlockCopy:
     """The kernels' copy where they are in use, else the plain one; which of them computes is in the log."""
     from baton.engine.native.build import NativeUnavailable
-    from baton.engine.native.copying import StreamingCopy
     from baton.engine.native.library import load as load_library
 
     if kernels == "torch":
         return copy_runs
     try:
-        return StreamingCopy(load_library())
+        return load_library().copy_blocks
     except NativeUnavailable:
         return copy_runs

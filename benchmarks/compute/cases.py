@@ -1,4 +1,4 @@
-"""The engine's benchmark cases: what a prefill worker and a decode worker do, as steps over random tokens."""
+"""The engine's benchmark cases: the steps of a prefill worker and of a decode worker, over random tokens."""
 
 from __future__ import annotations
 
@@ -27,12 +27,8 @@ class Case:
     def is_prefill(self) -> bool:
         return self.sequences == 0
 
-    @property
-    def unit(self) -> str:
-        return "tokens/s"
-
     def rate(self, seconds: float) -> float:
-        """Tokens per second of a run that took so long."""
+        """Tokens per second of a run."""
         return (self.tokens if self.is_prefill else self.sequences) / seconds
 
 
@@ -44,11 +40,11 @@ CASES = (
     Case("decode 16, 1000 tokens", 1000, 16),
 )
 BLOCKS = 1100
-"""Enough for every case: 16 sequences of 1,000 tokens are 1,024 blocks."""
+"""Enough for each case: 16 sequences of 1,000 tokens are 1,024 blocks."""
 
 
 def run(engine: Stepper, case: Case, steps: int = 8) -> list[float]:
-    """Seconds: of the whole prompt, or of each of `steps` decode steps after a first one that is not counted."""
+    """Seconds of the whole prompt, or of each of `steps` decode steps after an uncounted first one."""
     return [_prefill(engine, case)] if case.is_prefill else _decode(engine, case, steps)[1:]
 
 
@@ -85,7 +81,7 @@ def _decode(engine: Stepper, case: Case, steps: int) -> list[float]:
 
 
 def parts(engine: NativeEngine, case: Case) -> dict[str, float]:
-    """Seconds per part of one run, by the kernels' own timers."""
+    """Seconds of each part of one run, by the kernels' timers."""
     engine.model.profile(True)
     run(engine, case)
     return engine.model.profile(False)

@@ -1,4 +1,4 @@
-"""What a step of the real engine costs on this machine, fitted: `make cost-model` prints the JSON for `--cost-model`.
+"""Fits the cost model to the real engine on this machine: `make cost-model` prints the JSON for `--cost-model`.
 
 Prompts in chunks of several sizes, alone and after cached tokens, and decode steps of several widths and lengths, in
 interleaved rounds on one core; least squares on relative errors over the medians.
@@ -29,7 +29,7 @@ BLOCKS = 1100
 
 
 def step_ms(engine: Stepper, works: list[tuple[int, int, int]]) -> float:
-    """One step over (known tokens, of them computed, to compute) per sequence, each in blocks of its own."""
+    """Milliseconds of a step over one (known, computed, to compute) tuple of token counts per sequence."""
     batch, block = [], 0
     for index, (known, computed, count) in enumerate(works):
         size = engine.layout.blocks_for(known)
@@ -55,7 +55,7 @@ def medians(engine: Stepper) -> tuple[list[float], list[float]]:
 
 
 def fit(rows: list[list[float]], measured: list[float]) -> list[float]:
-    """Coefficients of 0 or more: what comes out below is left out, and the rest fitted again."""
+    """Coefficients of 0 or more: drops the most negative one and fits again."""
     weights = 1 / np.array(measured)
     kept = list(range(len(rows[0])))
     while True:

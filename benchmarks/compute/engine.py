@@ -1,7 +1,8 @@
 """Our engine beside the peers: `make bench-engine [PEERS=DIR]`, or python -m benchmarks.compute.engine [--peers DIR].
 
-All runs are interleaved on one core, round by round, and each number is the median of its rounds. Without peers there
-are ours and the share of what the hardware could do.
+All runs are interleaved on one core, round by round, and each number is the median of its rounds. In each turn, ours or
+a peer's, an untimed run of the case directly precedes the timed one: after another engine's turn the memory is cold.
+Without peers the rows have our rates and their share of the hardware's limit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.report import Row, publish, spread
 
 READY = "start to ready"
 READY_LIMIT_S = 5.0
-# What issue 3 asks for: the least ratio to a peer. A case not here is shown without a target.
+# The least ratio to a peer. A case that is missing here has no target.
 TARGETS = {
     ("prefill 1024", "vllm"): 1.4,
     ("prefill 4096", "vllm"): 1.4,
@@ -39,8 +40,8 @@ BF16_TARGETS = {("decode 16, short", "vllm"): 1.4}
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """Weights and KV of one of our engines."""
+class EngineFormat:
+    """The formats of one of our engines."""
 
     weights: WeightChoice
     kv_dtype: str
@@ -50,12 +51,12 @@ class Format:
         return f"{self.weights} weights, {'8-bit' if self.kv_dtype == 'int8' else 'bf16'} KV"
 
 
-FORMATS = (Format("auto", "auto"), Format("auto", "int8"), Format("bf16", "auto"))
+FORMATS = (EngineFormat("auto", "auto"), EngineFormat("auto", "int8"), EngineFormat("bf16", "auto"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", type=Path, help="where setup.sh put them")
+    parser.add_argument("--peers", type=Path, help="the folder of setup.sh")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -74,20 +75,22 @@ def main() -> None:
 
 
 def compare(others: list[peers.Peer], rounds: int, cases: list[Case]) -> list[Row]:
-    """Measures all and returns the rows."""
+    """Measures our engines and the peers."""
     for peer in others:
         print(f"{peer.name}: {peer.about}", flush=True)
     hardware = limits.measure()
     engines = {form: _engine(form) for form in FORMATS}
-    ours: dict[tuple[str, Format], list[float]] = {}
+    ours: dict[tuple[str, EngineFormat], list[float]] = {}
     theirs: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         hardware = hardware.or_better(limits.measure())
         for case in cases:
             for form, engine in engines.items():
+                run(engine, case)  # after another engine's turn the memory is cold
                 seconds = statistics.median(run(engine, case))
                 ours.setdefault((case.name, form), []).append(case.rate(seconds))
             for peer in others:
+                peer.ask(case.name, case.tokens, case.sequences)
                 if (rate := peer.ask(case.name, case.tokens, case.sequences)) is not None:
                     theirs.setdefault((case.name, peer.name), []).append(rate)
     print(f"one core: {hardware}", flush=True)
@@ -105,22 +108,22 @@ def compare(others: list[peers.Peer], rounds: int, cases: list[Case]) -> list[Ro
     return rows + _ready_rows(others)
 
 
-def _engine(form: Format) -> NativeEngine:
+def _engine(form: EngineFormat) -> NativeEngine:
     description = describe(resolve(EMBEDDED_MODEL), "bfloat16", kv_dtype=form.kv_dtype)
     engine = NativeEngine.load(description, blocks=BLOCKS, weights=form.weights)
     engine.warm_up()
     return engine
 
 
-def _row(case: Case, form: Format, rates: list[float], limit: float, peer: str, theirs: float | None) -> Row:
-    # A target is for the best format that the quality bounds allow; the others are shown beside it.
-    best = Format("auto", "int8" if case.name.endswith("1000 tokens") else "auto")
+def _row(case: Case, form: EngineFormat, rates: list[float], limit: float, peer: str, theirs: float | None) -> Row:
+    # Targets are for the fastest format within the quality bounds.
+    best = EngineFormat("auto", "int8" if case.name.endswith("1000 tokens") else "auto")
     target = TARGETS.get((case.name, peer)) if form == best else None
     if form.weights == "bf16":
         target = BF16_TARGETS.get((case.name, peer))
     rate = statistics.median(rates)
     met = None if theirs is None or target is None else rate / theirs >= target
-    return Row(case.name, case.unit, rate, peer, theirs, True, f"at least {target:g} x" if target else "", met,
+    return Row(case.name, "tokens/s", rate, peer, theirs, True, f"at least {target:g} x" if target else "", met,
                spread(rates), form.name, rate / limit)  # fmt: skip
 
 

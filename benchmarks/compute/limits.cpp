@@ -42,7 +42,7 @@ double read_gb_s() {
 constexpr long COUNT = 4'000'000;
 constexpr int CHAINS = 12;
 
-// Keeps a chain in its register: nothing is known of it past this point, and nothing needs its address.
+// Keeps a chain in its register: hides its value from the compiler without taking its address.
 template <class T>
 BATON_INLINE void opaque(T& chain) {
 #if defined(__AVX512F__)
@@ -52,7 +52,7 @@ BATON_INLINE void opaque(T& chain) {
 #endif
 }
 
-// The chains are locals of the timed body: captured by it, they would live in memory and each step would wait for it.
+// The chains are locals of the timed body: captured chains would be in memory, and each step would wait for it.
 template <class T, class Step>
 double giga_ops(int per_step, Step step) {
   const double seconds = best_of(5, [step] {

@@ -1,4 +1,4 @@
-"""What one core can do at most: memory read bandwidth and the peak of the instructions that the kernels use."""
+"""The limits of one core: memory read bandwidth, and the peak rate of the kernels' instructions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Limits:
     int8_gop_s: float
 
     def or_better(self, other: Limits) -> Limits:
-        """The greater of each: a limit that was measured beside other work is none."""
+        """The greater of each: other work lowers a measured limit."""
         return Limits(
             max(self.read_gb_s, other.read_gb_s),
             max(self.bf16_gop_s, other.bf16_gop_s),
@@ -31,7 +31,7 @@ class Limits:
         )
 
     def seconds(self, engine: NativeEngine, case: Case, uses_bytes: bool) -> float:
-        """The least time of a case: the greater of its operations at peak and its bytes at full bandwidth."""
+        """The least time of a case: its operations at peak rate or its bytes at full bandwidth."""
         config = engine.description.config
         products = self.int8_gop_s if uses_bytes else self.bf16_gop_s
         rows = case.tokens if case.is_prefill else case.sequences
@@ -50,7 +50,7 @@ def _layer_weights(config: ModelConfig) -> int:
 
 
 def measure() -> Limits:
-    """Compiles and runs the measurement; seconds."""
+    """Compiles and runs the measurement, which takes seconds."""
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "limits")
         source = str(Path(__file__).with_suffix(".cpp"))

@@ -1,7 +1,7 @@
-"""What serving adds to the engine's own time: `make bench-overhead`.
+"""The time that serving adds to the engine's own: `make bench-overhead`.
 
 The engine alone and an idle 1+1 take turns with fresh prompts of 1,000 tokens, the engine and the prefill worker on the
-same core. Also: from `baton up` to the first streamed token, and what the router keeps in memory.
+same core. Also: the time from `baton up` to the first streamed token, and the router's memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ for line in sys.stdin:
 
 
 class EngineAlone:
-    """A process that computes prompts and nothing else, on the prefill worker's core."""
+    """A process with the engine alone, on the prefill worker's core."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
@@ -66,7 +66,7 @@ class EngineAlone:
         return alone
 
     async def prefill_ms(self, tokens: list[int]) -> float:
-        """What the engine takes from the first chunk to the first token."""
+        """From the first chunk to the first token."""
         self._stdin.write(json.dumps(tokens).encode() + b"\n")
         return float(await self._line()) * 1e3
 
@@ -91,7 +91,7 @@ async def served_ms(client: Client, tokens: list[int]) -> tuple[float, float]:
 
 
 async def start_to_first_token_s() -> float:
-    """A cluster from nothing to its first token, environment and model present."""
+    """From the start of a cluster to its first token, with environment and model present."""
     started = time.perf_counter()
     async with LocalCluster(ClusterConfig(listen="127.0.0.1:0")) as cluster, Client(cluster.address) as client:
         async for event in client.generate(prompt="Hello", max_tokens=1, timeout=60):
@@ -113,7 +113,7 @@ async def measure() -> list[Row]:
             fresh = [[generator.randrange(100, VOCABULARY) for _ in range(PROMPT)] for _ in range(2)]
             engine_ms = await alone.prefill_ms(fresh[0])
             first, prefill = await served_ms(client, fresh[1])
-            if round_ >= 2:  # the first rounds warm caches up
+            if round_ >= 2:  # the first rounds warm up
                 alone_ms.append(engine_ms)
                 ttft.append(first)
                 inside.append(prefill)

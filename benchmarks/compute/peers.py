@@ -1,6 +1,6 @@
-"""The peers on the same cases, each in its own environment and process: vLLM and llama.cpp as `setup.sh DIR` made them.
+"""Runs the peers on the same cases, each in its own environment and process: vLLM and llama.cpp of `setup.sh DIR`.
 
-A peer's script prints one JSON line per case. It is given as text, so that it needs nothing of ours.
+A peer's script prints one JSON line per case. It is a text, so that it imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ for line in sys.stdin:
     print(json.dumps({"case": name, "value": value}), flush=True)
 """
 
-# Prebuilt libraries that pick their code for the processor, by llama.cpp's C interface. Parameters' structures change
-# between versions: they are filled by the library and passed on whole, and only their stable first field is set.
+# Prebuilt libraries that pick code for the processor, over llama.cpp's C interface. Structures of parameters change
+# between versions: the library fills them, they are passed on whole, and only their stable first field is set.
 LLAMA_NATIVE = """
 import ctypes, glob, json, os, sys, time
 folder, gguf = sys.argv[1:]
@@ -135,17 +135,17 @@ NAMES = ("vllm", "llama.cpp", "llama.cpp native")
 
 
 def end_session(leader: subprocess.Popen[str]) -> None:
-    """Kills a process that was started with a session of its own, and all in it: vLLM's engine outlives its parent."""
+    """Kills the process and its whole session, of which it is the leader: vLLM's engine outlives its parent."""
     with suppress(ProcessLookupError):
         os.killpg(leader.pid, signal.SIGKILL)
     leader.wait()
 
 
 class Peer:
-    """A running peer, asked case by case so that its runs lie between ours."""
+    """A running peer, asked case by case to interleave its runs with ours."""
 
     def __init__(self, name: str, python: Path, script: str, arguments: list[str], cpu: int) -> None:
-        """Starts it, pinned to `cpu`; seconds to minutes. RuntimeError when it ends instead of getting ready."""
+        """Starts it, pinned to `cpu`; takes seconds to minutes. Raises RuntimeError if it ends before it is ready."""
         self.name = name
         self._process = subprocess.Popen(
             ["taskset", "-c", str(cpu), str(python), "-c", script, *arguments],
@@ -154,10 +154,10 @@ class Peer:
         )  # fmt: skip
         self.ready_s = float(self._answer("ready"))
         self.about = str(self._answer("about"))
-        """Its version and what it was compiled for, in its own words."""
+        """Its version and compilation target."""
 
     def ask(self, name: str, tokens: int, sequences: int) -> float | None:
-        """Tokens per second of a case; None where the peer has no such case."""
+        """Tokens per second of a case; None if the peer can't run it."""
         assert self._process.stdin is not None, "opened as a pipe"
         self._process.stdin.write(json.dumps([name, tokens, sequences]) + "\n")
         self._process.stdin.flush()
@@ -176,7 +176,7 @@ class Peer:
 
 
 def start(folder: Path, cpu: int, chosen: list[str]) -> list[Peer]:
-    """The `chosen` of the peers that `folder` holds."""
+    """Starts the chosen peers that `folder` has."""
     (gguf,) = (folder / "model").glob("*.gguf")
     native = folder / "llama-native"
     known = {

@@ -1,4 +1,4 @@
-"""Where a step's time goes, part by part: `make profile ARGS="--weights bf16"`."""
+"""The time of each part of a step: `make profile ARGS="--weights bf16"`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How far formats are from float32."""
+"""The divergence of formats from float32."""

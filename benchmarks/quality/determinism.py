@@ -1,4 +1,4 @@
-"""What deterministic mode costs: the time of a decode step beside that of the default mode, on the same core."""
+"""The cost of deterministic mode: a decode step's time beside the default mode's, on the same core."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST = 1.5
 
 
 def rows() -> list[Row]:
-    """The two modes in turn, round by round; medians over all steps."""
+    """Medians over all steps of both modes, interleaved round by round."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})
     try:

@@ -1,4 +1,4 @@
-"""How near an engine's next-token distributions are to a reference's, along its own greedy continuations."""
+"""Compares an engine's next-token distributions with a reference's, along the reference's greedy continuations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from baton.engine.api import Sequence, Work
 from baton.engine.files.models import ResolvedModel
 from baton.engine.stepper import Stepper
 from baton.spec import Sampling
-from benchmarks.quality.prompts import Prompt
+from benchmarks.quality.prompts import QualityPrompt
 
 GREEDY = Sampling(temperature=0.0)
 AT_ONCE = 10
-"""Sequences that run together, in the reference and in the engines."""
+"""Sequences in a batch, in the reference and in the engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +31,17 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """An engine against one continuation: KL(reference || engine) per position, and whether every best token agrees.
-
-    Greedy decoding gives the same text exactly if the best token agrees at each position of the reference's own.
-    """
+    """An engine against one continuation: KL(reference || engine) per position, and whether all best tokens agree, in
+    which case greedy decoding gives the same text."""
 
     divergence: torch.Tensor
     identical: bool
 
 
 def reference_model(model: ResolvedModel) -> Any:
-    """`transformers` in float32, from the same files."""
+    """The model in `transformers`, in float32, from the same files."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers' own deprecations are no business of ours
+        warnings.simplefilter("ignore")  # transformers' own deprecations
         from transformers import AutoModelForCausalLM, GgufConfig
 
         found = AutoModelForCausalLM.from_pretrained(
@@ -56,13 +54,13 @@ def reference_model(model: ResolvedModel) -> Any:
 
 
 @torch.inference_mode()
-def continuations(reference: Any, prompts: Seq[Prompt], outputs: int) -> list[Continuation]:
-    """Each prompt with `outputs` greedy tokens; ends of text are passed over."""
+def continuations(reference: Any, prompts: Seq[QualityPrompt], outputs: int) -> list[Continuation]:
+    """Continues each prompt with `outputs` greedy tokens, past any end of text."""
     found: list[Continuation] = []
     for start in range(0, len(prompts), AT_ONCE):
         group = [prompt.tokens for prompt in prompts[start : start + AT_ONCE]]
         for prompt, output in zip(group, _continue(reference, group, outputs), strict=True):
-            # Once more, without padding and in one piece: these are what engines are compared with.
+            # The logits to compare with come from one pass without padding.
             hidden = reference.model(torch.tensor([(*prompt, *output[:-1])])).last_hidden_state[0, len(prompt) - 1 :]
             logits = reference.lm_head(hidden)
             found.append(Continuation(prompt, tuple(output), logits))
@@ -70,7 +68,7 @@ def continuations(reference: Any, prompts: Seq[Prompt], outputs: int) -> list[Co
 
 
 def _continue(reference: Any, group: list[tuple[int, ...]], outputs: int) -> list[list[int]]:
-    """Greedy tokens of prompts padded on the left."""
+    """Greedy tokens of prompts, padded on the left."""
     longest = max(map(len, group))
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in group])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in group])
@@ -89,7 +87,7 @@ def _continue(reference: Any, group: list[tuple[int, ...]], outputs: int) -> lis
 
 
 def measure(engine: Stepper, wanted: Seq[Continuation]) -> list[Fidelity]:
-    """Prefills each prompt and feeds the reference's output token by token, `AT_ONCE` sequences in a decode step."""
+    """Prefills each prompt and decodes the reference's output token by token, `AT_ONCE` sequences in a step."""
     found: list[Fidelity] = []
     for start in range(0, len(wanted), AT_ONCE):
         found += _measure_group(engine, wanted[start : start + AT_ONCE])
@@ -126,6 +124,6 @@ def mean_divergence(found: Seq[Fidelity]) -> float:
 
 
 def blocks_needed(wanted: Seq[Continuation], block_tokens: int) -> int:
-    """Blocks that hold any group of `AT_ONCE` sequences."""
+    """Blocks for any group of `AT_ONCE` sequences."""
     longest = max(len(one.prompt) + len(one.output) for one in wanted)
     return AT_ONCE * (longest // block_tokens + 1)

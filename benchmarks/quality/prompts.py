@@ -13,23 +13,21 @@ from tokenizers import Tokenizer
 FILE = Path(__file__).with_name("prompts.txt")
 MARK = "%% "
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-"""How the embedded model's chat template writes one question."""
+"""The embedded model's chat template with one question."""
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A text to continue and what sort it is."""
-
+class QualityPrompt:
     kind: str
     tokens: tuple[int, ...]
 
 
-def read(tokenizer_json: bytes) -> list[Prompt]:
-    """All prompts in their order, as the tokeniser cuts them."""
+def read(tokenizer_json: bytes) -> list[QualityPrompt]:
+    """All prompts, in order."""
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     prompts = []
     for part in FILE.read_text(encoding="utf-8").split(MARK)[1:]:
         kind, _, text = part.partition("\n")
         written = CHAT.format(text.strip()) if kind == "chat" else text.rstrip("\n")
-        prompts.append(Prompt(kind, tuple(tokenizer.encode(written, add_special_tokens=False).ids)))
+        prompts.append(QualityPrompt(kind, tuple(tokenizer.encode(written, add_special_tokens=False).ids)))
     return prompts

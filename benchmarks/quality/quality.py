@@ -1,8 +1,8 @@
-"""What each weight and KV format costs in quality: `make bench-quality`, or python -m benchmarks.quality.quality.
+"""The quality of each weight and KV format: `make bench-quality`, or python -m benchmarks.quality.quality.
 
-Against `transformers` in float32, along its own greedy continuations of a hundred prompts: mean KL divergence of the
-next token's distribution, and how many of the continuations an engine would have written to the letter. Then, what
-deterministic mode costs in time.
+Against `transformers` in float32, along its greedy continuations of a hundred prompts: mean KL divergence of the next
+token's distribution, and the share of continuations that greedy decoding would reproduce exactly. Then the cost of
+deterministic mode in time.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from benchmarks.report import Row, publish, spread
 OUTPUTS = 64
 REFERENCE = "float32 transformers"
 BOUNDS = {"float32": 1e-6, "bf16": 1e-3, "auto": 5e-3, "int8": 5e-3, "int4": 2e-2}
-"""On mean KL, by format. `auto` is the file's own 4-bit grid, kept exactly, but its kernels round what is multiplied
-with it to 8 bits."""
+"""On mean KL, by format. `auto` keeps the file's 4-bit grid exactly, but its kernels round activations to 8 bits."""
 KV_BOUND = 2e-3
-"""What 8-bit KV may add."""
+"""The increase that 8-bit KV may cause."""
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One engine: what computes, and in which formats. `is_shuffled` is for the checkpoint in floats."""
+class QualityCase:
+    """One engine and its formats. `is_shuffled` selects the checkpoint in floats."""
 
     name: str
     weights: WeightChoice
@@ -49,33 +48,31 @@ class Case:
 
     @property
     def bound(self) -> float:
-        """On mean KL."""
         form = "float32" if self.dtype == "float32" else self.weights
         return BOUNDS[form] + (KV_BOUND if self.kv_dtype == "int8" else 0.0)
 
     @property
     def label(self) -> str:
-        """For tables."""
         return self.name if self.is_torch else f"{self.name}; {'8-bit' if self.kv_dtype == 'int8' else 'bf16'} KV"
 
 
 NATIVE = (
-    Case("bf16", "bf16"),
-    Case("own 4-bit grid, 8-bit activations", "auto"),
-    Case("int8", "int8"),
-    Case("int4, from floats", "int4", is_shuffled=True),
+    QualityCase("bf16", "bf16"),
+    QualityCase("own 4-bit grid, 8-bit activations", "auto"),
+    QualityCase("int8", "int8"),
+    QualityCase("int4, from floats", "int4", is_shuffled=True),
 )
 CASES = (
-    Case("torch float32", "auto", dtype="float32", is_torch=True),
-    Case("torch bf16", "bf16", is_torch=True),
+    QualityCase("torch float32", "auto", dtype="float32", is_torch=True),
+    QualityCase("torch bf16", "bf16", is_torch=True),
     *NATIVE,
-    *(Case(case.name, case.weights, "int8", is_shuffled=case.is_shuffled) for case in NATIVE),
+    *(QualityCase(case.name, case.weights, "int8", is_shuffled=case.is_shuffled) for case in NATIVE),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=100, help="only so many, spread over all kinds")
+    parser.add_argument("--prompts", type=int, default=100, help="the number of prompts, spread over all kinds")
     options = parser.parse_args()
     model = resolve(EMBEDDED_MODEL)
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +83,7 @@ def main() -> None:
 
 
 def reference(model: ResolvedModel, count: int, folder: Path) -> list[Continuation]:
-    """Greedy continuations of `count` prompts; writes the checkpoint in floats to `folder`."""
+    """Greedy continuations of `count` prompts; also writes the checkpoint in floats to `folder`."""
     tokenizer_json = describe(model).card.tokenizer_json
     known = prompts.read(tokenizer_json)
     started, found = time.monotonic(), fidelity.reference_model(model)
@@ -96,8 +93,8 @@ def reference(model: ResolvedModel, count: int, folder: Path) -> list[Continuati
     return wanted
 
 
-def engine_for(case: Case, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> Stepper:
-    """The engine of a case with a pool that suffices."""
+def engine_for(case: QualityCase, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> Stepper:
+    """The engine of a case, with a pool for all continuations."""
     found = resolve(str(folder)) if case.is_shuffled else model
     description: ModelDescription = describe(found, case.dtype, kv_dtype=case.kv_dtype)
     blocks = fidelity.blocks_needed(wanted, description.card.kv_layout.block_tokens)
@@ -106,14 +103,13 @@ def engine_for(case: Case, model: ResolvedModel, folder: Path, wanted: Sequence[
     return NativeEngine.load(description, blocks=blocks, weights=case.weights)
 
 
-def measured(case: Case, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> list[Fidelity]:
-    """One entry per continuation."""
+def measured(case: QualityCase, model: ResolvedModel, folder: Path, wanted: Sequence[Continuation]) -> list[Fidelity]:
     found = fidelity.measure(engine_for(case, model, folder, wanted), wanted)
     print(f"{case.label}: mean KL {fidelity.mean_divergence(found):.2e}", flush=True)
     return found
 
 
-def rows_of(case: Case, found: Sequence[Fidelity]) -> list[Row]:
+def rows_of(case: QualityCase, found: Sequence[Fidelity]) -> list[Row]:
     """Mean KL against its bound, and the share of identical continuations."""
     divergence, share = fidelity.mean_divergence(found), sum(one.identical for one in found) / len(found)
     of_prompts = spread([float(one.divergence.mean()) for one in found])

@@ -1,8 +1,8 @@
-"""The embedded model as a checkpoint in floats that lies on no 4-bit grid, though it computes the same.
+"""The embedded model as a checkpoint in floats on no 4-bit grid, with the same function.
 
-The dimensions of the residual stream, those within each MLP and those of each head's values are put into a random
-order, everywhere alike, which changes nothing but the order of sums. Yet what was a group of 32 inputs on a grid of its
-own becomes 32 inputs of as many groups: to quantise it is a fresh choice, as for weights that never were on any grid.
+The dimensions of the residual stream, of each MLP and of each head's values are permuted, everywhere alike, which
+changes only the order of sums. But a group of 32 inputs on one grid becomes 32 inputs of as many groups, so that
+quantising is a fresh choice, as for weights that never were on a grid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 LAYER = "model.layers.{}."
 READ = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-"""What reads the residual stream; the rest of a layer's matrices write to it."""
+"""The matrices that read the residual stream; a layer's other matrices write to it."""
 
 
 def write_shuffled(reference: Any, tokenizer_json: bytes, folder: Path, seed: int = 1) -> None:
@@ -50,7 +50,7 @@ def _shuffle(weights: dict[str, torch.Tensor], names: list[str], dim: int, order
 
 
 def _value_orders(config: Any, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orders of all value dimensions, and of what the output projection reads: each head as its values' head."""
+    """Orders of all value dimensions, and of the output projection's inputs: each head as its values' head."""
     dim = config.hidden_size // config.num_attention_heads
     heads = [torch.randperm(dim, generator=random) for _ in range(config.num_key_value_heads)]
     shared = config.num_attention_heads // config.num_key_value_heads

@@ -1,7 +1,7 @@
-"""What a burst of long prompts does to streams that are being read: `make bench-burst [PEERS=DIR]`.
+"""The effect of a burst of long prompts on running streams: `make bench-burst [PEERS=DIR]`.
 
-Eight streams decode when eight prompts of 1,000 tokens arrive at once. Counted are the gaps between tokens of the eight
-streams that end between the burst's arrival and its last first token, by the client's clock, and beside them the same
+Eight streams decode when eight prompts of 1,000 tokens arrive at once. The figures are of the streams' gaps between
+tokens that end between the burst's arrival and its last first token, by the client's clock, beside those of the same
 streams in the same span without the burst. Rounds of both, of every mode and peer, are interleaved.
 """
 
@@ -19,9 +19,8 @@ import numpy as np
 import uvloop
 
 from baton.bench.config import LoadConfig
-from baton.bench.schedule.plan import Plan, Planned
-from baton.bench.sending.driver import Run, run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.schedule.plan import LoadPlan, Planned
+from baton.bench.sending.driver import LoadRun, LoadTarget, connect, run_plan
 from benchmarks.report import Row, publish, spread
 from benchmarks.serving.burst_peer import VllmBurst
 from benchmarks.serving.modes import MODES, Mode
@@ -30,11 +29,11 @@ STREAMS, BURST = 8, 8
 STREAM_PROMPT, BURST_PROMPT = 64, 1000
 BURST_OUTPUT = 8
 SETTLED_S = 2.0
-"""From the streams' start to the burst: all of them decode by then."""
+"""From the streams' start to the burst; by then all of them decode."""
 MARGIN = 1.4
-"""Streams last this much longer than the burst is expected to take."""
+"""The streams' length over the burst's expected one."""
 CALM = 1.3
-"""The p99 with the burst may be this many times the one without."""
+"""The bound on the p99 with the burst over the p99 without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +48,14 @@ class Round:
 
     @property
     def ratio(self) -> float:
-        """What the burst did to the p99."""
         return self.burst_p99 / self.calm_p99
 
 
 def round_of(
     calm: Sequence[tuple[float, float]], burst: Sequence[tuple[float, float]], firsts: Sequence[float]
 ) -> Round:
-    """From (time, gap) of the streams' tokens in both runs and the burst's first tokens, seconds after its arrival."""
+    """A round from the (time, gap) of the streams' tokens in both runs and the times of the burst's first tokens, in
+    seconds after its arrival."""
     end = max(firsts)
     spans = [[gap * 1e3 for at, gap in gaps if 0 < at <= end] for gaps in (calm, burst)]
     if any(max(at for at, _ in gaps) < end for gaps in (calm, burst)):
@@ -66,7 +65,7 @@ def round_of(
 
 
 class OurBurst:
-    """A cluster of one mode."""
+    """The burst on a cluster of one mode."""
 
     def __init__(self, mode: Mode) -> None:
         self.name = mode.name
@@ -74,7 +73,7 @@ class OurBurst:
         self._seed = 1
 
     async def round(self) -> Round:
-        """Starts a cluster, measures its pace, and runs the streams without and with the burst."""
+        """Starts a cluster, measures its speed, and runs the streams without and with the burst."""
         self._seed += 10
         config = LoadConfig(seed=self._seed, timeout_s=240.0)
         async with self._mode.start() as address, connect(address, config) as target:
@@ -87,28 +86,28 @@ class OurBurst:
     def close(self) -> None:
         """Nothing outlives a round."""
 
-    async def _tokens_needed(self, target: Target) -> int:
-        """How long the streams must be to outlast the burst, by the pace of both phases alone."""
+    async def _tokens_needed(self, target: LoadTarget) -> int:
+        """The streams' length to outlast the burst, by the speed of both phases alone."""
         one_prompt = Planned(0, 0.0, BURST_PROMPT, 1)
         streams = [Planned(1 + index, 4.0, STREAM_PROMPT, 64) for index in range(STREAMS)]
-        run = await run_plan(target, Plan((one_prompt, *streams), 5.0), LoadConfig(seed=self._seed + 1))
+        run = await run_plan(target, LoadPlan((one_prompt, *streams), 5.0), LoadConfig(seed=self._seed + 1))
         prefill_s = (run.records[0].ttft_ms or 0.0) / 1e3
         step_s = statistics.median(gap for record in run.records[1:] for gap in record.gaps_ms) / 1e3
         return round((SETTLED_S + BURST * prefill_s * MARGIN) / step_s)
 
-    async def _run(self, target: Target, tokens: int, *, burst: bool) -> Run:
-        self._seed += 2  # fresh prompts: nothing is in a prefix cache
+    async def _run(self, target: LoadTarget, tokens: int, *, burst: bool) -> LoadRun:
+        self._seed += 2  # fresh prompts: no prefix cache has them
         requests = [Planned(index, 0.0, STREAM_PROMPT, tokens) for index in range(STREAMS)]
         if burst:
             requests += [Planned(STREAMS + index, SETTLED_S, BURST_PROMPT, BURST_OUTPUT) for index in range(BURST)]
-        run = await run_plan(target, Plan(tuple(requests), 1.0), LoadConfig(seed=self._seed, timeout_s=240.0))
+        run = await run_plan(target, LoadPlan(tuple(requests), 1.0), LoadConfig(seed=self._seed, timeout_s=240.0))
         failed = {record.status for record in run.records} - {"OK"}
         if failed:
             raise RuntimeError(f"{self.name}: requests ended with {', '.join(failed)}")
         return run
 
 
-def _gaps(run: Run) -> list[tuple[float, float]]:
+def _gaps(run: LoadRun) -> list[tuple[float, float]]:
     """(end after the burst's arrival, length) of each gap in the streams, seconds."""
     return [
         (after - SETTLED_S, after - before)
@@ -118,7 +117,7 @@ def _gaps(run: Run) -> list[tuple[float, float]]:
 
 
 def rows_of(name: str, rounds: Sequence[Round]) -> list[Row]:
-    """Medians of the rounds. Only our own modes without stalls have a target."""
+    """Medians of the rounds. Only the disaggregated mode has a target."""
     ratios = [found.ratio for found in rounds]
     ratio = statistics.median(ratios)
     calm, loaded = ([getattr(found, field) for found in rounds] for field in ("calm_p99", "burst_p99"))
@@ -139,7 +138,7 @@ def rows_of(name: str, rounds: Sequence[Round]) -> list[Row]:
 
 
 async def measure(rounds: int, peers: Path | None) -> list[Row]:
-    """All rounds of everybody, interleaved."""
+    """All rounds of all modes and peers, interleaved."""
     subjects: list[OurBurst | VllmBurst] = [OurBurst(mode) for mode in MODES]
     if peers is not None:
         subjects.append(VllmBurst(peers))
@@ -163,7 +162,7 @@ async def _round(subject: OurBurst | VllmBurst) -> Round:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", type=Path, help="where setup.sh put vLLM")
+    parser.add_argument("--peers", type=Path, help="the folder of setup.sh, with vLLM")
     options = parser.parse_args()
     sys.exit(0 if publish("burst", uvloop.run(measure(options.rounds, options.peers))) else 1)
 

@@ -1,6 +1,6 @@
 """vLLM under the same burst, with chunked prefill, in its own environment and process.
 
-Its engine is stepped in a loop, so that a token's time is when the step returns it: no server stands in between.
+Steps its engine in a loop, without a server: a token's time is the end of its step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ Gaps = list[tuple[float, float]]
 
 
 class VllmBurst:
-    """A running vLLM on all the cores that this process may use; minutes to start."""
+    """A running vLLM on all cores of this process; takes minutes to start."""
 
     name = "vllm"
 
@@ -85,7 +85,6 @@ class VllmBurst:
         return [(at, gap) for at, gap in found["calm"]], [(at, gap) for at, gap in found["loaded"]], found["firsts"]
 
     def close(self) -> None:
-        """Ends it."""
         end_session(self._process)
 
     def _answer(self, key: str) -> dict[str, Any]:

@@ -1,17 +1,16 @@
 """The highest rate at which 90 % of requests keep their objectives: `make bench-goodput CORNER=tpot|ttft|middle`.
 
-Every mode of `modes.py` gets the same requests at the same fixed rates, round by round: all clusters are up, and one
-after the other gets a window of load, in an order that turns. Objectives are multiples of the idle system's own times,
-measured in the same run, before any load. The colocated mode gets the TPOT budget that served it best at the middle
-rate, of those that are tried before the rounds.
+Every mode of `modes.py` gets the same requests at the same fixed rates, round by round: all clusters are up and take
+turns at a window of load, in rotating order. Objectives are multiples of the idle system's times, measured in the same
+run before any load. The colocated mode gets the best of several TPOT budgets, tried before the rounds at the middle
+rate.
 
-A prompt that is longer than the median by more than the TTFT objective allows misses it on an idle system too, whoever
-serves it: 14 % of the conversation trace with twice the idle TTFT of the median, and more or less of any one minute of
-it. So 90 % are asked of the others, window by window. Which those are, the idle TTFTs of the median prompt and of
-longer ones tell.
+A prompt longer than the TTFT objective allows misses it on an idle system too, in every mode: 14 % of the conversation
+trace with twice the idle TTFT of the median, and more or less of any one minute. So 90 % of the other requests must
+keep their objectives, window by window. The idle TTFTs of the median prompt and of longer ones tell them apart.
 
-The client shares a core with what it loads. From the rate on at which it could not send in time in any mode's window,
-nothing is said of any mode: the window would tell of the client.
+The client shares a core with the clusters. At the lowest rate at which it was late in any mode's window, and above, no
+mode has a result: the window would measure the client.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ import uvloop
 
 from baton.bench.config import LoadConfig
 from baton.bench.measuring import measure_on
-from baton.bench.schedule.plan import Plan, Planned, make_plan
-from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.schedule.plan import LoadPlan, Planned, make_plan
+from baton.bench.sending.driver import LoadTarget, connect, run_plan
 from benchmarks.report import Row, publish, spread
 from benchmarks.serving.idle import Idle, idle_times
 from benchmarks.serving.modes import ADAPTIVE, DISAGGREGATED, Mode, colocated, together
@@ -45,17 +43,16 @@ SCALE = 1 / 8
 CONTEXT = 8192
 AGAINST = ("disaggregated", "colocated")
 BUDGETS = (0.0, 0.8, 0.65)
-"""Of the TPOT objective, as the colocated mode's bound on a step; 0: the objective alone, as in the other modes."""
+"""Bounds on the colocated mode's steps, in TPOT objectives; 0: the objective alone, as in the other modes."""
 WARM_UP, WARM_EVERY_S, WARM_SEED = 3, 0.4, 7_000_000
-"""Prompts before each window, to a cluster that has rested while the others had theirs."""
+"""Prompts before each window, for a cluster that was idle during the others' windows."""
 LEAST = {"tpot": 1.6, "ttft": 0.95, "middle": 0.95}
-"""What the adaptive mode is to reach, as a multiple of the colocated one; in the middle, of the better fixed one."""
+"""The adaptive mode's target in multiples of the colocated mode; in the middle, of the better fixed mode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompt and output lengths, in the forms of `baton bench`, and the median and the longest prompt; all scaled
-    already."""
+    """Prompt and output lengths, as for `baton bench`, and the median and the longest prompt, all scaled."""
 
     prompt_tokens: str
     output_tokens: str
@@ -63,7 +60,8 @@ class Workload:
     longest_prompt: int
 
     def idle_prompts(self, corner: str) -> tuple[int, ...]:
-        """The median; what would be within the corner's TTFT objective if time went with tokens; and twice that."""
+        """The median prompt; the longest within the corner's TTFT objective if TTFT were linear in tokens; twice
+        that."""
         within = int(CORNERS[corner][0] * self.median_prompt)
         twice = (2 * within,) if 2 * within <= self.longest_prompt else ()
         return self.median_prompt, min(within, self.longest_prompt), *twice
@@ -80,7 +78,7 @@ WORKLOADS = {
 
 
 def load_of(workload: Workload, trace: Path | None, corner: str, idle: Idle, seconds: float) -> LoadConfig:
-    """Without a rate and a seed."""
+    """The load without rate and seed."""
     slack_ttft, slack_tpot = CORNERS[corner]
     return LoadConfig(
         arrivals="steady",
@@ -96,14 +94,14 @@ def load_of(workload: Workload, trace: Path | None, corner: str, idle: Idle, sec
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """Requests per second at which the attainment is what is wanted. `bound` says how that can be read where the rates
-    that were tried do not enclose it: at least so much, or at most; else empty."""
+    """Requests per second at the wanted attainment. `bound` is "at least" or "at most" if the tried rates do not
+    enclose it, else empty."""
 
     rate: float
     bound: str = ""
 
     def reaches(self, factor: float, other: Goodput) -> bool | None:
-        """Whether it is at least `factor` times the other; None where the bounds leave that open."""
+        """Whether it is at least `factor` times the other; None if the bounds leave that open."""
         enough = self.rate >= factor * other.rate
         if enough:
             return None if self.bound == "at most" or other.bound == "at least" else True
@@ -111,8 +109,8 @@ class Goodput:
 
 
 def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> Goodput:
-    """Where the attainment crosses what is wanted, between the first rate that misses it and the one below. What lies
-    below the lowest rate or above the highest was not tried."""
+    """The rate at which the attainment crosses the wanted one, interpolated between the first rate that misses it and
+    the rate below."""
     rates = sorted(attained)
     missed = next((index for index, rate in enumerate(rates) if attained[rate] < wanted), None)
     if missed is None:
@@ -125,26 +123,26 @@ def rate_at(attained: Mapping[float, float], wanted: float = WANTED) -> Goodput:
 
 
 def attainable(load: LoadConfig, corner: str, idle: Idle) -> float:
-    """Share of the requests whose prompt alone is within the TTFT objective."""
+    """The share of requests whose prompt alone is within the TTFT objective."""
     requests, longest = make_plan(load, CONTEXT).requests, idle.longest_within(CORNERS[corner][0] * idle.ttft)
     return sum(request.prompt_tokens <= longest for request in requests) / len(requests)
 
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """What a corner's windows are made of."""
+    """The windows of a corner."""
 
     corner: str
     idle: Idle
     load: LoadConfig
     warming: Iterator[int] = field(default_factory=lambda: itertools.count(WARM_SEED))
 
-    async def window(self, name: str, target: Target, rate: float, seed: int, part: int = 0) -> float | None:
-        """Of the requests whose objectives an idle system could keep, the share that a mode keeps; None where the
-        client was the bottleneck. No other seed and part has the same prompts."""
+    async def window(self, name: str, target: LoadTarget, rate: float, seed: int, part: int = 0) -> float | None:
+        """The share kept of the requests whose objectives an idle system can keep; None if the client was the
+        bottleneck. Each seed and part has its own prompts."""
         load = replace(self.load, rate=rate, seed=seed)
         warm = [Planned(index, index * WARM_EVERY_S, 64, 8) for index in range(WARM_UP)]
-        await run_plan(target, Plan(tuple(warm), WARM_UP * WARM_EVERY_S), LoadConfig(seed=next(self.warming)))
+        await run_plan(target, LoadPlan(tuple(warm), WARM_UP * WARM_EVERY_S), LoadConfig(seed=next(self.warming)))
         measured, _ = await measure_on(target, load, part=part)
         kept, possible = measured.summary.attainment, attainable(load, self.corner, self.idle)
         told = f"{kept:.1%} of {measured.summary.requests} kept, {possible:.1%} can be"
@@ -153,7 +151,7 @@ class Loads:
 
 
 async def best_colocated(loads: Loads, rate: float, tpot_ms: float) -> tuple[Mode, float]:
-    """Colocated with the TPOT budget that keeps most, and that budget as a share of the objective."""
+    """The colocated mode with the TPOT budget that keeps the most, and that budget in TPOT objectives."""
     kept: dict[float, float] = {}
     for share in BUDGETS:
         print(f"a TPOT budget of {share:g} x the objective:", flush=True)
@@ -178,7 +176,7 @@ async def measure(loads: Loads, rates: Sequence[float], rounds: int, modes: Sequ
             first = (round_ + part) % len(modes)
             for mode in (*modes[first:], *modes[:first]):
                 if rate >= bound:
-                    break  # nothing is said of it whatever it shows
+                    break  # without a result anyway
                 share = await loads.window(mode.name, targets[mode.name], rate, round_, part)
                 found[mode.name, rate].append(share)
                 if share is None:
@@ -187,7 +185,7 @@ async def measure(loads: Loads, rates: Sequence[float], rounds: int, modes: Sequ
 
 
 def rows_of(corner: str, windows: Mapping[tuple[str, float], Sequence[float | None]]) -> list[Row]:
-    """From what each mode kept at each rate, window by window; None where the client was the bottleneck."""
+    """Rows from the share that each mode kept at each rate, window by window; None: the client was the bottleneck."""
     found = measurable(windows)
     names, rates = list(dict.fromkeys(name for name, _ in found)), list(dict.fromkeys(rate for _, rate in found))
     goodput = {name: rate_at({rate: statistics.median(found[name, rate]) for rate in rates}) for name in names}
@@ -200,8 +198,7 @@ def rows_of(corner: str, windows: Mapping[tuple[str, float], Sequence[float | No
 
 
 def measurable(windows: Mapping[tuple[str, float], Sequence[float | None]]) -> dict[tuple[str, float], list[float]]:
-    """Without the rates that the client could not send, for whichever mode, and those above. Raises RuntimeError where
-    none is left."""
+    """The windows below the lowest rate at which the client was late in any mode. Raises RuntimeError without any."""
     bound = min((rate for (_, rate), shares in windows.items() if None in shares), default=math.inf)
     left = {key: [share for share in shares if share is not None] for key, shares in windows.items() if key[1] < bound}
     if not left:
@@ -212,8 +209,8 @@ def measurable(windows: Mapping[tuple[str, float], Sequence[float | None]]) -> d
 
 
 def compared(found: Mapping[tuple[str, float], Sequence[float]], rates: Sequence[float]) -> list[Row]:
-    """The adaptive mode against each other one, window by window: the same requests, minutes apart. A single window has
-    no standard error and is not compared."""
+    """The adaptive mode against each other mode, window by window: the same requests, minutes apart. A single window
+    has no standard error and no row."""
     rows: list[Row] = []
     for other in dict.fromkeys(name for name, _ in found if name != ADAPTIVE.name):
         pairs = [pair for rate in rates for pair in zip(found[ADAPTIVE.name, rate], found[other, rate], strict=True)]
@@ -227,7 +224,7 @@ def compared(found: Mapping[tuple[str, float], Sequence[float]], rates: Sequence
 
 
 def row_of(corner: str, mode: str, goodput: Mapping[str, Goodput]) -> Row:
-    """A mode against the colocated one, or in the middle the best other; the target is the adaptive mode's."""
+    """A mode against the colocated one, in the middle against the best other; only the adaptive mode has a target."""
     ours = goodput[mode]
     others = [name for name in goodput if name != mode and (corner == "middle" or name == "colocated")]
     best = max(others, key=lambda name: goodput[name].rate, default=None)
@@ -248,7 +245,7 @@ def row_of(corner: str, mode: str, goodput: Mapping[str, Goodput]) -> Row:
 
 
 async def run(options: argparse.Namespace) -> list[Row]:
-    """Idle times first, then the load."""
+    """Measures idle times, then the load."""
     workload = WORKLOADS[options.workload]
     idle = await idle_times(DISAGGREGATED, workload.idle_prompts(options.corner))
     load = load_of(workload, options.trace, options.corner, idle, options.seconds)

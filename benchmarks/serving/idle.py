@@ -1,4 +1,4 @@
-"""What the unloaded system takes: the serving benchmarks' objectives are multiples of it."""
+"""The unloaded system's times; the serving benchmarks' objectives are multiples of them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from baton.bench.config import LoadConfig
-from baton.bench.schedule.plan import Plan, Planned
-from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import Target, connect
+from baton.bench.schedule.plan import LoadPlan, Planned
+from baton.bench.sending.driver import LoadTarget, connect, run_plan
 from benchmarks.serving.modes import Mode
 
 STEP_SEQUENCES, STEP_TOKENS = 8, 64
 WARM_UP, PASSES, PROMPTS = 2, 3, 3
 LONG_EVERY, STEPS_S = 5.0, 3.0
-"""How many times as long as another a long prompt is given, and the seconds of eight sequences."""
+"""Time for a long prompt in multiples of another's, and seconds for eight sequences."""
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Of the unloaded system, in milliseconds: the first token by the prompt's tokens, the shortest prompt first, and a
-    step of eight sequences."""
+    """Milliseconds of the unloaded system: TTFT by the prompt's tokens, the shortest first, and a step of eight
+    sequences."""
 
     ttfts: dict[int, float]
     step: float
 
     @property
     def ttft(self) -> float:
-        """Of the shortest prompt that was measured, the median one."""
+        """Of the median prompt, the shortest measured."""
         return next(iter(self.ttfts.values()))
 
     def longest_within(self, ttft: float) -> float:
-        """Tokens of the longest prompt that is computed in so many milliseconds: between two measured prompts, and past
-        the last, a TTFT grows with a power of the tokens. Raises RuntimeError where a longer one took no more time."""
+        """Tokens of the longest prompt computed within `ttft`: between measured prompts, and beyond the last, TTFT is a
+        power of the tokens. Raises RuntimeError if a longer prompt took no more time."""
         found = 0.0
         for (tokens, its), (more, longer) in pairwise(self.ttfts.items()):
             if longer <= its:
@@ -47,15 +46,15 @@ class Idle:
 
 
 async def idle_times(mode: Mode, prompts: Sequence[int]) -> Idle:
-    """Of a cluster that is started for it."""
+    """The times of a fresh cluster."""
     config = LoadConfig(seed=99)
     async with mode.start() as address, connect(address, config) as target:
         return await idle_of(target, prompts, 1.0)
 
 
-async def idle_of(target: Target, prompts: Sequence[int], every_s: float) -> Idle:
-    """`prompts` of so many tokens, the median one first and longer ones behind, so far apart that each is alone, and a
-    step of eight sequences; three times over, since a machine is not equally fast from minute to minute. Medians."""
+async def idle_of(target: LoadTarget, prompts: Sequence[int], every_s: float) -> Idle:
+    """Medians over prompts of these lengths, the median one first, so far apart that each is alone, and steps of eight
+    sequences; in three passes, since a machine's speed changes from minute to minute."""
     median, *longer = prompts
     planned: list[Planned] = []
     at = 0.0
@@ -75,7 +74,7 @@ async def idle_of(target: Target, prompts: Sequence[int], every_s: float) -> Idl
         for _ in range(STEP_SEQUENCES):
             plan(STEP_TOKENS, STEP_TOKENS, 0.0)
         at += STEPS_S
-    run = await run_plan(target, Plan(tuple(planned), at), LoadConfig(seed=99))
+    run = await run_plan(target, LoadPlan(tuple(planned), at), LoadConfig(seed=99))
     if failed := [record.status for record in run.records if record.ttft_ms is None]:
         raise RuntimeError(f"{len(failed)} requests to an idle system had no first token: {failed[0]}")
     alone = [record for record in run.records[WARM_UP:] if record.planned.output_tokens == 1]

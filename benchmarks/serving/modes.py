@@ -1,4 +1,4 @@
-"""Ways to lay a cluster out on the same two cores, for benchmarks that compare them.
+"""Cluster layouts on the same two cores, for benchmarks that compare them.
 
 Prefill worker (or one of two colocated workers), router and load generator on the first core, the decode worker (or
 the other one) on the last.
@@ -20,7 +20,7 @@ Start = Callable[[], contextlib.AbstractAsyncContextManager[str]]
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """`start()` gives a cluster's address while its block lasts, everything pinned."""
+    """`start()` runs a cluster, with all processes pinned, and gives its address."""
 
     name: str
     start: Start
@@ -42,14 +42,14 @@ async def adaptive() -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def simulated() -> AsyncIterator[str]:
-    """As adaptive, with workers that take the embedded model's time and twice its speed, and compute nothing."""
+    """As adaptive, with simulated workers of twice the embedded model's speed."""
     async with _pinned(_config(path="adaptive", engine="simulated", sim_speed=2.0)) as address:
         yield address
 
 
 def colocated(tpot_budget_ms: float = 0.0) -> Mode:
-    """A worker that does both phases on each core. Its chunks fit what the strictest objective leaves of a step, or the
-    budget where that is less."""
+    """A worker for both phases on each core. Its chunks fit the strictest objective's slack in a step, or the budget if
+    that is less."""
 
     @contextlib.asynccontextmanager
     async def start() -> AsyncIterator[str]:
@@ -61,12 +61,12 @@ def colocated(tpot_budget_ms: float = 0.0) -> Mode:
 
 @contextlib.asynccontextmanager
 async def together(modes: Sequence[Mode]) -> AsyncIterator[dict[str, str]]:
-    """The addresses of clusters that are up at once on the same cores, by the modes' names, so that one after the other
-    can be given the same load within a minute. A 1+1 cluster without work takes 2 % of a core, all its processes."""
+    """The addresses, by mode name, of clusters that run at once on the same cores, so that each can get the same load
+    within a minute. An idle 1+1 cluster takes 2 % of a core."""
     cores, addresses = os.sched_getaffinity(0), dict[str, str]()
     async with contextlib.AsyncExitStack() as stack:
         for mode in modes:
-            _bind(os.getpid(), cores)  # a cluster is laid out over the cores of whoever starts it
+            _bind(os.getpid(), cores)  # a cluster uses the cores of its starter
             addresses[mode.name] = await stack.enter_async_context(mode.start())
         yield addresses
 
@@ -92,7 +92,7 @@ async def _pinned(config: ClusterConfig) -> AsyncIterator[str]:
 
 @contextlib.contextmanager
 def _on_core(pid: int, core: int) -> Iterator[None]:
-    """All threads of a process stay on one core; those of this process are let go afterwards."""
+    """Pins all threads of a process to one core; unpins those of this process afterwards."""
     before = os.sched_getaffinity(pid)
     _bind(pid, {core})
     try:

@@ -1,8 +1,8 @@
 """Whether the router keeps what it promises: `make bench-promises`.
 
-Adaptive mode, one cluster for all runs of an engine, requests that would rather be refused than late. First the
-capacity: the highest rate at which 90 % of the requests keep their objectives, of those whose prompt an idle system
-computes in time. Then 80 % of it and 150 % of it, in bursts; promises and refusals by the client's clock.
+Adaptive mode, one cluster for all runs of an engine, requests with when_unmet=refuse. First the capacity: the highest
+rate at which 90 % of the requests keep their objectives, of those whose prompt an idle system computes in time. Then
+80 % and 150 % of it, in bursts; promises and refusals by the client's clock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import uvloop
 from baton.bench.config import LoadConfig
 from baton.bench.figures.metrics import Summary
 from baton.bench.measuring import measure_on
-from baton.bench.sending.target import Target, connect
+from baton.bench.sending.driver import LoadTarget, connect
 from baton.bench.sweep import Point, best, next_rate
 from benchmarks.report import Row, publish
 from benchmarks.serving.goodput import WANTED, WORKLOADS, attainable, load_of
@@ -28,16 +28,16 @@ from benchmarks.serving.modes import Mode, adaptive, simulated
 BELOW, ABOVE = 0.8, 1.5
 """Of the capacity."""
 KEPT, MEDIAN, ATTAINED, ANSWER_MS, GOODPUT = 0.9, 1.25, 0.85, 20.0, 0.9
-"""The bars: promises kept within 20 %; median promise over achieved; attainment of the admitted; 99th percentile of the
+"""Targets: promises kept within 20 %; median promise over achieved; attainment of the admitted; 99th percentile of the
 time to a refusal; goodput over its peak."""
 RUNS = itertools.count()
 TOLERANCE, POINTS = 0.15, 5
-"""How closely the capacity is sought, and in how many runs at most."""
+"""The precision of the capacity, and the most runs to find it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A way to serve, where its capacity is sought first, and the seconds of each run."""
+    """A mode, the first rate in the search of its capacity, and the seconds of each run."""
 
     mode: Mode
     rate: float
@@ -51,9 +51,8 @@ SUBJECTS = {
 }
 
 
-async def at_rate(target: Target, load: LoadConfig, rate: float) -> Summary:
-    """One run, of prompts that no other run has: nothing is cached. Raises RuntimeError where the client was the
-    bottleneck."""
+async def at_rate(target: LoadTarget, load: LoadConfig, rate: float) -> Summary:
+    """One run, of fresh prompts: no cache has them. Raises RuntimeError if the client was the bottleneck."""
     found, _ = await measure_on(target, replace(load, rate=rate), part=next(RUNS))
     if not found.verdict.valid:
         raise RuntimeError(f"at {rate:g}/s: {found.verdict.warnings[0]}")
@@ -70,8 +69,8 @@ async def at_rate(target: Target, load: LoadConfig, rate: float) -> Summary:
     return summary
 
 
-async def capacity(target: Target, load: LoadConfig, start: float, wanted: float) -> tuple[float, list[Point]]:
-    """The highest rate that keeps enough, and the runs that say so. Raises RuntimeError where there is none."""
+async def capacity(target: LoadTarget, load: LoadConfig, start: float, wanted: float) -> tuple[float, list[Point]]:
+    """The highest rate with the wanted attainment, and its runs. Raises RuntimeError without such a rate."""
     points: list[Point] = []
     while len(points) < POINTS and (rate := next_rate(points, start, wanted, TOLERANCE)) is not None:
         summary = await at_rate(target, load, rate)
@@ -99,7 +98,7 @@ async def subject_rows(subject: Subject, scale: float) -> list[Row]:
 
 
 def rows_of(name: str, rate: float, peak: float, below: Summary, above: Summary) -> list[Row]:
-    """What was measured below and above the capacity, against the bars."""
+    """The runs below and above the capacity, against the targets."""
     promise, answers = below.ttft_promise, above.refusals.answer_ms
     if promise is None or answers is None or above.attainment_admitted is None:
         raise RuntimeError(f"{name}: nothing was promised below the capacity, or nothing admitted or refused above it")
@@ -131,7 +130,7 @@ async def measure_all(names: Sequence[str], scale: float) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", default="simulated,model", help="of simulated and model, with commas")
-    parser.add_argument("--scale", type=float, default=1.0, help="makes every run so many times as long")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of every run's length")
     options = parser.parse_args()
     rows = uvloop.run(measure_all(options.engines.split(","), options.scale))
     sys.exit(0 if publish("promises", rows) else 1)

@@ -1,10 +1,10 @@
-"""What the router itself costs: `make bench-router`.
+"""The cost of the router: `make bench-router`.
 
-Placements: a router with 64 workers around it, each behind a real gRPC server, that have told their costs and 10,000
-cached blocks, and the time inside the two calls that place requests with objectives, half of them with a cached prefix.
-Tokens: a cluster of simulated workers, the router on a core of its own, one token event for each sequence and step,
-none of them merged; the router's user and system time over the tokens that reached the client. Requests: so many, from
-few connections, and every one of them must end.
+Placements: a router and 64 workers, each behind a real gRPC server, with known costs and 10,000 cached blocks; the time
+inside the two calls that place requests with objectives, half of them with a cached prefix. Tokens: a cluster of
+simulated workers, the router on a core of its own, one token event per sequence and step, none merged; the router's
+user and system time over the tokens that reached the client. Requests: a number of them over few connections, all of
+which must end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}
 
 
 class Timed:
-    """A method of the router with the time that passes inside it, in microseconds a call."""
+    """Wraps a method of the router; `took` has the microseconds of each call."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -61,7 +61,7 @@ class Timed:
 
 
 async def placements() -> list[Row]:
-    """Requests through a router in this process, whose two placing calls are timed."""
+    """Requests through a router in this process, with its two placing calls timed."""
     async with crowd(WORKERS, WORKERS, lambda spec: [10, 11, EOS]) as cluster:
         placer = cluster.router.requests.placer
         place, bind = Timed(placer.place), Timed(placer.choose_decode)
@@ -111,7 +111,7 @@ def _fill(router: Router, chance: random.Random) -> list[list[int]]:
 
 
 async def flows() -> list[Row]:
-    """Interleaved rounds of steady streams, few and many; the router has a core for itself."""
+    """Interleaved rounds of few and many steady streams; the router has a core of its own."""
     found: dict[int, list[Flow]] = {streams: [] for streams, _ in FLOWS}
     for _ in range(ROUNDS):
         for streams, step_ms in FLOWS:
@@ -140,7 +140,7 @@ async def flows() -> list[Row]:
 
 
 async def all_end(count: int) -> list[Row]:
-    """Short requests, so many under way at once, through two workers of each role."""
+    """`count` short requests, CONCURRENT at a time, through two workers of each role."""
     ended, numbers = 0, iter(range(count))
     async with (
         simulated(1.0, 2 * CONCURRENT, prefill=2, decode=2) as cluster,

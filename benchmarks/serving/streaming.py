@@ -1,7 +1,7 @@
-"""Many concurrent streams through a real cluster of simulated workers, and what they cost the router.
+"""Many concurrent streams through a real cluster of simulated workers, and their cost in the router.
 
-One channel carries all streams. Every step sends one token of every sequence, and every token must reach the client as
-an event of its own: a run where any were merged is no measurement.
+One channel has all streams. Every step sends one token of every sequence, and every token must reach the client in an
+event of its own: a run with merged tokens is invalid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 @dataclass(slots=True)
 class Tally:
-    """What the client has seen so far."""
+    """The client's counts so far."""
 
     flowing: int = 0
     ended: int = 0
@@ -52,13 +52,13 @@ class Flow:
 
     @property
     def cpu_us(self) -> float:
-        """Of the router, per token that reached a client."""
+        """Router CPU time per token that reached the client."""
         return self.router_cpu_s / self.tokens * 1e6
 
 
 @asynccontextmanager
 async def simulated(step_ms: float, sequences: int, **options: Any) -> AsyncIterator[LocalCluster]:
-    """A cluster whose decode steps take so long, whatever is in them; tokeniser and ids are the embedded model's."""
+    """A cluster with decode steps of constant time, and the embedded model's tokeniser."""
     costs = StepCost(chunk=5e-4, step=step_ms / 1e3)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "costs.json")
@@ -72,7 +72,7 @@ async def simulated(step_ms: float, sequences: int, **options: Any) -> AsyncIter
 
 
 async def steady(cluster: LocalCluster, streams: int, step_ms: float, window_s: float) -> Flow:
-    """Starts so many streams, waits until all flow, and measures for `window_s` before any of them ends."""
+    """Starts the streams, waits until all flow, and measures for `window_s` before any ends."""
     tally = Tally()
     router = pid_of(cluster, "router")
     async with net.open_channel(cluster.address) as channel:
@@ -101,7 +101,7 @@ async def steady(cluster: LocalCluster, streams: int, step_ms: float, window_s: 
 
 @contextmanager
 def alone(pid: int, others: Sequence[int]) -> Iterator[None]:
-    """That process on the first core, and the others on the last, as `taskset -a` would put them."""
+    """Pins a process to the first core and the others to the last, as `taskset -a` does."""
     free = os.sched_getaffinity(0)
     for process, core in ((pid, min(free)), *((other, max(free)) for other in others)):
         _pin(process, {core})
@@ -113,19 +113,18 @@ def alone(pid: int, others: Sequence[int]) -> Iterator[None]:
 
 
 def _pin(pid: int, cores: set[int]) -> None:
-    """All its threads; later ones are where the thread was that started them."""
+    """All its threads; later threads inherit their starter's core."""
     for thread in psutil.Process(pid).threads():
         with suppress(ProcessLookupError):
             os.sched_setaffinity(thread.id, cores)
 
 
 def pid_of(cluster: LocalCluster, role: str) -> int:
-    """Of the first process of that role."""
     return next(child.pid for child in cluster.processes if child.role == role)
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of a process, all its threads together."""
+    """User and system time of a process, with all threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * TICK_S
 

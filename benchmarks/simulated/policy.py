@@ -1,8 +1,7 @@
 """The goodput of the three ways to serve, in simulated time: `make bench-policy`.
 
-What `bench-goodput` measures on a machine in an hour, to within what its noise allows, for a change of policy to be
-judged by: the same lengths, arrivals, corners and modes around a cost model (`replica.py`), some thousand requests a
-rate. It says nothing of the engine, the transports, or what the model of the machine leaves out.
+Judges changes of policy: `bench-goodput` takes an hour and is noisy. Has the same lengths, arrivals, corners and modes,
+with a cost model (`replica.py`) and some thousand requests per rate. Does not cover the engine and the transports.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from baton.bench.config import LoadConfig
 from baton.bench.schedule.plan import Planned, make_plan
 from baton.config import PathChoice
 from baton.cost import StepCost
-from baton.engine.simulated.cost import faster, read_costs
+from baton.engine.simulated import faster, read_costs
 from benchmarks.report import Row, publish, spread
 from benchmarks.serving.goodput import (
     BUDGETS,
@@ -41,7 +40,6 @@ RATES = {"tpot": (5.0, 7.0, 8.0, 9.0, 10.0), "ttft": (1.5, 2.5, 3.5, 4.5), "midd
 
 
 def idle_of(cost: StepCost, workload: Workload, corner: str) -> Idle:
-    """What the unloaded machine takes."""
     prompts = workload.idle_prompts(corner)
     held = STEP_TOKENS + STEP_TOKENS // 2  # a prompt, and half of an answer as long
     step = cost.decode(STEP_SEQUENCES, STEP_SEQUENCES * held)
@@ -49,19 +47,19 @@ def idle_of(cost: StepCost, workload: Workload, corner: str) -> Idle:
 
 
 def share_kept(path: PathChoice, machine: Machine, requests: Sequence[Planned], budget_s: float | None = None) -> float:
-    """Of all requests, those that keep their objectives."""
+    """The share of all requests that keep their objectives."""
     served = Replica(machine, path, budget_s).run(requests)
     return sum(each.kept for each in served) / len(served)
 
 
 def shares(path: PathChoice, machine: Machine, load: LoadConfig, seeds: int, budget_s: float | None) -> list[float]:
-    """A run for each seed."""
+    """The shares of a run per seed."""
     plans = [make_plan(replace(load, seed=seed), CONTEXT).requests for seed in range(seeds)]
     return [share_kept(path, machine, plan, budget_s) for plan in plans]
 
 
 def budget_for(machine: Machine, load: LoadConfig, tpot_s: float, seeds: int) -> float | None:
-    """The colocated workers' bound on a step that keeps most."""
+    """The bound on colocated workers' steps that keeps the most objectives."""
     tried = [share * tpot_s or None for share in BUDGETS]
     return max(tried, key=lambda budget: sum(shares("direct", machine, load, seeds, budget)))
 
@@ -91,7 +89,7 @@ def corner_rows(corner: str, machine: Machine, options: argparse.Namespace) -> l
 
 
 def machine_of(options: argparse.Namespace) -> Machine:
-    """Router and client are as much faster as the workers."""
+    """`--speed` applies to router and client as to the workers."""
     machine = Machine(faster(read_costs(options.cost_model), options.speed), options.noise, options.contention)
     return replace(machine, frame_s=machine.frame_s / options.speed, token_s=machine.token_s / options.speed)
 
@@ -105,7 +103,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--cost-model", default="smollm2-135m", help="as of `baton prefill --cost-model`")
-    parser.add_argument("--speed", type=float, default=1.0, help="makes the machine so many times as fast as that")
+    parser.add_argument("--speed", type=float, default=1.0, help="factor of the machine's speed")
     parser.add_argument("--noise", type=float, default=0.1, help="sigma of the logarithm of step times")
     parser.add_argument("--contention", type=float, default=1.1, help="of step times while the other core computes")
     options = parser.parse_args()

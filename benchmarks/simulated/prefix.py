@@ -1,11 +1,11 @@
-"""How much prefilling the prefix index saves on a trace with shared prefixes, beside a perfect cache of the same size.
+"""The prefilling that the prefix index saves on a trace with shared prefixes, beside a perfect cache of the same size.
 
-The pools, the digests, the events with their delay, the index and its look-up are the real ones; time is simulated, and
-a prompt costs its uncached tokens. A prompt goes where it would be computed first, by what the router knows. Two
-references, each one cache of the size of all pools together, to which every prompt comes at once and in order:
+Pools, digests, events with their delay, the index and its look-up are real; time is simulated, and a prompt costs its
+uncached tokens. A prompt goes to the worker that would compute it first, by the router's knowledge. Two references,
+each one cache of the size of all pools together, get every prompt at once and in order:
 
-- clairvoyant: it evicts what is used again the furthest in the future (Belady). No cache of that size saves more.
-- one LRU: it evicts what was used longest ago. It does not know the future, as no real cache does.
+- clairvoyant: evicts the block whose next use is furthest in the future (Belady). No cache of that size saves more.
+- one LRU: evicts the least recently used block, without knowledge of the future, like a real cache.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ from router.workers.worker import ModelCard, Registration, Worker
 TRACE_BLOCK = 512
 TARGET = 0.8
 UTILISATION = 0.7
-"""Of the workers, if nothing were cached: prompts wait for one another, so the best cached worker may be a busy one."""
+"""Of the workers without any cache: prompts queue, so that the worker with the longest prefix may be busy."""
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32")
 ROUTER = ProcessRef("router", "router", "")
 CARD = ModelCard("trace", "trace", 1 << 20, 1 << 32, frozenset(), "", "", LAYOUT)
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """When it comes, and what of. Equal ids are equal blocks."""
+class TracePrompt:
+    """`at` is its arrival in seconds."""
 
     at: float
     tokens: tuple[int, ...]
 
     @property
     def whole_blocks(self) -> list[tuple[int, ...]]:
-        """What a cache can keep. The references take it all, a worker computes the last token at any rate."""
+        """The complete blocks. The references save all of them; a worker always computes the last token."""
         whole = len(self.tokens) // BLOCK_TOKENS
         return [self.tokens[n * BLOCK_TOKENS : (n + 1) * BLOCK_TOKENS] for n in range(whole)]
 
 
-def read(path: Path) -> list[Prompt]:
+def read(path: Path) -> list[TracePrompt]:
     """A Mooncake trace, each of its blocks of 512 tokens shrunk to one of ours."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Prompt(row["timestamp"] / 1e3, _tokens(row["hash_ids"], row["input_length"])) for row in rows]
+    return [TracePrompt(row["timestamp"] / 1e3, _tokens(row["hash_ids"], row["input_length"])) for row in rows]
 
 
-def synthesise(prompts: int = 4000, seed: int = 1) -> list[Prompt]:
-    """What such a trace looks like: a few shared beginnings, sessions that grow turn by turn, and single prompts."""
+def synthesise(prompts: int = 4000, seed: int = 1) -> list[TracePrompt]:
+    """A similar trace: a few shared beginnings, sessions that grow turn by turn, and single prompts."""
     draw = random.Random(seed)
     beginnings = [list(range(1000 * n, 1000 * n + draw.randint(2, 24))) for n in range(12)]
     sessions: list[list[int]] = []
-    fresh, at, made = 100_000, 0.0, list[Prompt]()
+    fresh, at, made = 100_000, 0.0, list[TracePrompt]()
     for _ in range(prompts):
         at += draw.expovariate(4.0)
         if sessions and draw.random() < 0.6:
@@ -81,7 +81,7 @@ def synthesise(prompts: int = 4000, seed: int = 1) -> list[Prompt]:
         more = min(1 + int(draw.expovariate(0.1)), 80)
         ids += range(fresh, fresh + more)
         fresh += more
-        made.append(Prompt(at, _tokens(ids, len(ids) * TRACE_BLOCK - draw.randrange(TRACE_BLOCK))))
+        made.append(TracePrompt(at, _tokens(ids, len(ids) * TRACE_BLOCK - draw.randrange(TRACE_BLOCK))))
     return made
 
 
@@ -91,7 +91,7 @@ def _tokens(ids: Sequence[int], length: int) -> tuple[int, ...]:
 
 
 class SimulatedWorker:
-    """A prefill worker's pool and its feed; it computes one prompt after the other."""
+    """A prefill worker's pool and its event feed. Computes one prompt at a time."""
 
     def __init__(self, number: int, blocks: int) -> None:
         process = ProcessRef(f"prefill-{number}", f"prefill-{number}", "")
@@ -112,9 +112,9 @@ class SimulatedWorker:
 
 
 class Simulation:
-    """Prompts come, are placed and computed; events reach the router as late as they do in a cluster."""
+    """Places and computes the prompts; events reach the router with a real cluster's delay."""
 
-    def __init__(self, prompts: Sequence[Prompt], workers: int, blocks: int, entries: int) -> None:
+    def __init__(self, prompts: Sequence[TracePrompt], workers: int, blocks: int, entries: int) -> None:
         self.workers = [SimulatedWorker(number, blocks) for number in range(workers)]
         self.prefixes = Prefixes(entries, Counts())
         for worker in self.workers:
@@ -130,7 +130,6 @@ class Simulation:
         self.now = 0.0
 
     def run(self) -> None:
-        """Until nothing is left to do."""
         while self._agenda:
             self.now, _, step = heapq.heappop(self._agenda)
             step()
@@ -141,7 +140,7 @@ class Simulation:
         self._steps += 1
         heapq.heappush(self._agenda, (at, self._steps, step))
 
-    def _arrive(self, prompt: Prompt) -> None:
+    def _arrive(self, prompt: TracePrompt) -> None:
         spec = SequenceSpec(
             attempt=bytes(16), request_id="", prompt=prompt.tokens, sampling=Sampling(), max_tokens=1, router=ROUTER
         )
@@ -184,9 +183,9 @@ class Simulation:
             self.prefixes.on_update(worker.known, worker.feed.take())
 
 
-def clairvoyant(prompts: Sequence[Prompt], blocks: int) -> int:
+def clairvoyant(prompts: Sequence[TracePrompt], blocks: int) -> int:
     """Tokens that the best possible cache of `blocks` blocks saves (Belady's rule). A block's next use is never later
-    than that of those behind it in its chain, so what it keeps are whole prefixes."""
+    than that of later blocks of its chain, so that it keeps whole prefixes."""
     chains = list(_chains(prompts))
     uses = [block for chain in chains for block in chain]
     following, last = [sys.maxsize] * len(uses), dict[int, int]()
@@ -207,8 +206,8 @@ def clairvoyant(prompts: Sequence[Prompt], blocks: int) -> int:
     return hits * BLOCK_TOKENS
 
 
-def one_lru(prompts: Sequence[Prompt], blocks: int) -> int:
-    """Tokens that one least-recently-used cache of `blocks` blocks saves, a chain's end going before its start."""
+def one_lru(prompts: Sequence[TracePrompt], blocks: int) -> int:
+    """Tokens that one least-recently-used cache of `blocks` blocks saves; it evicts a chain from its end."""
     kept: OrderedDict[int, None] = OrderedDict()
     hits = 0
     for chain in _chains(prompts):
@@ -222,8 +221,8 @@ def one_lru(prompts: Sequence[Prompt], blocks: int) -> int:
     return hits * BLOCK_TOKENS
 
 
-def _chains(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Each prompt's whole blocks, equal numbers for equal prefixes."""
+def _chains(prompts: Sequence[TracePrompt]) -> Iterator[list[int]]:
+    """Numbers of each prompt's whole blocks, equal for equal prefixes."""
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     for prompt in prompts:
         chain, parent = list[int](), -1
@@ -233,8 +232,8 @@ def _chains(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         yield chain
 
 
-def compare(prompts: Sequence[Prompt], workers: int, blocks: int, entries: int) -> list[Row]:
-    """One size: what the pools saved, beside both references, and how much of it the router foretold."""
+def compare(prompts: Sequence[TracePrompt], workers: int, blocks: int, entries: int) -> list[Row]:
+    """For one size: the saved tokens beside both references, and the share that the router foretold."""
     simulation = Simulation(prompts, workers, blocks, entries)
     simulation.run()
     percent = 100 / sum(len(prompt.tokens) for prompt in prompts)
@@ -248,7 +247,7 @@ def compare(prompts: Sequence[Prompt], workers: int, blocks: int, entries: int) 
 
 
 def look_up_cost(workers: int = 64, blocks: int = 10_000) -> list[Row]:
-    """What one look-up takes, digests included, of a prompt of 1,024 tokens that is cached everywhere, or nowhere."""
+    """The time of a look-up with its digests, of a prompt of 1,024 tokens cached everywhere or nowhere."""
     prefixes, cached, draw = Prefixes(workers * blocks, Counts()), tuple(range(1024)), random.Random(1)
     for number in range(workers):
         worker = SimulatedWorker(number, blocks).known
@@ -270,7 +269,7 @@ def look_up_cost(workers: int = 64, blocks: int = 10_000) -> list[Row]:
 
 
 def main() -> None:
-    """Prints the table and writes the report; exits with 1 where a target is missed."""
+    """Exits with 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, help="a Mooncake trace (JSONL); without one, a synthetic stand-in")
     parser.add_argument("--blocks", type=int, default=2048, help="of each pool; the default is a worker's")

@@ -1,9 +1,8 @@
-"""A cluster on two cores in simulated time: the project's own placement, ledgers, queues and schedulers, around a cost
-model in place of an engine, and delays in place of messages and transfers.
+"""A cluster on two cores in simulated time: the real placement, ledgers, queues and schedulers, with a cost model as
+engine and with delays as messages and transfers.
 
-On a machine a run of a minute differs from the next one by more than two policies do. Here ten thousand requests take
-seconds, and nothing but what is changed changes. What is left out: blocks never run short, no cache holds anything,
-nothing fails.
+On a machine two runs of a minute differ more than two policies do. Here ten thousand requests take seconds, and only
+the policy differs between runs. Left out are shortage of blocks, cached prefixes and failures.
 
     request: arrive -> (queue of a worker) -> start -> first token -> (handed over) -> resident -> end
 """
@@ -23,10 +22,11 @@ from baton.config import PathChoice, RoleName
 from baton.cost import HANDOFF_S, CostModel, StepCost, StepShape
 from baton.engine import api
 from baton.engine.api import Work, shape_of
-from baton.engine.simulated.load import typical_steps
+from baton.engine.simulated import typical_steps
 from baton.spec import AttemptKey, HandoffKey, Objectives, ProcessRef, RequestSpec, Sampling, SequenceSpec
 from baton.telemetry import Counts
 from baton.worker.prompt_queue import PromptQueue
+from benchmarks.simulated.served import Served
 from decode_worker.scheduler import DecodeScheduler, Expected
 from kvtransfer.blocks.layout import KvLayout
 from prefill_worker.scheduler import PrefillScheduler
@@ -44,7 +44,7 @@ from router.workers.worker import ModelCard, Registration, Worker
 
 CHUNK, BLOCKS, SLOTS, BLOCK_TOKENS = 512, 1 << 20, 256, 16
 HOP_S = 0.001
-"""A message between router and worker."""
+"""The delay of a message between router and worker."""
 REPORT_S = 0.05
 CARD = ModelCard("m", "f" * 32, 8192, 1000, frozenset(), "", "", KvLayout(1, 1, 64, "bfloat16"))
 ROUTER = ProcessRef("router", "r", "")
@@ -53,55 +53,13 @@ ROUTER = ProcessRef("router", "r", "")
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Two cores. A step takes `cost`, times a lognormal factor of `noise`, times `contention` while the other core
-    computes; on the first core each frame and each token of it also cost the router and the client their time."""
+    computes; the first core also spends the router's and the client's time on each frame and token."""
 
     cost: StepCost
     noise: float = 0.1
     contention: float = 1.1
     frame_s: float = 1.5e-4
     token_s: float = 1.5e-4
-
-
-@dataclass(slots=True)
-class Served:
-    """A request, and what became of it; times in seconds from the start. Implements `prompt_queue.Waiting`."""
-
-    planned: Planned
-    spec: SequenceSpec
-    demand: Demand
-    attempt: Attempt | None = None
-    received_at: float = 0.0
-    rank: float = 0.0
-    work_s: float = 0.0
-    late: bool = False
-    sequence: api.Sequence | None = None
-    first_at: float | None = None
-    last_at: float = 0.0
-    tokens: int = 0
-
-    @property
-    def key(self) -> AttemptKey:
-        return self.spec.attempt
-
-    @property
-    def uncomputed(self) -> int:
-        """Prompt tokens still to compute."""
-        return self.sequence.remaining if self.sequence is not None and not self.sequence.output_tokens else 0
-
-    @property
-    def ttft_s(self) -> float:
-        return (math.inf if self.first_at is None else self.first_at) - self.planned.at_s
-
-    @property
-    def tpot_s(self) -> float:
-        return (self.last_at - (self.first_at or 0.0)) / (self.tokens - 1) if self.tokens > 1 else 0.0
-
-    @property
-    def kept(self) -> bool:
-        """Both objectives; a limit that is absent is kept."""
-        asked = self.planned.traffic
-        within = [(asked.ttft_ms, self.ttft_s), (asked.tpot_ms, self.tpot_s)]
-        return all(limit is None or seconds * 1e3 <= limit for limit, seconds in within)
 
 
 class Unsent(Commands):
@@ -113,7 +71,7 @@ class Unsent(Commands):
 
 
 class ReplicaWorker:
-    """One worker: its side of the queue, and as the router sees it."""
+    """A worker: its queue and scheduler, and the router's view of it (`seen`)."""
 
     def __init__(self, replica: Replica, role: RoleName, index: int, budget_s: float | None) -> None:
         self.replica, self.role, self.core = replica, role, index
@@ -138,7 +96,6 @@ class ReplicaWorker:
         self._reported_at = -math.inf
 
     def receive(self, served: Served) -> None:
-        """A prompt has come."""
         spec, now = served.spec, self.replica.now
         served.received_at = now
         if spec.objectives.ttft_ms is not None:
@@ -148,13 +105,13 @@ class ReplicaWorker:
         self._start_waiting()
 
     def expect(self, served: Served) -> None:
-        """A sequence was granted its room."""
+        """A sequence has its grant."""
         tpot_ms = served.spec.objectives.tpot_ms
         if served.key not in self.residents and tpot_ms is not None:
             self._expect({**self.expected, served.key: Expected(served.spec.max_tokens - 1, tpot_ms / 1e3)})
 
     def take(self, served: Served) -> None:
-        """A sequence has been handed over."""
+        """A sequence has arrived."""
         self._expect({key: known for key, known in self.expected.items() if key != served.key})
         sequence = api.Sequence.from_spec(served.spec, [], served.spec.known_tokens)
         sequence.tokens.append(0)
@@ -239,7 +196,7 @@ class ReplicaWorker:
 
 
 class Replica:
-    """The cluster: the events of its time, its router, and its workers. `path` is direct for colocated workers."""
+    """The cluster: its clock and events, its router, its workers. `path` is direct for colocated workers."""
 
     def __init__(self, machine: Machine, path: PathChoice, budget_s: float | None = None, seed: int = 0) -> None:
         roles: tuple[RoleName, ...] = ("decode", "decode") if path == "direct" else ("prefill", "decode")
@@ -253,11 +210,10 @@ class Replica:
         self._order, self._chance, self._owed_s = itertools.count(), random.Random(seed), 0.0
 
     def after(self, seconds: float, call: Callable[..., None], *given: Any) -> None:
-        """Calls it then."""
         heapq.heappush(self._events, (self.now + seconds, next(self._order), call, given))
 
     def run(self, requests: Sequence[Planned]) -> list[Served]:
-        """Until all have ended; each as the plan says."""
+        """Runs until all requests have ended."""
         for planned in requests:
             self.after(planned.at_s, self._arrive, planned)
         while self._events:
@@ -266,7 +222,7 @@ class Replica:
         return list(self.served.values())
 
     def seconds(self, worker: ReplicaWorker, shape: StepShape) -> float:
-        """Of a step that begins now."""
+        """The time of a step that begins now."""
         found = self.machine.cost.seconds(shape) * math.exp(self._chance.gauss(0.0, self.machine.noise))
         if any(other.busy for other in self.workers if other is not worker):
             found *= self.machine.contention
@@ -275,7 +231,7 @@ class Replica:
         return found
 
     def streamed(self, tokens: int) -> None:
-        """A frame with so many tokens goes to the router and on: that costs the first core, if it is busy."""
+        """Charges the first core, if it is busy, for a frame of tokens through router and client."""
         if tokens and self.workers[0].busy:
             self._owed_s += self.machine.frame_s + tokens * self.machine.token_s
 
@@ -301,14 +257,13 @@ class Replica:
             attempt.decodes(served.first_at)
 
     def hand_over(self, served: Served) -> None:
-        """Its blocks have landed; a prompt that was over before its `Started` came is bound first."""
+        """Its blocks have arrived. A prompt that ended before its `Started` arrived is bound here."""
         assert served.attempt is not None, "it was placed"
         if served.attempt.decode is None:
             self._bind(served, served.attempt)
         self._at(served.attempt.decode).take(served)
 
     def on_end(self, served: Served) -> None:
-        """Nothing is held for it any more."""
         assert served.attempt is not None, "it was placed"
         served.attempt.close()
 

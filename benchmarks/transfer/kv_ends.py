@@ -20,13 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from baton.engine.native.build import NativeUnavailable
-from baton.engine.native.copying import StreamingCopy
 from baton.engine.native.library import load
 from baton.spec import HandoffKey, ProcessRef
 from baton.worker.sending.mover import MOVE_BLOCKS
-from kvtransfer.blocks.copying import BlockCopy, copy_runs
 from kvtransfer.blocks.layout import KvLayout
-from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.blocks.memory import BlockCopy, PoolMemory, copy_runs
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMove, Transport
 from kvtransfer.transports.shm.transport import ShmTransport
@@ -233,7 +231,7 @@ class End:
 def best_copy() -> BlockCopy:
     """What a worker copies with on this machine."""
     try:
-        return StreamingCopy(load())
+        return load().copy_blocks
     except NativeUnavailable:
         return copy_runs
 

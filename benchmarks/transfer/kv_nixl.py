@@ -16,7 +16,7 @@ from nixl._api import nixl_agent, nixl_agent_config
 
 from benchmarks.transfer.kv_ends import LAYOUT, LIMIT_S, POOL_BLOCKS, plan
 
-SHARE = LAYOUT.layer_bytes // 2
+SHARE = LAYOUT.kv_heads * LAYOUT.share_bytes
 
 
 class _Memory:

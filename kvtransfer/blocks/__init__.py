@@ -1,1 +1,1 @@
-"""KV blocks: their layout, the pool, cached prefixes, memory."""
+"""KV blocks: layout, pool, cached prefixes, memory."""

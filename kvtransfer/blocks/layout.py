@@ -13,12 +13,12 @@ LAYOUT_VERSION = 1
 BLOCK_TOKENS = 16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = {"int8": 4}
-"""Beside each token of a head, in the dtypes that need it."""
+"""Scale of each token of a head, in the dtypes with scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Two workers can hand blocks over only if every field is equal."""
+    """Workers can hand blocks over only with every field equal."""
 
     layers: int
     kv_heads: int
@@ -45,17 +45,12 @@ class KvLayout:
 
     @property
     def share_bytes(self) -> int:
-        """One head's keys or values in one block, with their scales."""
+        """One head's keys or values in one block, with scales."""
         return self.block_tokens * (self.head_dim * DTYPE_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0))
 
     @property
     def block_bytes(self) -> int:
-        return self.layers * self.layer_bytes
-
-    @property
-    def layer_bytes(self) -> int:
-        """One layer's keys and values in one block."""
-        return 2 * self.kv_heads * self.share_bytes
+        return self.layers * 2 * self.kv_heads * self.share_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -63,10 +58,10 @@ class KvLayout:
         return self.block_bytes // self.block_tokens
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` tokens, the last perhaps in part."""
+        """Blocks for `tokens` tokens, rounded up."""
         return -(-tokens // self.block_tokens)
 
     def difference(self, other: KvLayout) -> tuple[str, str, str] | None:
-        """The first field that differs, with both values, or None when blocks can be handed over."""
+        """The first unequal field with our value and theirs; None if blocks can be handed over."""
         mine, theirs = asdict(self), asdict(other)
         return next(((name, str(mine[name]), str(theirs[name])) for name in mine if mine[name] != theirs[name]), None)

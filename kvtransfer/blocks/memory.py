@@ -1,7 +1,7 @@
-"""The memory of a KV pool: one span of blocks, committed at start, that other processes can map.
+"""The memory of a KV pool, one span of blocks that other processes can map, and copies between pools.
 
-A memfd has no name and no file: it vanishes with the last process that holds it, however that dies. It is sealed
-against shrinking, growing and further seals, so that a process that maps it can never be hit by SIGBUS.
+The memory is committed at start. A memfd has no name: it vanishes with the last process that holds it, however that
+dies. It is sealed against shrinking, growing and further seals, so that no process that maps it gets SIGBUS.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from baton.errors import ConfigError
 from kvtransfer.blocks.layout import KvLayout
@@ -21,10 +23,10 @@ MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python 3.11
 
 
 class PoolMemory:
-    """`blocks` blocks of `layout`, back to back, writable, zeroed; every page is in memory when this returns.
+    """`blocks` blocks of `layout`, back to back, writable, zeroed, with every page in memory.
 
     `shared` makes it a sealed memfd, for the `shm` transport; otherwise it is private to the process. Raises
-    `ConfigError` with the sizes when the memory can't be had.
+    `ConfigError` with the sizes if there is too little memory.
     """
 
     def __init__(self, layout: KvLayout, blocks: int, shared: bool = True) -> None:
@@ -50,7 +52,7 @@ class PoolMemory:
 
     @property
     def fd(self) -> int | None:
-        """The memfd, owned by this object; None when not shared, or closed."""
+        """The memfd, owned by this object; None if not shared, or closed."""
         return self._fd
 
     def block(self, index: int) -> memoryview:
@@ -61,8 +63,8 @@ class PoolMemory:
         return self.buffer[index * size : (index + 1) * size]
 
     def close(self) -> None:
-        """Unmap and let go of the memfd. Idempotent. While somebody still has a view of the buffer, the mapping stays
-        until that view is gone: nobody is ever left with a dangling address."""
+        """Unmaps and closes the memfd. Idempotent. The mapping stays as long as any view of the buffer does, so that no
+        address dangles."""
         self._close_fd()
         self.buffer.release()
         with suppress(BufferError):
@@ -78,7 +80,7 @@ def _sealed_memfd(size: int) -> int:
     fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
-        os.posix_fallocate(fd, 0, size)  # fails here, where touching would kill the process
+        os.posix_fallocate(fd, 0, size)  # fails here; touching missing memory would kill the process
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     except OSError:
         os.close(fd)
@@ -87,7 +89,7 @@ def _sealed_memfd(size: int) -> int:
 
 
 def _commit(mapping: mmap.mmap) -> None:
-    """Give every page its frame now, not at the first token that needs it."""
+    """Gives every page its frame now, not at the first token that needs it."""
     with suppress(OSError):  # huge pages are only a gain in speed
         mapping.madvise(mmap.MADV_HUGEPAGE)
     try:
@@ -98,7 +100,7 @@ def _commit(mapping: mmap.mmap) -> None:
 
 
 def _require_room(size: int, blocks: int, block_bytes: int) -> None:
-    """Refuse what would only bring the kernel's killer: overcommitted memory fails at the touch, not at the mapping."""
+    """Refuses more than the available memory: overcommitted memory fails when touched, not when mapped."""
     available = _available_bytes()
     if available is not None and size > available:
         raise ConfigError(_no_room(size, blocks, block_bytes, f"{available / 2**20:.0f} MiB are available"))
@@ -114,3 +116,28 @@ def _available_bytes() -> int | None:
 
 def _no_room(size: int, blocks: int, block_bytes: int, why: str) -> str:
     return f"no memory for the KV pool: {blocks} blocks of {block_bytes} bytes are {size / 2**20:.0f} MiB; {why}"
+
+
+class BlockCopy(Protocol):
+    """Copies blocks between two pools that do not overlap, with the interpreter's lock released."""
+
+    def __call__(self, target: int, source: int, targets: Sequence[int], sources: Sequence[int], size: int) -> None:
+        """Copies block `sources[i]` of the pool at address `source` to block `targets[i]` of the one at `target`, with
+        `size` bytes a block. On return the bytes are visible to every process that maps the target. The caller ensures
+        that both pools are mapped and all blocks inside."""
+
+
+def copy_runs(target: int, source: int, targets: Sequence[int], sources: Sequence[int], size: int) -> None:
+    """A `BlockCopy` without compiled code: one `memmove` for each run of adjacent blocks."""
+    for first, count in _runs(targets, sources):
+        ctypes.memmove(target + targets[first] * size, source + sources[first] * size, count * size)
+
+
+def _runs(targets: Sequence[int], sources: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(position, length) of each run in which both lists count up by one."""
+    first = 0
+    for position in range(1, len(targets) + 1):
+        before = position - 1
+        if position == len(targets) or any(each[position] != each[before] + 1 for each in (targets, sources)):
+            yield first, position - first
+            first = position

@@ -1,16 +1,16 @@
-"""The blocks of one KV pool, and which of them hold a known prefix.
+"""The blocks of one KV pool, with an index of cached prefixes.
 
     FREE ──allocate──> HELD(count) ──release, no digest──> FREE
                          │  ^   └────release, digest──────> CACHED ──evicted by allocate──> HELD
                          │  └──────────────match, hold────────┘
                          └─quarantine─> QUARANTINED ─unquarantine─> FREE
 
-Every block is in exactly one of the four states. A holder gives back exactly the holds that it took; whoever wrote a
-complete block may `insert` its digest, which makes it findable while held and keeps it CACHED after the last release.
+Every block is in exactly one of the four states. A holder releases exactly the holds that it took. The writer of a
+complete block may `insert` its digest: that makes it findable while held and keeps it CACHED after the last release.
 
-Cached blocks are evicted least recently used first, those that were never found before those that were (segmented LRU,
-Karedla et al. 1994): a burst of prompts that nobody shares does not wash out a prefix that many do. At most half of the
-pool has that protection.
+Cached blocks are evicted least recently used first, blocks that `match` never found before those that it did (segmented
+LRU, Karedla et al. 1994): a burst of unshared prompts does not evict a shared prefix. At most half of the pool is
+protected in this way.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class CacheChange(Enum):
 
 
 CacheListener = Callable[[CacheChange, bytes], None]
-"""Called at once, on the pool's own thread, with each digest that enters or leaves the prefix index."""
+"""Called at once, on the pool's thread, with each digest that enters or leaves the prefix index."""
 
 
 class PoolCorrupt(AssertionError):
-    """The pool's books do not add up: a fault of ours."""
+    """The pool's books contradict each other: a bug."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class PoolStatistics:
 
     @property
     def capacity(self) -> int:
-        """Blocks that sequences can use: quarantined ones are outside."""
+        """Blocks that sequences can use: all but the quarantined ones."""
         return self.total - self.quarantined
 
 
@@ -65,28 +65,26 @@ class BlockPool:
         self._digest: list[bytes | None] = [None] * blocks
         self._index: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._protected: OrderedDict[int, None] = OrderedDict()  # cached too, and found before; the same order
+        self._protected: OrderedDict[int, None] = OrderedDict()  # cached too, and found by `match`; same order
         self._found = [False] * blocks
         self._quarantined: set[int] = set()
         self._evictions = 0
 
     @property
     def available(self) -> int:
-        """How many blocks `allocate` could hand out now: free and cached ones."""
+        """Blocks that `allocate` could give now: free and cached ones."""
         return len(self._free) + len(self._cached) + len(self._protected)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks of unknown content, each with one hold of the caller's; None, and no change, without room.
-
-        Takes free blocks first, then evicts cached ones.
-        """
+        """`count` blocks of undefined content, each with one hold, free ones first, then cached ones, which it evicts;
+        None, and no change, without room."""
         assert count >= 0, "a negative number of blocks"
         if count > self.available:
             return None
         return [self._take() for _ in range(count)]
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One more hold on each block, all of which must be HELD or CACHED."""
+        """Adds a hold to each block; all must be HELD or CACHED."""
         for block in blocks:
             if self._holds[block] == 0:
                 cached = self._protected if block in self._protected else self._cached
@@ -96,10 +94,10 @@ class BlockPool:
             self._holds[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give one hold of each block back; the last one makes it CACHED when it carries a digest, else FREE.
+        """Drops one hold of each block. Without holds a block is CACHED if it has a digest, else FREE.
 
-        `blocks` are in the order of their sequence: later ones become the older in the eviction order, since a block
-        of a chain is found only through those before it.
+        `blocks` are in the order of their sequence: later ones are evicted first, since `match` finds a block of a
+        chain only through those before it.
         """
         for block in reversed(blocks):
             if not self._drop_hold(block):
@@ -112,7 +110,7 @@ class BlockPool:
                 self._cached[block] = None
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
-        """The longest leading run of `digests` that the pool has, pinned by one hold each of the caller's."""
+        """The blocks of the longest leading run of `digests` that the pool has, with one more hold each."""
         found: list[int] = []
         for digest in digests:
             block = self._index.get(digest)
@@ -124,7 +122,7 @@ class BlockPool:
         return found
 
     def peek(self, digests: Iterable[bytes]) -> int:
-        """How many leading blocks `match` would find; pins nothing."""
+        """The number of blocks that `match` would find; takes no holds."""
         count = 0
         for digest in digests:
             if digest not in self._index:
@@ -133,12 +131,12 @@ class BlockPool:
         return count
 
     def digests(self) -> list[bytes]:
-        """All that `match` would find at the moment. O(pool)."""
+        """All digests in the index. O(pool)."""
         return list(self._index)
 
     def insert(self, block: int, digest: bytes) -> bool:
-        """Make a complete, held block findable. False, and no change, when the digest or the block is known already:
-        the first one stays, and this block goes back to FREE with its last hold."""
+        """Makes a complete, held block findable. False, and no change, if the digest or the block is in the index: then
+        the first block keeps the digest, and this one is FREE after its last hold."""
         assert self._holds[block] > 0, f"block {block} is not held"
         if digest in self._index or self._digest[block] is not None:
             return False
@@ -148,27 +146,24 @@ class BlockPool:
         return True
 
     def quarantine(self, blocks: Iterable[int]) -> list[int]:
-        """Turn the caller's hold on each block into quarantine; returns the blocks that are quarantined now.
-
-        A block that others hold too only loses the caller's hold: it was complete and proven before they could find it.
-        """
+        """Drops one hold of each block and quarantines those without further holds; returns these. A block with further
+        holds was complete and in the index before other sequences found it, so that it is sound."""
         taken: list[int] = []
         for block in blocks:
             if self._drop_hold(block):
-                self._forget(block)  # somebody may still write it, so its content proves nothing
+                self._forget(block)  # a peer may still write it
                 self._quarantined.add(block)
                 taken.append(block)
         return taken
 
     def unquarantine(self, blocks: Iterable[int]) -> None:
-        """There is proof that nobody writes these quarantined blocks any more: they become FREE."""
+        """Frees quarantined blocks, which provably no peer writes any more."""
         for block in blocks:
             assert block in self._quarantined, f"block {block} is not quarantined"
             self._quarantined.remove(block)
             self._free.append(block)
 
     def holds(self, block: int) -> int:
-        """How many holds there are on `block`."""
         return self._holds[block]
 
     def quarantined(self, block: int) -> bool:
@@ -185,26 +180,24 @@ class BlockPool:
         )
 
     def check_integrity(self) -> None:
-        """Recount everything, in O(pool). Raises `PoolCorrupt`, naming the first thing that is wrong."""
+        """Recounts all books, in O(pool). Raises `PoolCorrupt`, naming the first contradiction."""
         free = set(self._free)
         held = {block for block, holds in enumerate(self._holds) if holds > 0}
         cached = {*self._cached, *self._protected}
         groups = (free, held, cached, self._quarantined)
         self._require(len(free) == len(self._free), "a block is free twice")
         self._require(len(held) == self._held, f"{len(held)} blocks are held, {self._held} are counted")
-        self._require(
-            sum(map(len, groups)) == self.blocks, f"states sum to {[len(g) for g in groups]} of {self.blocks}"
-        )
+        sizes = [len(group) for group in groups]
+        self._require(sum(sizes) == self.blocks, f"states sum to {sizes} of {self.blocks}")
         self._require(set().union(*groups) == set(range(self.blocks)), "a block is in two states")
-        self._require(min(self._holds) >= 0, "a block has fewer than no holds")
+        self._require(min(self._holds) >= 0, "a block has a negative number of holds")
         carried = {digest: block for block, digest in enumerate(self._digest) if digest is not None}
         self._require(carried == self._index, "the prefix index differs from the blocks' digests")
         self._require(all(self._digest[b] is not None for b in cached), "a cached block has no digest")
-        self._require(all(self._found[b] for b in self._protected), "a block is protected that nobody found")
+        self._require(all(self._found[b] for b in self._protected), "a protected block was never found")
         self._require(not any(self._found[b] for b in self._cached), "a block that was found has no protection")
-        self._require(
-            not any(self._digest[b] is not None for b in free | self._quarantined), "a free block has a digest"
-        )
+        empty = free | self._quarantined
+        self._require(not any(self._digest[b] is not None for b in empty), "a free block has a digest")
 
     def _take(self) -> int:
         if self._free:

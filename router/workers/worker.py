@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.config import RoleName
-from baton.cost import StepCost
-from baton.handoff_times import HandoffTimes
+from baton.cost import HandoffTimes, StepCost
 from baton.messages import LoadReport
 from baton.spec import ProcessRef
 from kvtransfer.blocks.layout import KvLayout

@@ -7,8 +7,8 @@ from typing import Any
 
 from baton.bench.config import LoadConfig
 from baton.bench.schedule.classes import TrafficClass
-from baton.bench.schedule.plan import Plan, Planned
-from baton.bench.sending.driver import Run
+from baton.bench.schedule.plan import LoadPlan, Planned
+from baton.bench.sending.driver import LoadRun
 from baton.bench.sending.probe import ClientLoad, Second
 from baton.bench.sending.records import OK, Record
 from baton.client.types import Accepted, Finished, FinishReason, Path, SloOutcome, Timeline, Usage
@@ -53,10 +53,10 @@ def accepted(ttft_ms: float | None = None, tpot_ms: float | None = None) -> Acce
     return Accepted("r", "tiny", 1, 100, 3, ttft_ms, tpot_ms)
 
 
-def run_of(records: Sequence[Record], *, end_s: float = 10.0, client: ClientLoad | None = None) -> Run:
+def run_of(records: Sequence[Record], *, end_s: float = 10.0, client: ClientLoad | None = None) -> LoadRun:
     """A run without a warm-up."""
-    plan = Plan(tuple(entry.planned for entry in records), end_s)
-    return Run(plan, tuple(records), client or client_load([0.1], [0.1]))
+    plan = LoadPlan(tuple(entry.planned for entry in records), end_s)
+    return LoadRun(plan, tuple(records), client or client_load([0.1], [0.1]))
 
 
 def client_load(lags_ms: Sequence[float], loop: Sequence[float], process: float = 0.2, cores: int = 2) -> ClientLoad:

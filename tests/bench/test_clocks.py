@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from baton.bench.figures.metrics import summarize
-from baton.bench.schedule.plan import Plan, Planned
-from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import connect
+from baton.bench.schedule.plan import LoadPlan, Planned
+from baton.bench.sending.driver import connect, run_plan
 from tests.bench.builders import config
 from tests.bench.paced import pacing
 
@@ -86,7 +85,7 @@ async def independent(
 async def both(folder: Path, address: str) -> list[tuple[float, float]]:
     """Medians of TTFT, TPOT and ITL, ours and theirs, of two loads at once."""
     count, every_s, tokens = 12, 0.12, 26
-    plan = Plan(tuple(Planned(index, index * every_s, 64, tokens) for index in range(count)), count * every_s)
+    plan = LoadPlan(tuple(Planned(index, index * every_s, 64, tokens) for index in range(count)), count * every_s)
     async with connect(address, config()) as target:
         run, theirs = await asyncio.gather(
             run_plan(target, plan, config()), independent(address, folder, count, every_s, tokens)
@@ -120,7 +119,7 @@ async def test_its_numbers_agree_with_an_independent_client_within_2_percent(tmp
 
 async def test_a_stall_of_the_server_shows_at_its_true_length() -> None:
     """The server is stopped while streams run and requests fall due: gaps and waits are at least as long as that."""
-    plan = Plan(tuple(Planned(index, index * 0.1, 16, 60) for index in range(20)), 2.0)
+    plan = LoadPlan(tuple(Planned(index, index * 0.1, 16, 60) for index in range(20)), 2.0)
     async with pacing(50, 20) as (address, pid), connect(address, config()) as target:
         running = asyncio.create_task(run_plan(target, plan, config()))
         await asyncio.sleep(0.8)

@@ -14,9 +14,8 @@ import pytest
 import pytest_asyncio
 
 from baton.bench.measuring import measure_once
-from baton.bench.schedule.plan import Plan, Planned
-from baton.bench.sending.driver import run_plan
-from baton.bench.sending.target import connect
+from baton.bench.schedule.plan import LoadPlan, Planned
+from baton.bench.sending.driver import connect, run_plan
 from tests.bench.builders import config
 from tests.cluster.conftest import Running, running, settled
 
@@ -58,7 +57,7 @@ async def test_a_mooncake_replay_shares_its_prefixes_and_agrees_with_the_timelin
 
 async def test_a_stopped_decode_worker_shows_in_every_stream_at_its_true_length(cluster: Running) -> None:
     worker = next(child for child in cluster.cluster.processes if child.role == "decode")
-    plan = Plan(tuple(Planned(index, 0.0, 32, 250) for index in range(4)), 1.0)
+    plan = LoadPlan(tuple(Planned(index, 0.0, 32, 250) for index in range(4)), 1.0)
     load = config(timeout_s=60.0)
     async with connect(cluster.cluster.address, load) as target:
         seen = asyncio.Event()

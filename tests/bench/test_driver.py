@@ -14,11 +14,10 @@ import pytest
 from baton import errors
 from baton.bench.figures.metrics import summarize
 from baton.bench.measuring import measure_once
-from baton.bench.schedule.plan import Plan, Planned, make_plan
+from baton.bench.schedule.plan import LoadPlan, Planned, make_plan
 from baton.bench.sending import driver
-from baton.bench.sending.driver import Progress, Run, run_plan
+from baton.bench.sending.driver import LoadRun, Progress, connect, run_plan
 from baton.bench.sending.records import Record
-from baton.bench.sending.target import connect
 from tests.bench.builders import config
 from tests.bench.paced import Paced
 from tests.client.double import serving
@@ -31,15 +30,15 @@ async def paced(**pace: float) -> AsyncIterator[Paced]:
         yield double
 
 
-async def sent(address: str, plan: Plan, **settings: object) -> Run:
+async def sent(address: str, plan: LoadPlan, **settings: object) -> LoadRun:
     load = config(**settings)
     async with connect(address, load) as target:
         return await run_plan(target, plan, load)
 
 
-def even(count: int, every_s: float, tokens: int = 3) -> Plan:
+def even(count: int, every_s: float, tokens: int = 3) -> LoadPlan:
     requests = tuple(Planned(index, index * every_s, 8, tokens) for index in range(count))
-    return Plan(requests, count * every_s)
+    return LoadPlan(requests, count * every_s)
 
 
 async def test_every_request_goes_out_as_planned() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from baton.bench.schedule.lengths import Fixed, Lognormal, Uniform, parse_lengths
-from baton.bench.schedule.plan import Plan, Planned, Prompts, make_plan
+from baton.bench.schedule.plan import LoadPlan, Planned, Prompts, make_plan
 from baton.bench.schedule.traces import read_trace, scaled
 from baton.errors import ConfigError
 from tests.bench.builders import config
@@ -39,7 +39,7 @@ def mooncake(tmp_path: Path) -> Path:
     return path
 
 
-def sent(plan: Plan) -> list[tuple[float, int, int]]:
+def sent(plan: LoadPlan) -> list[tuple[float, int, int]]:
     return [(round(entry.at_s, 6), entry.prompt_tokens, entry.output_tokens) for entry in plan.requests]
 
 

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from baton.client.types import Completion
-from baton.engine.simulated.cost import COSTS
+from baton.engine.simulated import COSTS
 from baton.errors import ResourceExhausted
 from tests.cluster.conftest import Running, running, settled
 

@@ -154,7 +154,7 @@ def test_the_packed_weights_decide(kernels: library.Library, files: tuple[Path, 
 
 
 def test_the_kernels_sources_decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    target = build.Target("avx2", ())
+    target = build.BuildTarget("avx2", ())
     before = build.arithmetic_of(target)
     (tmp_path / "step.cpp").write_text("// another version")
     monkeypatch.setattr(build, "SOURCES", tmp_path)

@@ -15,7 +15,7 @@ from baton.engine.api import Engine, Sequence, Work
 from baton.engine.files.card import ModelDescription
 from baton.engine.files.models import ResolvedModel
 from baton.engine.kv import KvPool
-from baton.engine.offline import Completion, Prompt, generate
+from baton.engine.offline import GenerationResult, Prompt, generate
 from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError, InvalidArgument, ResourceExhausted
 from baton.spec import Sampling
@@ -79,7 +79,7 @@ def test_timing_and_logprobs_are_reported(computing: Computing, tiny: Callable[[
     model = tiny("llama")
     tokens = tokens_for(30)
     prompt = Prompt(tuple(tokens), Sampling(temperature=0.7, seed=5, logprobs=2), max_tokens=5)
-    completion: Completion = generate(computing.engine(model), [prompt], blocks=8, chunk_tokens=8)[0]
+    completion: GenerationResult = generate(computing.engine(model), [prompt], blocks=8, chunk_tokens=8)[0]
     assert completion.prefill_s > 0
     assert len(completion.step_s) == 4
     assert len(completion.logprobs) == 5
@@ -166,7 +166,7 @@ def test_cuda_without_a_gpu_is_one_line(tiny: Callable[[str], Tiny]) -> None:
 
 
 def test_the_card_side_never_imports_torch() -> None:
-    code = "import sys, baton.engine.card, baton.engine.tokenizer; sys.exit('torch' in sys.modules)"
+    code = "import sys, baton.engine.files.card, baton.engine.files.tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

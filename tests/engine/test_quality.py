@@ -37,7 +37,11 @@ def wanted(embedded: ResolvedModel, embedded_reference: Any) -> list[Continuatio
 
 @pytest.mark.parametrize("case", quality.CASES, ids=lambda case: case.label)
 def test_a_format_keeps_its_bound(
-    kernels: library.Library, embedded: ResolvedModel, floats: Path, wanted: Sequence[Continuation], case: quality.Case
+    kernels: library.Library,
+    embedded: ResolvedModel,
+    floats: Path,
+    wanted: Sequence[Continuation],
+    case: quality.QualityCase,
 ) -> None:
     found = fidelity.measure(quality.engine_for(case, embedded, floats, wanted), wanted)
     assert fidelity.mean_divergence(found) < case.bound
@@ -46,7 +50,7 @@ def test_a_format_keeps_its_bound(
 def test_the_checkpoint_in_floats_is_the_same_model(
     embedded: ResolvedModel, floats: Path, wanted: Sequence[Continuation]
 ) -> None:
-    exact = quality.Case("", "auto", dtype="float32", is_torch=True, is_shuffled=True)
+    exact = quality.QualityCase("", "auto", dtype="float32", is_torch=True, is_shuffled=True)
     (found,) = fidelity.measure(quality.engine_for(exact, embedded, floats, wanted[:1]), wanted[:1])
     assert float(found.divergence.max()) < 1e-6
     assert found.identical

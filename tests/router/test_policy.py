@@ -12,7 +12,7 @@ import pytest
 from baton.bench.config import LoadConfig
 from baton.bench.schedule.classes import TrafficClass
 from baton.bench.schedule.plan import Planned, make_plan
-from baton.engine.simulated.cost import COSTS
+from baton.engine.simulated import COSTS
 from benchmarks.serving.goodput import CONTEXT, WORKLOADS, load_of
 from benchmarks.simulated.policy import idle_of, shares
 from benchmarks.simulated.replica import Machine, Replica

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.simulated import prefix
-from benchmarks.simulated.prefix import Prompt, Simulation, clairvoyant, one_lru, read, synthesise
+from benchmarks.simulated.prefix import Simulation, TracePrompt, clairvoyant, one_lru, read, synthesise
 from kvtransfer.blocks.layout import BLOCK_TOKENS
 
 
-def prompts_of(*rows: list[int]) -> list[Prompt]:
+def prompts_of(*rows: list[int]) -> list[TracePrompt]:
     """Prompts of whole blocks and one more token."""
-    return [Prompt(float(n), prefix._tokens([*ids, 999], 512 * len(ids) + 32)) for n, ids in enumerate(rows)]
+    return [TracePrompt(float(n), prefix._tokens([*ids, 999], 512 * len(ids) + 32)) for n, ids in enumerate(rows)]
 
 
 def best_of_all(rows: list[list[int]], blocks: int) -> int:
@@ -60,7 +60,7 @@ def test_one_lru_cache() -> None:
 def test_one_worker_alone_is_that_cache() -> None:
     """With room for all, and no prompt whose last token ends a block: that one a worker computes at any rate."""
     lengths = [len(prompt.tokens) - (len(prompt.tokens) % BLOCK_TOKENS == 0) for prompt in synthesise(300)]
-    prompts = [Prompt(10.0 * n, p.tokens[: lengths[n]]) for n, p in enumerate(synthesise(300))]
+    prompts = [TracePrompt(10.0 * n, p.tokens[: lengths[n]]) for n, p in enumerate(synthesise(300))]
     simulation = Simulation(prompts, 1, 100_000, 1_000_000)
     simulation.run()
     assert simulation.saved == one_lru(prompts, 100_000) == clairvoyant(prompts, 100_000)

@@ -1,1 +1,1 @@
-"""What the records of a load say."""
+"""The figures of a load, from its records."""

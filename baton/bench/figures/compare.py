@@ -1,4 +1,4 @@
-"""Two results side by side, metric by metric."""
+"""Compares two results metric by metric."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATES = ("rate", "attainment", "attainment_admitted", "goodput", "output_tokens_
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`ratio` is B over A; None where either is missing, or A is 0."""
+    """One metric of results A and B."""
 
     metric: str
     a: float | None
@@ -24,12 +24,12 @@ class Compared:
 
     @property
     def ratio(self) -> float | None:
-        """B over A."""
+        """B over A; None if either is missing or A is 0."""
         return self.b / self.a if self.a and self.b is not None else None
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `same` (to four digits), or nothing where it can't be said."""
+        """`better`, `worse`, `same` (to four digits), or empty if undecidable."""
         if self.a is None or self.b is None or self.higher_is_better is None:
             return ""
         if abs(self.b - self.a) <= 1e-4 * abs(self.a):
@@ -38,7 +38,7 @@ class Compared:
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Compared]:
-    """Of two documents of `read_json`: all requests, then the classes that both have."""
+    """Compares two documents of `read_json`: all requests, then the classes that both have."""
     rows = list(_rows("", a["summary"], b["summary"]))
     for name in sorted(a["classes"].keys() & b["classes"].keys()):
         if len(a["classes"]) > 1 or len(b["classes"]) > 1:
@@ -47,7 +47,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Compared]:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What was loaded, for how long, and the settings of the load in which the two differ, as `rate: 1.0, 2.0`."""
+    """Differences in model, address, window and settings, as `rate: 1.0, 2.0`."""
     pairs = [(name, a[name], b[name]) for name in ("model", "address", "window_s")]
     names = sorted(a["config"].keys() | b["config"].keys())
     pairs += [(name, a["config"].get(name), b["config"].get(name)) for name in names if name != "model"]
@@ -61,15 +61,11 @@ def _rows(prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[C
         for percentile in PERCENTILES:
             before, after = (side[name][percentile] if side[name] else None for side in (a, b))
             yield Compared(f"{prefix}{name} {percentile}", before, after, higher_is_better=False)
-    for name, of in (("refused", _refused), ("failed", _failed)):
-        yield Compared(f"{prefix}{name} (share)", of(a), of(b), False)
+    for name, shares in zip(("refused", "failed"), zip(_lost(a), _lost(b), strict=True), strict=True):
+        yield Compared(f"{prefix}{name} (share)", *shares, False)
 
 
-def _refused(summary: Mapping[str, Any]) -> float:
-    return float(summary["refusals"]["count"] / summary["requests"])
-
-
-def _failed(summary: Mapping[str, Any]) -> float:
-    """Of all requests; neither served nor turned away."""
-    bad = summary["requests"] - summary["statuses"].get(OK, 0) - summary["refusals"]["count"]
-    return float(bad / summary["requests"])
+def _lost(summary: Mapping[str, Any]) -> tuple[float, float]:
+    """The shares of refused and of failed requests; a failed one was neither refused nor served."""
+    requests, refused = summary["requests"], summary["refusals"]["count"]
+    return refused / requests, (requests - summary["statuses"].get(OK, 0) - refused) / requests

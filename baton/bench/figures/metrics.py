@@ -1,8 +1,8 @@
-"""What a run's records say: pure functions of them.
+"""The figures of a run: pure functions of its records.
 
-Attainment: the share of all counted requests that ended well and kept every objective; refused and failed ones did
-not. Goodput: such requests per second of the window in which requests were due. Throughput: tokens per second from the
-start of that window to the last event. Percentiles interpolate linearly between order statistics.
+Attainment: the share of all counted requests that ended well and kept every objective, which refused and failed ones
+did not. Goodput: such requests per second of the window in which requests were due. Throughput: tokens per second from
+the start of that window to the last event. Percentiles interpolate linearly between order statistics.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
-from baton.bench.sending.records import OK, Record, values
+from baton.bench.sending.records import OK, Record
 
 PROMISE_SLACK = 1.2
-"""A promise counts as kept up to this factor."""
+"""A promise is kept if the achieved time is at most this many times the promised one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Of some values, in their unit."""
-
     count: int
     mean: float
     min: float
@@ -35,7 +34,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """Requests turned away before they were accepted: how many, how soon after they were due, and for want of what."""
+    """Requests refused before they were accepted; `constraints` counts the resources that were short."""
 
     count: int
     answer_ms: Distribution | None
@@ -44,12 +43,11 @@ class Refusals:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """A prediction of `Accepted` against what was achieved. A request that was to get a first token and got none has
-    not kept its promise; the ratio and the errors are over those that got there."""
+    """Predictions of `Accepted` against achieved times. A request that never achieved its time broke its promise, and
+    does not count in the ratio and the errors."""
 
     count: int
     kept_share: float
-    """Achieved at most `PROMISE_SLACK` times what was promised."""
     promised_over_achieved_p50: float
     error_p50: float
     """Of |achieved - promised| / promised."""
@@ -58,10 +56,10 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class CrossCheck:
-    """The client's clock against the timelines: what the network and the client add, which should be little.
+    """The client's times less the server's timelines: network and client should add little.
 
-    Both durations start when the request went out, not when it was due. `disagreements` counts requests for which the
-    server says that it kept the objectives and the client says that they were missed, or the reverse.
+    Both count from when the request was sent, not from when it was due. `disagreements` counts requests whose
+    objectives client and server judge differently.
     """
 
     ttft_difference_ms: Distribution | None
@@ -71,7 +69,7 @@ class CrossCheck:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of all counted requests, or of one class. Durations in milliseconds, rates per second."""
+    """Of all counted requests, or of one class. Rates are per second."""
 
     requests: int
     rate: float
@@ -95,8 +93,9 @@ class Summary:
     cached_prompt_share: float | None
 
 
-def distribution(found: Sequence[float]) -> Distribution | None:
-    """None without values."""
+def distribution(values: Sequence[float | None]) -> Distribution | None:
+    """Of those that are not None; None without any."""
+    found = [value for value in values if value is not None]
     if not found:
         return None
     p50, p90, p95, p99 = (float(value) for value in np.percentile(found, (50, 90, 95, 99)))
@@ -104,47 +103,46 @@ def distribution(found: Sequence[float]) -> Distribution | None:
 
 
 def counted(records: Sequence[Record], warmup_s: float) -> list[Record]:
-    """Those due after the warm-up."""
+    """The records due after the warm-up."""
     return [record for record in records if record.planned.at_s >= warmup_s]
 
 
 def summarize(records: Sequence[Record], window_s: float, begin_s: float = 0.0) -> Summary:
-    """Of at least one record; `window_s` is the time in which they were due, from `begin_s` on."""
-    chosen = list(records)
-    admitted = [record for record in chosen if record.admitted]
-    span_s = max(window_s, max(record.end_s for record in chosen) - begin_s)
-    kept = sum(record.kept for record in chosen)
-    served = [record for record in chosen if record.stamps]
+    """Sums up at least one record; all were due within `window_s` seconds from `begin_s` on."""
+    admitted = [record for record in records if record.admitted]
+    refused = [record for record in records if record.refused]
+    short = dict(Counter(record.constraint or "unnamed" for record in refused))
+    span_s = max(window_s, max(record.end_s for record in records) - begin_s)
+    kept = sum(record.kept for record in records)
+    served = [record for record in records if record.stamps]
     events = sum(len(record.stamps) for record in served)
     tokens = sum(record.output_tokens for record in served)
     return Summary(
-        requests=len(chosen),
-        rate=len(chosen) / window_s,
-        statuses=dict(Counter(record.status for record in chosen)),
-        attainment=kept / len(chosen),
+        requests=len(records),
+        rate=len(records) / window_s,
+        statuses=dict(Counter(record.status for record in records)),
+        attainment=kept / len(records),
         attainment_admitted=sum(record.kept for record in admitted) / len(admitted) if admitted else None,
-        ttft_attainment=_share([record.ttft_kept for record in chosen]),
-        tpot_attainment=_share([record.tpot_kept for record in chosen]),
+        ttft_attainment=_share([record.ttft_kept for record in records]),
+        tpot_attainment=_share([record.tpot_kept for record in records]),
         goodput=kept / window_s,
         output_tokens_per_s=tokens / span_s,
         prompt_tokens_per_s=sum(record.planned.prompt_tokens for record in served) / span_s,
         tokens_per_event=tokens / events if events else None,
-        ttft_ms=distribution(values(chosen, lambda record: record.ttft_ms)),
-        tpot_ms=distribution(values(chosen, lambda record: record.tpot_ms)),
-        itl_ms=distribution([gap for record in chosen for gap in record.gaps_ms]),
-        total_ms=distribution([record.total_ms for record in chosen if record.finished is not None]),
-        refusals=_refusals([record for record in chosen if record.refused]),
-        ttft_promise=_promise(chosen, _promised_ttft, lambda record: record.ttft_ms, lambda record: not record.stamps),
-        tpot_promise=_promise(
-            chosen, _promised_tpot, lambda record: record.tpot_ms, lambda record: record.status != OK
-        ),
-        cross_check=_cross_check(chosen),
-        cached_prompt_share=cached_prompt_share(chosen),
+        ttft_ms=distribution([record.ttft_ms for record in records]),
+        tpot_ms=distribution([record.tpot_ms for record in records]),
+        itl_ms=distribution([gap for record in records for gap in record.gaps_ms]),
+        total_ms=distribution([record.total_ms for record in records if record.finished is not None]),
+        refusals=Refusals(len(refused), distribution([record.total_ms for record in refused]), short),
+        ttft_promise=_promise(records, "ttft_ms", lambda record: not record.stamps),
+        tpot_promise=_promise(records, "tpot_ms", lambda record: record.status != OK),
+        cross_check=_cross_check(records),
+        cached_prompt_share=cached_prompt_share(records),
     )
 
 
 def by_class(records: Sequence[Record], window_s: float, begin_s: float = 0.0) -> dict[str, Summary]:
-    """A summary for each class that has a request, by name."""
+    """The summary of each class that has a request, sorted by name."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.planned.traffic.name, []).append(record)
@@ -156,26 +154,14 @@ def _share(outcomes: Sequence[bool | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _refusals(refused: list[Record]) -> Refusals:
-    answers = distribution([record.total_ms for record in refused])
-    return Refusals(len(refused), answers, dict(Counter(record.constraint or "unnamed" for record in refused)))
-
-
-def _promised_ttft(record: Record) -> float | None:
-    return record.accepted.predicted_ttft_ms if record.accepted else None
-
-
-def _promised_tpot(record: Record) -> float | None:
-    return record.accepted.predicted_tpot_ms if record.accepted else None
-
-
-def _promise(
-    records: list[Record],
-    promised_of: Callable[[Record], float | None],
-    achieved_of: Callable[[Record], float | None],
-    is_broken: Callable[[Record], bool],
-) -> Promise | None:
-    made = [(promise, achieved_of(record), is_broken(record)) for record in records if (promise := promised_of(record))]
+def _promise(records: Sequence[Record], name: str, is_broken: Callable[[Record], bool]) -> Promise | None:
+    """For `name` ttft_ms or tpot_ms, which has its prediction in `Accepted`."""
+    promised_of = attrgetter(f"predicted_{name}")
+    made = [
+        (promise, getattr(record, name), is_broken(record))
+        for record in records
+        if record.accepted and (promise := promised_of(record.accepted))
+    ]
     known = np.array([(a, b) for a, b, broken in made if b is not None and b > 0 and not broken], dtype=float)
     if not len(known):
         return None
@@ -191,7 +177,7 @@ def _promise(
     )
 
 
-def _cross_check(records: list[Record]) -> CrossCheck:
+def _cross_check(records: Sequence[Record]) -> CrossCheck:
     ttft, tpot, disagreements = [], [], 0
     for record in records:
         if record.finished is None or not record.stamps:
@@ -207,7 +193,7 @@ def _cross_check(records: list[Record]) -> CrossCheck:
 
 
 def cached_prompt_share(records: Sequence[Record]) -> float | None:
-    """Of the prompt tokens of finished requests, those that the server found in a prefix cache."""
+    """The share of finished requests' prompt tokens that the server had in a prefix cache."""
     usages = [record.finished.usage for record in records if record.finished is not None]
     prompts = sum(usage.prompt_tokens for usage in usages)
     return sum(usage.cached_prompt_tokens for usage in usages) / prompts if prompts else None

@@ -1,4 +1,4 @@
-"""A measurement as a document: what `--json` writes and `--compare` reads, and a row per request for `--csv`."""
+"""A measurement as a document, for `--json` and `--compare`, and a row per request, for `--csv`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from baton.bench.config import LoadConfig, SweepConfig
 from baton.bench.figures.metrics import Summary, by_class, counted, summarize
 from baton.bench.figures.series import Series, series_of
 from baton.bench.figures.verdict import ClientHealth, Verdict, health_of, judge
-from baton.bench.sending.driver import Run
+from baton.bench.sending.driver import LoadRun
 from baton.bench.sending.records import Record
 from baton.bench.sweep import Point
 from baton.errors import ConfigError
@@ -30,7 +31,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One run and what it says. Of a sweep: what it looked for, the points that it tried, and the best, if any."""
+    """The figures of a run; of a sweep, those of its best run, with its goal, all points and the best point, if any."""
 
     address: str
     model: str
@@ -47,27 +48,18 @@ class Measurement:
     found: Point | None = None
 
 
-def measure(run: Run, config: LoadConfig, address: str, model: str) -> Measurement:
-    """Sums a run up."""
-    chosen = counted(run.records, run.plan.warmup_s)
-    summary = summarize(chosen, run.plan.window_s, run.plan.warmup_s)
+def measure(run: LoadRun, config: LoadConfig, address: str, model: str) -> Measurement:
+    plan, chosen = run.plan, counted(run.records, run.plan.warmup_s)
+    summary = summarize(chosen, plan.window_s, plan.warmup_s)
+    classes = by_class(chosen, plan.window_s, plan.warmup_s)
     health = health_of(run)
-    return Measurement(
-        address,
-        model,
-        datetime.now(UTC).isoformat(timespec="seconds"),
-        config,
-        run.plan.window_s,
-        summary,
-        by_class(chosen, run.plan.window_s, run.plan.warmup_s),
-        health,
-        judge(run, health, summary.cross_check, config),
-        series_of(run.records, run.plan.end_s),
-    )
+    verdict = judge(run, health, summary.cross_check, config)
+    at, series = datetime.now(UTC).isoformat(timespec="seconds"), series_of(run.records, plan.end_s)
+    return Measurement(address, model, at, config, plan.window_s, summary, classes, health, verdict, series)
 
 
 def document(found: Measurement) -> dict[str, Any]:
-    """Plain JSON values. A figure that does not exist is null."""
+    """Plain JSON values; a missing figure is null."""
     plain = asdict(found)
     plain["config"]["trace"] = None if found.config.trace is None else str(found.config.trace)
     return {"baton_bench": FORMAT, **plain}
@@ -79,7 +71,7 @@ def write_json(found: Measurement, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises ConfigError naming the file."""
+    """Reads a file of `write_json`. Raises ConfigError naming the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
-    """A row per planned request, those of the warm-up included. Raises OSError."""
+    """A row per planned request, with those of the warm-up. Raises OSError."""
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(CSV_COLUMNS)
@@ -104,34 +96,15 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
 def _row(record: Record) -> tuple[Any, ...]:
     planned, accepted, finished = record.planned, record.accepted, record.finished
     timeline = finished.timeline if finished else None
+    served = ("ttft_ms", "tpot_ms", "queue_ms", "prefill_ms", "decode_ms", "path", "prefill_worker", "decode_worker")
     return (
-        planned.index,
-        planned.traffic.name,
-        planned.at_s,
-        record.late_ms,
-        record.status,
-        planned.prompt_tokens,
-        planned.output_tokens,
-        record.output_tokens,
-        record.ttft_ms,
-        record.tpot_ms,
-        max(record.gaps_ms, default=None),
-        record.total_ms,
-        record.ttft_kept,
-        record.tpot_kept,
-        accepted.predicted_ttft_ms if accepted else None,
-        accepted.predicted_tpot_ms if accepted else None,
-        timeline.ttft_ms if timeline else None,
-        timeline.tpot_ms if timeline else None,
-        timeline.queue_ms if timeline else None,
-        timeline.prefill_ms if timeline else None,
-        timeline.decode_ms if timeline else None,
-        timeline.path.value if timeline else None,
-        timeline.prefill_worker if timeline else None,
-        timeline.decode_worker if timeline else None,
-        finished.usage.cached_prompt_tokens if finished else None,
-        record.message,
-    )
+        planned.index, planned.traffic.name, planned.at_s, record.late_ms, record.status, planned.prompt_tokens,
+        planned.output_tokens, record.output_tokens, record.ttft_ms, record.tpot_ms,
+        max(record.gaps_ms, default=None), record.total_ms, record.ttft_kept, record.tpot_kept,
+        *(getattr(accepted, name, None) for name in ("predicted_ttft_ms", "predicted_tpot_ms")),
+        *(getattr(timeline, name, None) for name in served),
+        finished.usage.cached_prompt_tokens if finished else None, record.message,
+    )  # fmt: skip
 
 
 def _cell(value: Any) -> str:
@@ -139,4 +112,6 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Enum):
+        return str(value.value)
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,9 +1,9 @@
-"""A run over time, in equal bins: what the plots show, and where the bursts were."""
+"""A run over time, in equal bins, for the plots, and its bursts of arrivals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ BURST_SIGMAS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """`at_s` has the middle of each bin. Rates per second; ITL of the gaps that ended in the bin, None without any."""
+    """`at_s` has the middle of each bin. Rates are per second; ITL is of the gaps that end in the bin, None without."""
 
     at_s: tuple[float, ...]
     arrivals: tuple[float, ...]
@@ -29,28 +29,28 @@ class Series:
 
 
 def series_of(records: Sequence[Record], end_s: float) -> Series:
-    """Over the time from the first arrival that was planned to the last event."""
+    """From the start of the plan to the last event."""
     last_s = max([end_s, *(record.end_s for record in records)])
     width = max(LEAST_BIN_S, last_s / BINS)
-    count = math.floor(last_s / width) + 1  # the last event is within, not at the edge
+    count = math.floor(last_s / width) + 1  # puts the last event inside the last bin
     edges = np.arange(count + 1) * width
     due = np.array([record.planned.at_s for record in records])
     arrivals, _ = np.histogram(due, edges)
     kept, _ = np.histogram([record.planned.at_s for record in records if record.kept], edges)
-    p50, p99, most = _gaps(records, edges)
+    gaps = _gaps(records, edges)
     return Series(
         tuple(float(edge) for edge in edges[:-1] + width / 2),
         tuple(float(value) for value in arrivals / width),
         tuple(float(value) for value in kept / width),
-        p50,
-        p99,
-        most,
+        _figures(gaps, lambda found: np.percentile(found, 50)),
+        _figures(gaps, lambda found: np.percentile(found, 99)),
+        _figures(gaps, np.max),
         bursts_in(arrivals.tolist(), width, end_s),
     )
 
 
 def bursts_in(arrivals: Sequence[int], width: float, end_s: float) -> tuple[tuple[float, float], ...]:
-    """Spans of bins with more arrivals than two standard deviations of a Poisson process above the mean."""
+    """Spans of bins with more arrivals than the mean plus two standard deviations of a Poisson process."""
     mean = sum(arrivals) * width / end_s
     bound = max(1.0, mean + BURST_SIGMAS * math.sqrt(mean))
     spans: list[tuple[float, float]] = []
@@ -65,20 +65,14 @@ def bursts_in(arrivals: Sequence[int], width: float, end_s: float) -> tuple[tupl
     return tuple(spans)
 
 
-Gaps = tuple[float | None, ...]
-
-
-def _gaps(records: Sequence[Record], edges: np.ndarray) -> tuple[Gaps, Gaps, Gaps]:
+def _gaps(records: Sequence[Record], edges: np.ndarray) -> list[np.ndarray]:
+    """The gaps between tokens that ended in each bin."""
     ends = np.array([moment for record in records for moment in record.heard_s[1:]])
     gaps = np.array([gap for record in records for gap in record.gaps_ms])
     order = np.argsort(ends, kind="stable")
     ends, gaps = ends[order], gaps[order]
-    p50: list[float | None] = []
-    p99: list[float | None] = []
-    most: list[float | None] = []
-    for first, after in zip(*np.searchsorted(ends, [edges[:-1], edges[1:]]), strict=True):
-        found = gaps[first:after]
-        p50.append(float(np.percentile(found, 50)) if len(found) else None)
-        p99.append(float(np.percentile(found, 99)) if len(found) else None)
-        most.append(float(found.max()) if len(found) else None)
-    return tuple(p50), tuple(p99), tuple(most)
+    return [gaps[first:after] for first, after in zip(*np.searchsorted(ends, [edges[:-1], edges[1:]]), strict=True)]
+
+
+def _figures(gaps: list[np.ndarray], of: Callable[[np.ndarray], float]) -> tuple[float | None, ...]:
+    return tuple(float(of(found)) if len(found) else None for found in gaps)

@@ -1,1 +1,1 @@
-"""How a load's figures are shown."""
+"""The report of a load."""

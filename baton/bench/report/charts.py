@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from baton.bench.figures.metrics import counted
 from baton.bench.figures.results import Measurement
+from baton.bench.figures.series import Series
 from baton.bench.report.svg import Chart, Line
 from baton.bench.sending.records import Record
 from baton.bench.sweep import Point
@@ -17,21 +18,23 @@ SHARES = np.concatenate([np.linspace(0, 0.9, 91), np.linspace(0.91, 1.0, 46)])
 
 
 def charts_of(found: Measurement, records: Sequence[Record]) -> list[Chart]:
-    """In the order in which a reader asks."""
-    chosen = counted(records, found.config.warmup_s)
+    chosen, series = counted(records, found.config.warmup_s), found.series
+    itl = {"p50": series.itl_p50_ms, "p99": series.itl_p99_ms, "max": series.itl_max_ms}
+    traffic = {"due": series.arrivals, "of these, kept their objectives": series.kept}
+    point = Point(found.summary.rate, found.summary.attainment, found.summary.goodput, found.verdict.valid)
     charts = [
         _cdf("Time to first token", "% of all requests", chosen, _first_tokens, _marks(found, "ttft_ms")),
         _cdf("Time per output token", "% at most", chosen, _mean_gaps, _marks(found, "tpot_ms")),
         _cdf("Inter-token latency", "% at most", chosen, lambda record: record.gaps_ms, ()),
-        _itl(found),
-        _traffic(found),
-        _over_rate(found.sweep or (_point(found),)),
+        _over_time(series, "Inter-token latency over time", "milliseconds", itl),
+        _over_time(series, "Requests over time, by when they were due", "requests / s", traffic),
+        _over_rate(found.sweep or (point,)),
     ]
     return [*charts, _attained(found.sweep, found.search.attainment)] if found.search else charts
 
 
 def _first_tokens(record: Record) -> list[float]:
-    """One without a first token has waited for ever: its class's curve ends below 100 %."""
+    """Infinite without a first token: the class's curve ends below 100 %."""
     return [math.inf if record.ttft_ms is None else record.ttft_ms]
 
 
@@ -40,13 +43,10 @@ def _mean_gaps(record: Record) -> list[float]:
 
 
 def _cdf(
-    title: str,
-    y_label: str,
-    records: Sequence[Record],
-    of: Callable[[Record], list[float]],
+    title: str, y_label: str, records: Sequence[Record], of: Callable[[Record], list[float]],
     marks: Sequence[tuple[float, str]],
-) -> Chart:
-    """A curve per class: which share of the requests (or gaps) was at most so slow."""
+) -> Chart:  # fmt: skip
+    """A cumulative distribution per class, of requests or gaps."""
     names = sorted({record.planned.traffic.name for record in records})
     lines = []
     for name in names:
@@ -59,35 +59,14 @@ def _cdf(
 
 
 def _marks(found: Measurement, objective: str) -> list[tuple[float, str]]:
-    """The objectives, as many as there are classes with one."""
-    marks = []
-    for traffic in found.config.traffic_classes():
-        value = getattr(traffic, objective)
-        if value is not None:
-            marks.append((value, f"{traffic.name}: objective {value:g} ms"))
-    return marks
+    """The classes' objectives."""
+    named = [(traffic.name, getattr(traffic, objective)) for traffic in found.config.traffic_classes()]
+    return [(value, f"{name}: objective {value:g} ms") for name, value in named if value is not None]
 
 
-def _itl(found: Measurement) -> Chart:
-    series = found.series
-    curves = (("p50", series.itl_p50_ms), ("p99", series.itl_p99_ms), ("max", series.itl_max_ms))
-    lines = [Line(name, list(zip(series.at_s, curve, strict=True))) for name, curve in curves]
-    title = "Inter-token latency over time"
-    return Chart(title, "seconds", "milliseconds", lines, bands=series.bursts, band_label="burst of arrivals")
-
-
-def _traffic(found: Measurement) -> Chart:
-    series = found.series
-    lines = [
-        Line("due", list(zip(series.at_s, series.arrivals, strict=True))),
-        Line("of these, kept their objectives", list(zip(series.at_s, series.kept, strict=True))),
-    ]
-    title = "Requests over time, by when they were due"
-    return Chart(title, "seconds", "requests / s", lines, bands=series.bursts, band_label="burst of arrivals")
-
-
-def _point(found: Measurement) -> Point:
-    return Point(found.summary.rate, found.summary.attainment, found.summary.goodput, found.verdict.valid)
+def _over_time(series: Series, title: str, y_label: str, curves: Mapping[str, Sequence[float | None]]) -> Chart:
+    lines = [Line(name, list(zip(series.at_s, curve, strict=True))) for name, curve in curves.items()]
+    return Chart(title, "seconds", y_label, lines, bands=series.bursts, band_label="burst of arrivals")
 
 
 def _over_rate(points: Sequence[Point]) -> Chart:

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, neither a network nor a script."""
+"""The report: one HTML file without scripts and external resources."""
 
 from __future__ import annotations
 
@@ -55,10 +55,9 @@ def write_page(found: Measurement, records: Sequence[Record], path: Path) -> Non
 
 
 def page(found: Measurement, records: Sequence[Record]) -> str:
-    """The whole document."""
     plots = "".join(render(chart) for chart in charts_of(found, records))
-    tables = [latency_table(found.summary), class_table(found.classes), promise_table(found.summary)]
-    tables.append(client_table(found.health))
+    summary = found.summary
+    tables = [latency_table(summary), class_table(found.classes), promise_table(summary), client_table(found.health)]
     body = (
         f"<h1>baton bench</h1><p class=soft>{escape(_headline(found))}</p>{_verdict(found)}"
         f"{_table(overview(found.summary))}<h2>Plots</h2><div class=plots>{plots}</div>"

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours come from the page's style sheet, so that they follow light and dark."""
+"""Line charts as inline SVG. The page's style sheet has the colours, for light and dark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LABEL_GAP = 14.0
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A named curve. A None as y breaks it."""
+    """A curve, which a None as y interrupts."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
@@ -23,7 +23,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """`bands` are spans of x to shade; `marks` are vertical, `levels` horizontal lines with a label each."""
+    """`bands` are shaded spans of x; `marks` are vertical, `levels` horizontal lines with labels."""
 
     title: str
     x_label: str
@@ -39,7 +39,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From values to pixels."""
+    """Maps values to pixels."""
 
     low: float
     high: float
@@ -58,23 +58,22 @@ def render(chart: Chart) -> str:
     ys = [y for line in chart.lines for _, y in line.points if y is not None]
     xs = [x for line in chart.lines for x, y in line.points if y is not None]
     if not xs:
-        return _empty(chart)
+        return f'<figure><figcaption>{escape(chart.title)}</figcaption><p class="none">No data.</p></figure>'
     xs += [at for at, _ in chart.marks]
     x_ticks = log_ticks(min(xs), max(xs)) if chart.x_log else nice_ticks(0.0, max(xs))
-    y_ticks = nice_ticks(
-        0.0, max([*ys, *(level for level, _ in chart.levels)]) if chart.y_most is None else chart.y_most
-    )
+    y_most = max([*ys, *(level for level, _ in chart.levels)]) if chart.y_most is None else chart.y_most
+    y_ticks = nice_ticks(0.0, y_most)
     x = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT, chart.x_log)
     y = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [_band(x, band) for band in chart.bands]
     parts += _axes(chart, x, y, x_ticks, y_ticks)
     parts += [_curve(line, index, x, y) for index, line in enumerate(chart.lines)]
-    parts += _rules(chart, x, y)  # last, so that their texts stay legible
+    parts += _rules(chart, x, y)  # last: their texts stay on top
     return _figure(chart, "".join(parts))
 
 
 def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, that cover the span."""
+    """Multiples of 1, 2 or 5 times a power of ten that cover the span."""
     span = (high - low) or 1.0
     raw = span / count
     power = 10.0 ** floor(log10(raw))
@@ -84,7 +83,7 @@ def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten (only the powers, over many decades), that cover the span."""
+    """1, 2 and 5 times powers of ten (over many decades, only the powers) that cover the span."""
     low = max(low, 1e-3)
     high = max(high, low * 1.001)
     decades = range(floor(log10(low)), ceil(log10(high)) + 1)
@@ -108,28 +107,28 @@ def _figure(chart: Chart, inside: str) -> str:
     )
 
 
-def _empty(chart: Chart) -> str:
-    return f'<figure><figcaption>{escape(chart.title)}</figcaption><p class="none">No data.</p></figure>'
+def _across(kind: str, at: float) -> str:
+    return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+
+
+def _down(kind: str, at: float) -> str:
+    return f'<line class="{kind}" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
 
 
 def _axes(chart: Chart, x: _Scale, y: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
     parts = []
     for tick in y_ticks:
         at = y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_across("grid", at))
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in x_ticks:
         at = x(tick)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(_down("grid", at))
         parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{tick:g}</text>')
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text class="label" x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">{escape(chart.x_label)}</text>'
-    )
-    turn = f'transform="rotate(-90 14 {middle_y})"'
-    parts.append(
-        f'<text class="label" x="14" y="{middle_y}" text-anchor="middle" {turn}>{escape(chart.y_label)}</text>'
-    )
+    label, turn = 'text-anchor="middle"', f'transform="rotate(-90 14 {middle_y})"'
+    parts.append(f'<text class="label" x="{middle_x}" y="{HEIGHT - 8}" {label}>{escape(chart.x_label)}</text>')
+    parts.append(f'<text class="label" x="14" y="{middle_y}" {label} {turn}>{escape(chart.y_label)}</text>')
     return parts
 
 
@@ -143,11 +142,11 @@ def _rules(chart: Chart, x: _Scale, y: _Scale) -> list[str]:
     for index, (value, text) in enumerate(chart.marks):
         at, row = x(value), TOP + LABEL_GAP * (index % 8 + 1)
         side, shift = ("end", -4) if at > WIDTH * 0.7 else ("start", 4)
-        parts.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(_down("rule", at))
         parts.append(f'<text class="note" x="{at + shift:.1f}" y="{row}" text-anchor="{side}">{escape(text)}</text>')
     for value, text in chart.levels:
         at = y(value)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_across("rule", at))
         parts.append(f'<text class="note" x="{LEFT + 6}" y="{at - 4:.1f}">{escape(text)}</text>')
     return parts
 
@@ -168,7 +167,7 @@ def _curve(line: Line, index: int, x: _Scale, y: _Scale) -> str:
 
 
 def _alone(places: Sequence[tuple[float, float] | None], number: int) -> bool:
-    """A point between two gaps would be a path of no length."""
+    """Whether a point lies between two gaps, where a path would have no length."""
     before = places[number - 1] if number else None
     after = places[number + 1] if number + 1 < len(places) else None
     return before is None and after is None

@@ -1,1 +1,1 @@
-"""What a load sends, and when."""
+"""The schedule of a load: its requests and their times."""

@@ -1,13 +1,11 @@
-"""When requests are due: a renewal process of rate one, run through a rate that changes over time.
+"""Arrival times: a renewal process of rate one, mapped through the inverse of the cumulated rate.
 
 The gaps of the process are gamma distributed with mean 1 and variance `burstiness` (shape 1 / burstiness): 1 makes it
-Poisson, 0 even. Mapping it through the inverse of the cumulated rate keeps that at every rate, so the same seed gives
-the same pattern, stretched, at another rate.
+Poisson, 0 even. The same seed gives the same pattern, stretched, at every rate.
 
-A bursty process of some hundred requests is off its rate by a tenth or more, and by another tenth at another rate,
-which would be taken for a difference between rates. So a window gets the number of requests that its rate stands for:
-the process, given that so many fall into it. For Poisson that is the textbook's way to draw arrivals given their
-number; for the others too, since gamma gaps over their sum do not depend on the sum.
+A bursty process of some hundred requests misses its rate by a tenth or more, and differently at each rate, which would
+look like a difference between rates. So a window gets its expected number of requests: the process conditioned on that
+number of arrivals. That is exact for gamma gaps, whose ratios to their sum do not depend on the sum.
 """
 
 from __future__ import annotations
@@ -22,23 +20,23 @@ from baton.bench.config import DEFAULT_RATE, LoadConfig
 
 ARRIVALS_STREAM = 1
 EVEN = 1e-6
-"""Less burstiness than this is none: the distribution's shape, its inverse, would not be a number any more."""
+"""Less burstiness counts as none: its inverse, the distribution's shape, would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Pieces of (seconds, requests per second), one after the other; over and over when `cyclic`."""
+    """Pieces of (seconds, requests per second), one after the other; repeated if `cyclic`."""
 
     pieces: tuple[tuple[float, float], ...]
     cyclic: bool = False
 
     @property
     def seconds(self) -> float:
-        """Of all pieces; infinite when cyclic."""
+        """Of all pieces; infinite if cyclic."""
         return float("inf") if self.cyclic else sum(seconds for seconds, _ in self.pieces)
 
     def expected(self, seconds: float) -> float:
-        """Requests in the first so many seconds, on average."""
+        """Mean number of requests in the first `seconds`."""
         cycle_s = sum(length for length, _ in self.pieces)
         cycles, left = divmod(seconds, cycle_s) if self.cyclic else (0.0, min(seconds, cycle_s))
         total = cycles * sum(length * rate for length, rate in self.pieces)
@@ -49,7 +47,7 @@ class Profile:
 
 
 def profile_of(config: LoadConfig) -> Profile:
-    """The rate over time that a configuration without a trace's times asks for."""
+    """The rate over time, for all arrivals but a trace's."""
     rate = DEFAULT_RATE if config.rate is None else config.rate
     match config.arrival_kind:
         case "onoff":  # the mean over a whole cycle is the rate
@@ -61,16 +59,16 @@ def profile_of(config: LoadConfig) -> Profile:
 
 
 def arrival_times(profile: Profile, burstiness: float, seed: int, seconds: float | None = None) -> Iterator[float]:
-    """Seconds from the start, ascending; ends only with the profile, or, where `seconds` are given, with as many as the
-    rate has them expect by then."""
+    """Seconds from the start, ascending, until the profile ends. The first `seconds`, if given, have exactly their
+    expected number of arrivals."""
     gaps = _unit_gaps(burstiness, np.random.default_rng([seed, ARRIVALS_STREAM]))
     if seconds is not None and burstiness >= EVEN:
         expected = profile.expected(seconds)
         gaps = _exactly(round(expected), expected, gaps)
-    left = next(gaps)  # of the gap under way, in the process's own time
+    left = next(gaps)  # of the current gap, in the process's own time
     begin = 0.0
     for seconds, rate in itertools.cycle(profile.pieces) if profile.cyclic else profile.pieces:
-        room = seconds * rate  # of the process's time that the piece holds
+        room = seconds * rate  # the piece, in the process's own time
         spent = left
         while spent < room:
             yield begin + spent / rate
@@ -80,8 +78,8 @@ def arrival_times(profile: Profile, burstiness: float, seed: int, seconds: float
 
 
 def _exactly(count: int, span: float, gaps: Iterator[float]) -> Iterator[float]:
-    """The first `count` + 1 gaps, shrunk or stretched to fill the span: `count` arrivals fall into it. Then the rest.
-    The last gap is no less than a millionth of the span: rounding must not put the arrival at its end inside."""
+    """The first `count` + 1 gaps, scaled to fill the span, so that `count` arrivals fall into it; then the rest. The
+    last gap is at least a millionth of the span, lest rounding puts the arrival at the span's end inside."""
     first = list(itertools.islice(gaps, count + 1))
     first[-1] = max(first[-1], EVEN * sum(first))
     scale = span / sum(first)

@@ -1,9 +1,10 @@
-"""Classes of requests: each with its share of the traffic, its objectives and its priority."""
+"""Classes of requests: share of the traffic, objectives, priority."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
 
 from baton.client.types import RequestOptions, WhenUnmet
 from baton.errors import ConfigError
@@ -14,7 +15,7 @@ PRIORITIES = range(-100, 101)
 
 @dataclass(frozen=True, slots=True)
 class TrafficClass:
-    """`weight` is relative to those of the other classes. An objective that is None is none."""
+    """`weight` is relative to the other classes' weights."""
 
     name: str = "all"
     weight: float = 1.0
@@ -24,24 +25,14 @@ class TrafficClass:
     when_unmet: WhenUnmet | None = None
 
     def options(self) -> RequestOptions:
-        """What a request of this class says of itself."""
-        options = RequestOptions()
-        if self.ttft_ms is not None:
-            options["ttft_ms"] = self.ttft_ms
-        if self.tpot_ms is not None:
-            options["tpot_ms"] = self.tpot_ms
-        if self.priority:
-            options["priority"] = self.priority
-        if self.when_unmet is not None:
-            options["when_unmet"] = self.when_unmet
-        return options
+        """The options of this class's requests, without those that have their default."""
+        given = {name: getattr(self, name) for name in ("ttft_ms", "tpot_ms", "priority", "when_unmet")}
+        return cast(RequestOptions, {name: value for name, value in given.items() if value})
 
 
 def parse_classes(slo: str, entries: Sequence[str], when_unmet: WhenUnmet | None) -> tuple[TrafficClass, ...]:
-    """The classes of `--class`, each on top of what `--slo` says; without any, one that has all the traffic.
-
-    Raises ConfigError naming `slo` or `class`.
-    """
+    """The classes of `--class`, each with the settings of `--slo` as defaults; without any, one class of all traffic.
+    Raises ConfigError naming `slo` or `class`."""
     base = _with_settings(TrafficClass(when_unmet=when_unmet), slo, "slo")
     classes = tuple(_parse_class(base, entry) for entry in entries) or (base,)
     names = [entry.name for entry in classes]
@@ -63,25 +54,19 @@ def _parse_class(base: TrafficClass, text: str) -> TrafficClass:
 
 
 def _with_settings(base: TrafficClass, text: str, field: str) -> TrafficClass:
-    """`base` with `name=value,...` laid over it."""
+    """`base` with the settings of `name=value,...`."""
     for entry in filter(None, text.split(",")):
         name, _, value = entry.partition("=")
-        match name:
-            case "ttft_ms":
-                base = replace(base, ttft_ms=_positive(value, f"{field}.{name}"))
-            case "tpot_ms":
-                base = replace(base, tpot_ms=_positive(value, f"{field}.{name}"))
-            case "priority":
-                base = replace(base, priority=_priority(value, f"{field}.{name}"))
-            case "when_unmet" if value == "refuse":
-                base = replace(base, when_unmet="refuse")
-            case "when_unmet" if value == "best_effort":
-                base = replace(base, when_unmet="best_effort")
-            case "when_unmet":
-                raise ConfigError(f"{field}.{name}: refuse or best_effort, not {value!r}")
-            case _:
-                raise ConfigError(f"{field}: expected ttft_ms, tpot_ms, priority or when_unmet, not {name!r}")
+        if name not in _PARSERS:
+            raise ConfigError(f"{field}: expected ttft_ms, tpot_ms, priority or when_unmet, not {name!r}")
+        base = replace(base, **{name: _PARSERS[name](value, f"{field}.{name}")})
     return base
+
+
+def _when_unmet(text: str, field: str) -> str:
+    if text not in get_args(WhenUnmet):
+        raise ConfigError(f"{field}: refuse or best_effort, not {text!r}")
+    return text
 
 
 def _positive(text: str, field: str) -> float:
@@ -102,3 +87,8 @@ def _priority(text: str, field: str) -> int:
     if value not in PRIORITIES:
         raise ConfigError(f"{field}: a whole number from -100 to 100, not {text!r}")
     return value
+
+
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "ttft_ms": _positive, "tpot_ms": _positive, "priority": _priority, "when_unmet": _when_unmet,
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""How many tokens a prompt or an answer has: distributions named in a text, and drawn from a generator."""
+"""Distributions of prompt and output lengths, parsed from a text."""
 
 from __future__ import annotations
 
@@ -16,37 +16,32 @@ FORMS = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA[:MAX]"
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always the same."""
-
     tokens: int
 
     def draw(self, rng: np.random.Generator) -> int:
-        """At least 1."""
         return self.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Every whole number from `low` to `high`, both included."""
+    """Integers from `low` to `high`, both included."""
 
     low: int
     high: int
 
     def draw(self, rng: np.random.Generator) -> int:
-        """At least 1."""
         return int(rng.integers(self.low, self.high + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """exp(N(log median, sigma)), cut at `most`."""
+    """exp(N(log median, sigma)), clipped to 1 to `most`."""
 
     median: float
     sigma: float
     most: int
 
     def draw(self, rng: np.random.Generator) -> int:
-        """At least 1."""
         return max(1, round(min(float(self.most), float(rng.lognormal(log(self.median), self.sigma)))))
 
 
@@ -55,7 +50,7 @@ UNBOUNDED = 1 << 20
 
 
 def parse_lengths(text: str, field: str) -> Lengths:
-    """One of the FORMS. Raises ConfigError naming the field."""
+    """Parses one of FORMS. Raises ConfigError naming the field."""
     kind, *numbers = text.split(":")
     try:
         found = _parse(kind, numbers)

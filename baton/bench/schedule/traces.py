@@ -17,16 +17,14 @@ from baton.errors import ConfigError
 
 T = TypeVar("T")
 MOONCAKE_BLOCK = 512
-"""Prompt tokens that one of Mooncake's hash ids stands for; the last block of a prompt may be partly used."""
+"""Prompt tokens per hash id of Mooncake; a prompt's last block may be partly used."""
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A recorded request: seconds after the first one, lengths in tokens, and the ids of its prompt's blocks.
-
-    Equal block ids stand for equal tokens; without any, the prompt shares nothing. `block_tokens` is a block's size.
-    """
+class TraceRequest:
+    """A recorded request: seconds after the first one, lengths in tokens, and the ids of its prompt's blocks. Equal
+    block ids mean equal tokens; without ids the prompt shares nothing. `block_tokens` is a block's size."""
 
     at_s: float
     prompt_tokens: int
@@ -35,15 +33,15 @@ class Entry:
     block_tokens: int = 0
 
 
-def read_trace(path: Path, form: TraceFormat) -> list[Entry]:
-    """In the order of time, the first at 0. Raises ConfigError naming the line and the field at fault."""
+def read_trace(path: Path, form: TraceFormat) -> list[TraceRequest]:
+    """Requests in order of time, the first at 0. Raises ConfigError naming line and field."""
     if form == "auto":
         known: dict[str, TraceFormat] = {".csv": "azure", ".jsonl": "mooncake"}
         if path.suffix not in known:
             raise ConfigError(f"trace_format: azure or mooncake? {path.name} ends in neither .csv nor .jsonl")
         form = known[path.suffix]
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin UTF-8 with a mark
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             entries = list(_azure(path, file) if form == "azure" else _mooncake(path, file))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
@@ -54,8 +52,8 @@ def read_trace(path: Path, form: TraceFormat) -> list[Entry]:
     return [replace(entry, at_s=entry.at_s - entries[0].at_s) for entry in entries]
 
 
-def scaled(entry: Entry, factor: float) -> Entry:
-    """With its lengths multiplied. Shared blocks shrink or grow as a whole, so what was shared stays shared."""
+def scaled(entry: TraceRequest, factor: float) -> TraceRequest:
+    """The request with its lengths multiplied. Blocks scale as a whole, so that shared tokens stay shared."""
     output = max(1, round(entry.output_tokens * factor))
     if not entry.blocks:
         return replace(entry, prompt_tokens=max(1, round(entry.prompt_tokens * factor)), output_tokens=output)
@@ -64,34 +62,27 @@ def scaled(entry: Entry, factor: float) -> Entry:
     return replace(entry, prompt_tokens=prompt, output_tokens=output, block_tokens=block)
 
 
-def mean_rate(entries: Sequence[Entry]) -> float:
-    """Requests per second over the whole trace; 0 for one that has no duration."""
+def mean_rate(entries: Sequence[TraceRequest]) -> float:
+    """Requests per second over the whole trace; 0 for a trace without duration."""
     duration = entries[-1].at_s
     return (len(entries) - 1) / duration if duration else 0.0
 
 
-def _azure(path: Path, file: Any) -> Iterator[Entry]:
+def _azure(path: Path, file: Any) -> Iterator[TraceRequest]:
     rows = csv.DictReader(file)
     missing = set(AZURE_COLUMNS) - set(rows.fieldnames or ())
     if missing:
         raise ConfigError(f"trace: {path}: no column {', '.join(sorted(missing))}")
-    for row in _readable(path, rows):
-        line = rows.line_num
-        yield Entry(
-            _field(path, line, row, "TIMESTAMP", _seconds),
-            _field(path, line, row, "ContextTokens", _count),
-            _field(path, line, row, "GeneratedTokens", _count),
-        )
-
-
-def _readable(path: Path, rows: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
     try:
-        yield from rows
+        for row in rows:
+            line = rows.line_num
+            prompt, output = (_field(path, line, row, name, _count) for name in AZURE_COLUMNS[1:])
+            yield TraceRequest(_field(path, line, row, AZURE_COLUMNS[0], _seconds), prompt, output)
     except csv.Error as error:
         raise ConfigError(f"trace: {path}:{rows.line_num}: not CSV: {error}") from None
 
 
-def _mooncake(path: Path, file: Any) -> Iterator[Entry]:
+def _mooncake(path: Path, file: Any) -> Iterator[TraceRequest]:
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
@@ -106,7 +97,7 @@ def _mooncake(path: Path, file: Any) -> Iterator[Entry]:
         if len(blocks) * MOONCAKE_BLOCK < prompt:
             raise ConfigError(f"trace: {path}:{line}: hash_ids: {len(blocks)} blocks are too few for {prompt} tokens")
         at_s = _field(path, line, row, "timestamp", _finite) / 1e3
-        yield Entry(at_s, prompt, _field(path, line, row, "output_length", _count), blocks, MOONCAKE_BLOCK)
+        yield TraceRequest(at_s, prompt, _field(path, line, row, "output_length", _count), blocks, MOONCAKE_BLOCK)
 
 
 def _field(path: Path, line: int, row: dict[str, Any], name: str, convert: Callable[[Any], T]) -> T:
@@ -119,7 +110,7 @@ def _field(path: Path, line: int, row: dict[str, Any], name: str, convert: Calla
 
 
 def _seconds(text: str) -> float:
-    """Digits beyond microseconds are dropped; what names no zone is in UTC."""
+    """Drops digits beyond microseconds; a time without a zone is in UTC."""
     found = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text.strip()))
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 

@@ -1,8 +1,8 @@
-"""Sends a plan on time and writes down what comes back, with as little work per message as gRPC allows.
+"""Connects to the target, sends a plan on time and records the replies, with as little work per message as gRPC allows.
 
-Open loop: a request goes out when it is due, whatever became of those before it. Requests are built while nothing is
-due and go out as bytes; a message is stamped as soon as the loop has it, and what a failure says is read when all is
-over: refusals come in bursts, and each would wait for those before it to be read.
+Open loop: a request is sent when it is due, whatever happened to those before it. Requests are built while none is due
+and sent as bytes. A message is stamped when the loop gets it. Failures are parsed at the end: refusals come in bursts,
+and parsing one would delay the next.
 """
 
 from __future__ import annotations
@@ -21,29 +21,39 @@ from typing import Any
 import grpc
 
 from baton.bench.config import LoadConfig
-from baton.bench.schedule.plan import Plan, Planned, Prompts
+from baton.bench.schedule.plan import LoadPlan, Planned, Prompts
 from baton.bench.sending.probe import ClientLoad, Probe
 from baton.bench.sending.records import OK, Record
-from baton.bench.sending.target import Target
+from baton.client.reports import ModelInfo
 from baton.client.types import Accepted, Finished, RequestOptions
-from baton.client.wire import event_from_wire, request_to_wire
-from baton.errors import Retryable
-from baton.rpc.net import cancelling
-from baton.rpc.status import from_rpc_error
-from baton.v1 import generation_pb2
+from baton.client.wire import event_from_wire, model_from_wire, request_to_wire
+from baton.errors import ConfigError, Retryable, Unavailable
+from baton.rpc.net import cancelling, open_channel, parse_address
+from baton.rpc.status import call, from_rpc_error
+from baton.v1 import generation_pb2, generation_pb2_grpc
 
 GENERATE = "/baton.v1.Generation/Generate"
+CONNECT_S = 10.0
 LEAD_S = 0.2
-"""From the start to the first moment at which a request can be due: time to build the first ones."""
+"""From the start to the plan's time 0: time to build the first requests."""
 AHEAD = 256
 BUILD_S = 0.002
-"""A request is built ahead only while the next is not due within this."""
+"""Requests are built ahead only while none is due within this time."""
 TICK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTarget:
+    """A model at an address, over a fixed number of open connections."""
+
+    address: str
+    model: ModelInfo
+    channels: tuple[grpc.aio.Channel, ...]
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands, for who watches it."""
+    """The progress of a run, for its watcher."""
 
     planned: int
     elapsed_s: float = 0.0
@@ -54,13 +64,11 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A finished run: a record for each planned request, in the plan's order, and how the client did.
+class LoadRun:
+    """A finished run: a record for each planned request, in the plan's order, and the client's health. `zero` is
+    `time.perf_counter` at the plan's time 0."""
 
-    `zero` is what `time.perf_counter` said when the plan's time began.
-    """
-
-    plan: Plan
+    plan: LoadPlan
     records: tuple[Record, ...]
     client: ClientLoad
     zero: float = 0.0
@@ -69,8 +77,42 @@ class Run:
 Watcher = Callable[[Progress], None]
 
 
-async def run_plan(target: Target, plan: Plan, config: LoadConfig, watch: Watcher | None = None) -> Run:
-    """Returns when every request has ended; each ends by its deadline. `watch` is called twice a second."""
+@contextlib.asynccontextmanager
+async def connect(address: str, config: LoadConfig) -> AsyncIterator[LoadTarget]:
+    """Every channel has answered a call, so that no request pays for connecting. Raises ConfigError for an impossible
+    address or model, Unavailable without a server at the address."""
+    parse_address(address, "server")
+    channels = tuple(open_channel(address) for _ in range(config.channels))
+    try:
+        for channel in channels:
+            models = await _models(channel, address)
+        yield LoadTarget(address, _chosen(models, config.model), channels)
+    finally:
+        for channel in channels:
+            await channel.close()
+
+
+async def _models(channel: grpc.aio.Channel, address: str) -> list[ModelInfo]:
+    stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
+    try:
+        answer = await call(stub.ListModels(generation_pb2.ListModelsRequest()), CONNECT_S)
+    except Unavailable as error:
+        raise Unavailable(f"cannot reach {address}: {error}") from None
+    return [model_from_wire(entry) for entry in answer.models]
+
+
+def _chosen(models: list[ModelInfo], name: str) -> ModelInfo:
+    if not models:
+        raise Unavailable("no worker has joined the router yet")
+    found = [entry for entry in models if name in ("", entry.name)]
+    if len(found) != 1:
+        known = ", ".join(entry.name for entry in models)
+        raise ConfigError(f"model: {name!r} is not served; there is {known}" if name else f"model: which of {known}?")
+    return found[0]
+
+
+async def run_plan(target: LoadTarget, plan: LoadPlan, config: LoadConfig, watch: Watcher | None = None) -> LoadRun:
+    """Returns when every request has ended, each by its deadline. Calls `watch` twice a second."""
     driver = _Driver(target, plan, config)
     probe = Probe()
     with _undisturbed():
@@ -79,12 +121,12 @@ async def run_plan(target: Target, plan: Plan, config: LoadConfig, watch: Watche
             records = await driver.run()
     if watch:
         watch(driver.progress)
-    return Run(plan, records, probe.load, driver.zero)
+    return LoadRun(plan, records, probe.load, driver.zero)
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What exists already is no longer walked by the garbage collector, whose pauses would be the client's lag."""
+    """Keeps the garbage collector away from all existing objects: its pauses would add to the client's lag."""
     gc.collect()
     gc.freeze()
     try:
@@ -94,15 +136,12 @@ def _undisturbed() -> Iterator[None]:
 
 
 class _Driver:
-    def __init__(self, target: Target, plan: Plan, config: LoadConfig) -> None:
+    def __init__(self, target: LoadTarget, plan: LoadPlan, config: LoadConfig) -> None:
         self._plan, self._config, self._model = plan, config, target.model.name
         self._prompts = Prompts(config.seed, target.model.vocabulary_size)
-        self._calls: Iterator[Any] = itertools.cycle(
-            [
-                channel.unary_stream(GENERATE, None, generation_pb2.GenerateResponse.FromString)
-                for channel in target.channels
-            ]
-        )
+        reply = generation_pb2.GenerateResponse.FromString
+        calls: list[Any] = [channel.unary_stream(GENERATE, None, reply) for channel in target.channels]
+        self._calls = itertools.cycle(calls)
         self.zero = 0.0
         self.progress = Progress(len(plan.requests))
         self._failures: list[tuple[Record, grpc.aio.AioRpcError]] = []
@@ -123,7 +162,7 @@ class _Driver:
         return tuple(records)
 
     async def _due(self) -> AsyncIterator[tuple[Planned, bytes]]:
-        """Each request with its bytes, when it is due."""
+        """Yields each request with its bytes when it is due."""
         ready: deque[tuple[Planned, bytes]] = deque()
         upcoming = iter(self._plan.requests)
         left = len(self._plan.requests)
@@ -132,10 +171,10 @@ class _Driver:
                 planned = next(upcoming)
                 ready.append((planned, self._build(planned)))
                 left -= 1
-                await asyncio.sleep(0)  # messages that came meanwhile are stamped before the next one is built
+                await asyncio.sleep(0)  # lets messages be stamped before the next one is built
             wait_s = ready[0][0].at_s - self._now()
             if wait_s > 0:
-                await asyncio.sleep(math.ceil(wait_s * 1e3) / 1e3)  # the loop's clock has milliseconds; never early
+                await asyncio.sleep(math.ceil(wait_s * 1e3) / 1e3)  # the loop's clock has milliseconds: round up
             else:
                 yield ready.popleft()
 
@@ -167,15 +206,14 @@ class _Driver:
                 else:
                     _note(record, message)
         except grpc.aio.AioRpcError as error:
-            self._failures.append((record, error.with_traceback(None)))  # which would hold all that it has passed
+            self._failures.append((record, error.with_traceback(None)))  # its traceback would keep frames alive
             progress.failed += 1
         finally:
             record.end_s = self._now()
-            stream.cancel()  # does nothing to a call that is over
+            stream.cancel()  # no effect on an ended call
             progress.ended += 1
 
     async def watch(self, watcher: Watcher) -> None:
-        """Until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             self.progress.elapsed_s = max(0.0, self._now())

@@ -1,4 +1,4 @@
-"""How well this client itself keeps up: the lag of its event loop, and the share of a core that it burns."""
+"""Measures this client's own health: the lag of its event loop and its use of a core."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ CPU_WINDOW_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Second:
-    """About a second of the client, until `until` by `time.perf_counter`. Shares of one core: the loop's thread, which
-    is full at 1, and the whole process, with gRPC's own threads."""
+    """About a second of the client, up to `until` by `time.perf_counter`. Shares of one core used by the loop's thread,
+    at most 1, and by the whole process, with gRPC's threads."""
 
     until: float
     loop_share: float
@@ -23,8 +23,7 @@ class Second:
 
 @dataclass(slots=True)
 class ClientLoad:
-    """`lags_ms`: how much later than due the loop ran a timer, 50 times a second, also those that fell due while it
-    stood still."""
+    """`lags_ms` are the delays of a timer 50 times a second, including those that fell due while the loop was stuck."""
 
     lags_ms: list[float] = field(default_factory=list)
     seconds: list[Second] = field(default_factory=list)
@@ -32,7 +31,7 @@ class ClientLoad:
 
 
 class Probe:
-    """Measures until it is cancelled; to be run as a task of the loop that does the work."""
+    """Runs as a task of the loop that it measures."""
 
     def __init__(self) -> None:
         self.load = ClientLoad()
@@ -44,9 +43,9 @@ class Probe:
         while True:
             await asyncio.sleep(due - time.perf_counter())
             now = time.perf_counter()
-            self.load.lags_ms.append(max(0.0, now - due) * 1e3)  # timers have whole milliseconds: early is on time
+            self.load.lags_ms.append(max(0.0, now - due) * 1e3)  # timers have whole milliseconds and may be early
             due += TICK_S
-            while due <= now:  # each of these would have been late too: one lag would hide how long the loop stood
+            while due <= now:  # each of these timers is late too: one lag alone would hide a long stall
                 self.load.lags_ms.append((now - due) * 1e3)
                 due += TICK_S
             if now - began >= CPU_WINDOW_S:

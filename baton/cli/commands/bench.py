@@ -18,7 +18,7 @@ from baton.errors import ConfigError
 
 if TYPE_CHECKING:
     from baton.bench.figures.results import Measurement
-    from baton.bench.sending.driver import Run
+    from baton.bench.sending.driver import LoadRun
 
 
 @as_flags(classes=Parameter(name="--class"))
@@ -93,7 +93,7 @@ def bench(
     return OK if good and written else FAILURE
 
 
-def _measured(server: str, load: LoadConfig, sweep: SweepConfig | None) -> tuple[Measurement, Run, bool]:
+def _measured(server: str, load: LoadConfig, sweep: SweepConfig | None) -> tuple[Measurement, LoadRun, bool]:
     """What was found, and whether Ctrl-C cut it short. What a sweep had measured by then is not lost."""
     from baton.bench.measuring import Search, measure_once, measure_sweep
     from baton.cli.commands import bench_output as output
@@ -111,7 +111,7 @@ def _measured(server: str, load: LoadConfig, sweep: SweepConfig | None) -> tuple
         return *search.sum_up(), True
 
 
-def _write(found: Measurement, ran: Run, outputs: Outputs) -> bool:
+def _write(found: Measurement, ran: LoadRun, outputs: Outputs) -> bool:
     """Each file that was asked for, whatever became of the others; what can't be written is told."""
     from baton.bench.figures.results import write_csv, write_json
     from baton.bench.report.page import write_page

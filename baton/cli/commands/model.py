@@ -69,8 +69,8 @@ def info(
     name
         A built-in name, a path, or a hub name.
     """
-    from baton.engine.dtypes import resolve_dtype, resolve_kv_dtype
     from baton.engine.estimate import KV_DTYPES, estimate
+    from baton.engine.files.card import resolve_dtype, resolve_kv_dtype
     from baton.engine.files.models import resolve
 
     model = resolve(name)

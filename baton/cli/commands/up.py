@@ -39,7 +39,7 @@ def fetch(model: str) -> str:
 
 def simulated_name(model: str) -> str:
     """The same for a simulated model, of which only the metadata is used, if it has files at all."""
-    from baton.engine.simulated.load import BYTES_MODEL, PREFIX
+    from baton.engine.simulated import BYTES_MODEL, PREFIX
 
     return PREFIX + (model if model == BYTES_MODEL else fetch(model))
 

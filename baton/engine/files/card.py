@@ -1,6 +1,6 @@
-"""What others need to know of a model: shape of its KV, tokeniser, chat template, ids that end a text.
+"""A model's card, for the router and other workers: shape of its KV, tokeniser, chat template, ids that end a text.
 
-Reading it is cheap (no weights are touched but to checksum them, and that is cached) and needs no torch.
+Reading it needs no torch and is cheap: weights are only checksummed, and that is cached.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from dataclasses import asdict, dataclass, replace
 
 from tokenizers import Tokenizer
 
-from baton.engine.dtypes import resolve_dtype, resolve_kv_dtype
-from baton.engine.files import config as hf_config
-from baton.engine.files import gguf_config, tokenizer
-from baton.engine.files.config import ModelConfig
+from baton.engine.files import tokenizer
+from baton.engine.files.config import ModelConfig, from_gguf, from_hf
 from baton.engine.files.digests import weights_digest
 from baton.engine.files.gguf_file import GgufFile
 from baton.engine.files.metadata import Metadata, read_json, read_json_if_there
 from baton.engine.files.models import ResolvedModel
-from baton.errors import ModelFileError
+from baton.engine.native.build import cpu_flags
+from baton.errors import ConfigError, ModelFileError
 from baton.identity import extended_fingerprint
 from kvtransfer.blocks.layout import KvLayout
+
+DTYPES = ("float32", "bfloat16", "float16")
+_BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """A model, as far as the router and other workers see it.
 
-    Encode text with `add_special_tokens=False`: `bos_token_id` is what to put before a plain prompt, None where the
-    model's own tokeniser would put nothing. A chat template writes its BOS itself, and knows it as
-    `bos_token` (empty for none), the end of a turn as `eos_token`. `chat_template` is Jinja, empty
-    where there is none. `fingerprint` is equal only where KV blocks mean the same: hexadecimal, and after
-    it what `computed_by` adds.
+    Encode text with `add_special_tokens=False` and put `bos_token_id` before a plain prompt, unless None. A chat
+    template writes BOS and the end of a turn itself, as `bos_token` and `eos_token`. Texts that a model lacks are
+    empty; `chat_template` is Jinja. `fingerprint` is equal only where KV blocks mean the same: hexadecimal, and the
+    facts of `computed_by` behind it.
     """
 
     name: str
@@ -53,7 +54,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """Everything about a model but its weights."""
+    """A model without its weights."""
 
     model: ResolvedModel
     config: ModelConfig
@@ -75,16 +76,14 @@ class _Text:
 def describe(
     model: ResolvedModel, dtype: str = "auto", device: str = "cpu", kv_dtype: str = "auto"
 ) -> ModelDescription:
-    """Reads shape and card; `dtype` (of weights and arithmetic) may be "auto", `kv_dtype` too: the same, or int8.
-
-    Raises ModelFileError where a file is missing, damaged or of an unknown kind, ConfigError for an unknown dtype.
-    """
+    """Reads shape and card; `dtype` is of weights and arithmetic, `kv_dtype` as for `resolve_kv_dtype`. Raises
+    ModelFileError for a file that is missing, damaged or of an unknown kind, ConfigError for an unknown dtype."""
     if model.is_gguf:
         file = GgufFile(model.path)
-        config, text = gguf_config.from_gguf(file), _text_of_gguf(file.metadata)
+        config, text = from_gguf(file), _text_of_gguf(file.metadata)
     else:
         settings = read_json(model.path / "config.json")
-        config, text = hf_config.from_hf(settings), _text_of_folder(model, settings)
+        config, text = from_hf(settings), _text_of_folder(model, settings)
     kept = resolve_kv_dtype(kv_dtype, resolve_dtype(dtype, device))
     layout = KvLayout(config.layers, config.kv_heads, config.head_dim, kept)
     card = ModelCard(
@@ -92,25 +91,39 @@ def describe(
         fingerprint=fingerprint(weights_digest(model.weight_files()), config, layout),
         context_tokens=config.context_tokens,
         vocabulary_size=config.vocabulary,
-        eos_token_ids=text.eos_token_ids,
-        bos_token_id=text.bos_token_id,
-        bos_token=text.bos_token,
-        eos_token=text.eos_token,
-        tokenizer_json=text.tokenizer_json,
-        chat_template=text.chat_template,
         kv_layout=layout,
+        **asdict(text),
     )
     return ModelDescription(model, config, card)
 
 
+def resolve_dtype(name: str, device: str) -> str:
+    """The dtype of arithmetic; "auto" is bfloat16 on hardware that multiplies it, else float32. Raises ConfigError."""
+    if name == "auto":
+        has_bf16 = device.startswith("cuda") or not _BF16_INSTRUCTIONS.isdisjoint(cpu_flags())
+        return "bfloat16" if has_bf16 else "float32"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
+    return name
+
+
+def resolve_kv_dtype(name: str, computed: str) -> str:
+    """A dtype of `KvLayout`: "auto" is the `computed` one; int8 needs bfloat16 beside it. Raises ConfigError."""
+    if name in ("auto", computed):
+        return computed
+    if name != "int8" or computed != "bfloat16":
+        raise ConfigError(f"kv_dtype must be auto, or int8 with dtype bfloat16, not {name!r} with {computed}")
+    return name
+
+
 def fingerprint(weights: str, config: ModelConfig, layout: KvLayout) -> str:
-    """SHA-256, in hexadecimal, over the weights' checksum, the architecture and the KV's dtype and layout."""
+    """Hexadecimal SHA-256 over the weights' checksum, the architecture and the KV's dtype and layout."""
     parts = {"weights": weights, "config": asdict(config), "layout": asdict(layout)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def computed_by(card: ModelCard, facts: Mapping[str, str]) -> ModelCard:
-    """The card of a deterministic worker: only workers that compute in the same way have its fingerprint."""
+    """The card of a deterministic worker, whose fingerprint only workers with equal arithmetic share."""
     return replace(card, fingerprint=extended_fingerprint(card.fingerprint, facts))
 
 
@@ -128,7 +141,11 @@ def _text_of_gguf(meta: Metadata) -> _Text:
 
 
 def _text_of_folder(model: ResolvedModel, config: Metadata) -> _Text:
-    raw = _read_tokenizer(model)
+    path = model.path / "tokenizer.json"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror or error}") from None
     settings = read_json_if_there(model.path / "tokenizer_config.json")
     generation = read_json_if_there(model.path / "generation_config.json")
     eos = config.ids("eos_token_id") + generation.ids("eos_token_id")
@@ -142,26 +159,18 @@ def _text_of_folder(model: ResolvedModel, config: Metadata) -> _Text:
     )
 
 
-def _read_tokenizer(model: ResolvedModel) -> bytes:
-    path = model.path / "tokenizer.json"
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelFileError(f"{path}: {error.strerror or error}") from None
-
-
 def _template(model: ResolvedModel, settings: Metadata) -> str:
     path = model.path / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
     found = settings.get("chat_template")
-    if isinstance(found, list):  # several, named
+    if isinstance(found, list):  # named templates
         found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
     return found if isinstance(found, str) else ""
 
 
 def _leading_bos(model: ResolvedModel, raw: bytes, settings: Metadata, bos: tuple[int, ...]) -> int | None:
-    """What the folder's tokeniser puts first: as its settings say or, where they are silent, as it does."""
+    """The id that the folder's tokeniser puts first: by its settings or, if they are silent, by trying it."""
     if settings.get("add_bos_token") is not None and not settings.flag("add_bos_token"):
         return None
     try:
@@ -181,7 +190,7 @@ def _bos_of(parsed: Tokenizer, settings: Metadata) -> tuple[int, ...]:
 
 
 def _special(settings: Metadata, name: str) -> str:
-    """A special token of tokenizer_config.json, as text; empty where there is none."""
+    """A special token of tokenizer_config.json, as text; empty when absent."""
     token = settings.get(name)
     if isinstance(token, dict):  # an AddedToken, spelled out
         token = token.get("content")
@@ -189,6 +198,6 @@ def _special(settings: Metadata, name: str) -> str:
 
 
 def _piece(meta: Metadata, ids: tuple[int, ...]) -> str:
-    """The text of the first of these ids; empty where there is none."""
+    """The text of the first id; empty without one."""
     pieces = meta.texts("tokenizer.ggml.tokens")
     return pieces[ids[0]] if ids and ids[0] < len(pieces) else ""

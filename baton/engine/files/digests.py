@@ -1,4 +1,4 @@
-"""SHA-256 of large files, remembered: a file is hashed in full once, and again when its size or time changes."""
+"""SHA-256 of large files, cached until a file's size or modification time changes."""
 
 from __future__ import annotations
 
@@ -23,38 +23,32 @@ def cache_dir() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the whole file, in hexadecimal; ModelFileError when it can't be read."""
+    """Hexadecimal SHA-256. Raises ModelFileError for a file that can't be read."""
     try:
-        identity = _identity(path)
+        status = path.stat()
+        identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
         stamp = cache_dir() / "digests" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-        known = _read_stamp(stamp, identity)
-        if known is not None:
+        if (known := _read_stamp(stamp, identity)) is not None:
             return known
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror or error}") from None
-    with contextlib.suppress(OSError):  # a cache that can't be written only costs time at the next start
+    with contextlib.suppress(OSError):  # without the cache the next start only takes longer
         _write_stamp(stamp, identity, digest)
     return digest
 
 
 def weights_digest(files: Sequence[Path]) -> str:
-    """One checksum over the files' checksums, in the order given."""
+    """One checksum over the files' checksums, in this order."""
     return hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
-
-
-def _identity(path: Path) -> str:
-    real = path.resolve()
-    status = real.stat()
-    return f"{real}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def _read_stamp(stamp: Path, identity: str) -> str | None:
     try:
         entry = json.loads(stamp.read_bytes())
     except (OSError, ValueError):
-        return None  # none yet, or torn: hash again
+        return None  # missing or torn: hash again
     matches = isinstance(entry, dict) and entry.get("file") == identity
     return str(entry["sha256"]) if matches and "sha256" in entry else None
 

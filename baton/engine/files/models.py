@@ -1,4 +1,4 @@
-"""From the name a user gives to the files of a model: the embedded one, a path, or a repository of the hub."""
+"""Finds a model's files by the name a user gives: the embedded model, a path, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
@@ -31,26 +31,23 @@ class ResolvedModel:
         return self.path.suffix == ".gguf"
 
     def weight_files(self) -> tuple[Path, ...]:
-        """The files that hold the weights, sorted by name; ModelFileError when there are none."""
+        """Sorted by name. Raises ModelFileError when there are none."""
         if self.is_gguf:
             return (self.path,)
         if (self.path / _SINGLE).exists():
             return (self.path / _SINGLE,)
-        if not (self.path / _INDEX).exists():
-            raise ModelFileError(f"{self.path}: has neither {_SINGLE} nor {_INDEX}")
-        index = read_json(self.path / _INDEX)
-        names = index.section("weight_map")
-        files = {names.text(tensor) for tensor in _keys(index.get("weight_map"))}
+        if not (self.path / INDEX).exists():
+            raise ModelFileError(f"{self.path}: has neither {_SINGLE} nor {INDEX}")
+        shards = read_json(self.path / INDEX).section("weight_map")
+        files = {shards.text(tensor) for tensor in shards.names()}
         if any(Path(name).name != name for name in files):
-            raise index.error("weight_map names a file outside the folder")
+            raise shards.error("weight_map names a file outside the folder")
         return tuple(self.path / name for name in sorted(files))
 
 
 def resolve(name: str) -> ResolvedModel:
-    """Finds the files of `name`, fetching them when it is the embedded model or one of the hub.
-
-    Raises ConfigError when there is no such model or it can't be fetched, saying what would work.
-    """
+    """Fetches the embedded model and models of the hub. Raises ConfigError for a model that is unknown or can't be
+    fetched, with the forms of a valid name."""
     if name == EMBEDDED_MODEL:
         return ResolvedModel(name, fetch_embedded())
     path = Path(name).expanduser()
@@ -84,7 +81,3 @@ def _fetch_from_hub(name: str) -> Path:
     except Exception as error:  # noqa: BLE001 - the hub raises its HTTP library's errors too; all mean the same here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"model {name!r} is no path here and can't be fetched from the hub: {reason}") from None
-
-
-def _keys(mapping: object) -> list[str]:
-    return list(mapping) if isinstance(mapping, dict) else []

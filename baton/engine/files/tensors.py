@@ -1,4 +1,4 @@
-"""Where weights are read from: a GGUF file or a folder of safetensors, by the names Hugging Face gives them."""
+"""Reads weights from a GGUF file or a folder of safetensors, by Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -12,39 +12,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from baton.engine.files.config import ModelConfig
-from baton.engine.files.gguf_file import GgufFile
-from baton.engine.files.gguf_names import LAYER_NAME, gguf_name
-from baton.engine.files.metadata import Metadata, read_json
-from baton.engine.files.models import ResolvedModel
+from baton.engine.files.gguf_file import LAYER_TENSOR, GgufFile, gguf_name
+from baton.engine.files.metadata import read_json
+from baton.engine.files.models import INDEX, ResolvedModel
 from baton.errors import ModelFileError
 
 
 class TensorSource(Protocol):
-    """Gives tensors one by one, so that no more than one is held beside the finished weights."""
+    """Gives tensors one by one, so that loading holds at most one beside the finished weights."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor `name`, on the CPU, of any floating dtype.
-
-        Raises ModelFileError where it is missing, unreadable or of another shape.
-        """
+        """The tensor on the CPU, of any floating dtype. Raises ModelFileError for one that is missing, unreadable or
+        of another shape."""
 
     def kind(self, name: str) -> str:
-        """How the tensor `name` is stored, by GGUF's names of types; empty where that is in plain floats."""
+        """GGUF's name of the type that the tensor is stored in; empty for plain floats."""
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
-        """The tensor's quantised blocks as they are, for a `kind` that is not empty."""
+        """The tensor's quantised blocks as stored, for a `kind` that is not empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Quantised rows as a GGUF file holds them. Row i of the tensor is row `order[i]` of `data`, or i."""
+    """Quantised rows as a GGUF file holds them. Row i of the tensor is row `order[i]` of `data`; with None, row i."""
 
     data: npt.NDArray[np.uint8]
     order: npt.NDArray[np.int32] | None
 
 
 def open_tensors(model: ResolvedModel, config: ModelConfig) -> TensorSource:
-    """The source for a model's files; ModelFileError when they can't be opened."""
+    """Raises ModelFileError for files that can't be opened."""
     return GgufTensors(GgufFile(model.path), config) if model.is_gguf else SafetensorsFolder(model)
 
 
@@ -77,15 +74,13 @@ class GgufTensors:
         return Blocks(data, _to_half_split(torch.arange(shape[0], dtype=torch.int32), heads).numpy())
 
     def _heads_to_reorder(self, name: str) -> int | None:
-        match = LAYER_NAME.fullmatch(name)
+        match = LAYER_TENSOR.fullmatch(name)
         return self._rotated_heads.get(match.group(2)) if match else None
 
 
 def _to_half_split(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes the order that llama.cpp's converter gives the rows of a Llama's queries and keys.
-
-    There, dimensions 2i and 2i + 1 turn together; here, i and i + head_dim / 2 do (see `rope`).
-    """
+    """Undoes the row order that llama.cpp's converter gives a Llama's queries and keys: it rotates dimensions 2i and
+    2i + 1 together, `rope` rotates i and i + head_dim / 2."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
@@ -121,13 +116,12 @@ class SafetensorsFolder:
         raise AssertionError("safetensors hold plain floats")
 
     def _check_index(self) -> None:
-        path = self._folder / "model.safetensors.index.json"
+        path = self._folder / INDEX
         if len(self._open) < 2 or not path.exists():
             return
-        promised = read_json(path).get("weight_map")
-        missing = sorted(set(promised) - set(self._shard_of)) if isinstance(promised, dict) else []
-        if missing:
-            raise Metadata(str(path), {}).error(f"names {missing[0]}, which no shard holds")
+        promised = read_json(path).section("weight_map")
+        if missing := sorted(set(promised.names()) - set(self._shard_of)):
+            raise promised.error(f"names {missing[0]}, which no shard holds")
 
 
 def _open_shard(path: Path) -> safe_open:

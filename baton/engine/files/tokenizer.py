@@ -1,4 +1,4 @@
-"""From the tokeniser inside a GGUF file to the JSON of the `tokenizers` library.
+"""Converts the tokeniser inside a GGUF file to the JSON of the `tokenizers` library.
 
 Two kinds exist: `gpt2`, byte-level BPE with merges and a named pre-tokeniser, and `llama`, SentencePiece BPE whose
 merges follow from the scores of its pieces.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -24,22 +25,13 @@ _TEKKEN_SPLIT = (
 )
 
 
-class PieceKind(IntEnum):
-    """`tokenizer.ggml.token_type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+PieceKind = IntEnum("PieceKind", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
+"""`tokenizer.ggml.token_type`, from 1."""
 
 
 def tokenizer_json(meta: Metadata) -> bytes:
-    """The tokeniser as UTF-8 JSON, without a post-processor: it adds no token that the text does not hold.
-
-    Raises ModelFileError for a tokeniser or pre-tokeniser that is not known, naming it.
-    """
+    """The tokeniser as UTF-8 JSON, without a post-processor, so that it adds no token that the text does not hold.
+    Raises ModelFileError, naming it, for an unknown tokeniser or pre-tokeniser."""
     kind = meta.text("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
@@ -53,7 +45,7 @@ def tokenizer_json(meta: Metadata) -> bytes:
 
 
 def adds_bos(meta: Metadata) -> bool:
-    """Whether the model's tokeniser puts a BOS before plain text; llama.cpp's defaults where the file is silent."""
+    """Whether the model's tokeniser puts a BOS before plain text; without an entry in the file, llama.cpp's default."""
     silent = meta.text("tokenizer.ggml.model") == "llama" or meta.text("tokenizer.ggml.pre", "") in _WHOLE_WORDS_FIRST
     return meta.flag("tokenizer.ggml.add_bos_token", silent)
 
@@ -104,46 +96,26 @@ def _bpe(meta: Metadata, vocabulary: dict[str, int], merges: list[tuple[str, str
 
 
 def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Cut by `pattern` first, then map bytes to printable characters."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    """Cuts by `pattern` first, then maps bytes to printable characters."""
+    to_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), to_characters])
 
 
 def _gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    return _split(_LLAMA3_SPLIT)
-
-
-def _qwen2() -> pre_tokenizers.PreTokenizer:
-    return _split(_QWEN2_SPLIT)
-
-
-def _tekken() -> pre_tokenizers.PreTokenizer:
-    return _split(_TEKKEN_SPLIT)
-
-
 # The names are those that llama.cpp's converter gives (convert_hf_to_gguf.py, get_vocab_base_pre).
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_WHOLE_WORDS_FIRST = (*_LLAMA3_NAMES, "tekken")  # a word that is a piece is taken as it is; BOS unless told otherwise
+_WHOLE_WORDS_FIRST = (*_LLAMA3_NAMES, "tekken")  # these keep a word that is a piece whole, and put a BOS by default
 _QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
 _PRE_TOKENISERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "default": _gpt2,
     "gpt-2": _gpt2,
-    "smollm": _smollm,
-    "tekken": _tekken,
-    **dict.fromkeys(_LLAMA3_NAMES, _llama3),
-    **dict.fromkeys(_QWEN2_NAMES, _qwen2),
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()]),
+    "tekken": partial(_split, _TEKKEN_SPLIT),
+    **dict.fromkeys(_LLAMA3_NAMES, partial(_split, _LLAMA3_SPLIT)),
+    **dict.fromkeys(_QWEN2_NAMES, partial(_split, _QWEN2_SPLIT)),
 }
 
 
@@ -167,10 +139,8 @@ def _sentencepiece(meta: Metadata, pieces: list[str], kinds: list[int]) -> Token
 
 
 def merges_from_scores(pieces: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
-    """BPE merges, best first, that cut text as SentencePiece does: it joins the pair whose union scores highest.
-
-    Every way to cut a piece into two others is a merge of that piece's rank, shorter left parts first.
-    """
+    """BPE merges, best first, that cut text as SentencePiece does, which joins the pair whose union scores highest.
+    Every cut of a piece into two others is a merge of that piece's rank, shorter left parts first."""
     ordinary = {
         piece: score
         for piece, score, kind in zip(pieces, scores, kinds, strict=True)

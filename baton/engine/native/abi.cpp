@@ -1,5 +1,4 @@
-// What Python calls, by ctypes. Pointers are trusted: the Python side checks shapes. Calls return 0, or 1 when memory
-// ran out.
+// The interface to Python, by ctypes. The Python side checks shapes. Calls return 0, or 1 when memory ran out.
 #include <new>
 
 #include "model.h"
@@ -40,7 +39,7 @@ Model* baton_open(const Config* config, const float* inverse_frequencies) {
 
 void baton_close(Model* model) { delete model; }
 
-// Makes room for a matrix. Layer -1 is outside the layers: slot 0 the head, slot 1 the embedding.
+// Allocates a matrix. Layer -1 is outside the layers: slot 0 the head, slot 1 the embedding.
 int baton_shape(Model* model, int layer, int slot, int format, int outputs, int inputs) {
   return guarded([&] {
     Arena& memory = model->weights().memory;
@@ -48,7 +47,6 @@ int baton_shape(Model* model, int layer, int slot, int format, int outputs, int 
   });
 }
 
-// See `pack`.
 int baton_pack(Model* model, int layer, int slot, int first, int rows, int source, const void* from,
                const int32_t* order, const float* importance) {
   return guarded([&] {
@@ -70,52 +68,39 @@ int baton_step(Model* model, void* pool, const Batch* batch) {
   return guarded([&] { model->step(pool, *batch); });
 }
 
-// Bytes of all matrices.
 int64_t baton_bytes(Model* model) {
-  Weights& weights = model->weights();
-  int64_t total = weights.embedding.bytes() + weights.head.bytes();
-  for (LayerMatrices& layer : weights.layers)
-    for (Matrix& matrix : layer.slots) total += matrix.bytes();
+  int64_t total = 0;
+  model->weights().each([&](const Matrix& matrix) { total += matrix.bytes(); });
   return total;
 }
 
-// A checksum of all packed matrices: per 8 bytes a turn of FNV-1a, each matrix from where the one before ended.
+// A checksum of all packed matrices: FNV-1a by 8 bytes, continued from matrix to matrix.
 uint64_t baton_checksum(Model* model) {
   uint64_t sum = 0xcbf29ce484222325;
-  const auto take = [&](const Matrix& matrix) {
-    const size_t bytes = matrix.format == Format::none ? 0 : matrix.bytes();
+  model->weights().each([&](const Matrix& matrix) {
+    const size_t bytes = matrix.bytes();
     for (size_t at = 0; at < bytes; at += sizeof sum) {
       uint64_t word;
       std::memcpy(&word, matrix.data + at, sizeof word);
       sum = (sum ^ word) * 0x100000001b3;
-      sum ^= sum >> 32;  // else high bits of a word would reach no lower ones
+      sum ^= sum >> 32;  // carries the word's high bits to lower ones
     }
-  };
-  Weights& weights = model->weights();
-  take(weights.embedding), take(weights.head);
-  for (LayerMatrices& layer : weights.layers)
-    for (Matrix& matrix : layer.slots) take(matrix);
+  });
   return sum;
 }
 
-// Reads a byte of every page of the weights and of `count` blocks of a pool, `bytes` each. The blocks may be written
-// meanwhile: what is read does not matter.
+// Reads a byte of every page of the weights and of `count` blocks of a pool, `bytes` each. A peer may be writing the
+// blocks: the values read do not matter.
 void baton_touch(Model* model, const uint8_t* pool, const int64_t* blocks, int64_t count, int64_t bytes) {
   constexpr int64_t PAGE = 4096;
   const auto touch = [](const volatile uint8_t* from, int64_t size) {
     for (int64_t at = 0; at < size; at += PAGE) from[at];
   };
-  const auto read = [&](const Matrix& matrix) {
-    if (matrix.format != Format::none) touch(matrix.data, matrix.bytes());
-  };
-  Weights& weights = model->weights();
-  read(weights.embedding), read(weights.head);
-  for (LayerMatrices& layer : weights.layers)
-    for (Matrix& matrix : layer.slots) read(matrix);
+  model->weights().each([&](const Matrix& matrix) { touch(matrix.data, matrix.bytes()); });
   for (int64_t i = 0; i < count; i++) touch(pool + blocks[i] * bytes, bytes);
 }
 
-// Starts or stops timing; either way copies the seconds per part so far, [PARTS], and clears them.
+// Starts or stops timing; copies the seconds of each part so far, [PARTS], and clears them.
 void baton_profile(Model* model, int on, double* seconds) {
   Profile& profile = model->profile();
   std::memcpy(seconds, profile.seconds, sizeof profile.seconds);

@@ -1,6 +1,6 @@
-// Online softmax (Milakov and Gimelshein, arXiv 1805.02867) in steps of 64 keys, flash-attention fashion (Dao et al.,
-// arXiv 2205.14135). A long chunk of queries has each step repacked once and shares it among its tiles; a decode query
-// reads the pool's rows and repacks in registers. Both do the same operations in the same order.
+// Online softmax (Milakov and Gimelshein, arXiv 1805.02867) in steps of 64 keys, as in flash attention (Dao et al.,
+// arXiv 2205.14135). A long chunk of queries repacks each step once for all its tiles; a decode query reads the pool's
+// rows and repacks in registers. Both do the same operations in the same order.
 #include "attention.h"
 
 #include <type_traits>
@@ -11,7 +11,7 @@
 namespace baton {
 namespace {
 
-constexpr int TILE = 24;         // query rows that share a step's keys while these are in the first cache
+constexpr int TILE = 24;         // query rows that share a step's keys in the first cache
 constexpr int MICRO = 6;         // query rows held in registers
 constexpr float NEVER = -1e30f;  // the score of an unseen key: finite, so that differences stay numbers; its weight is 0
 
@@ -143,10 +143,10 @@ template <class From>
 constexpr Advance<From> ADVANCE[MICRO] = {advance<1, From>, advance<2, From>, advance<3, From>,
                                           advance<4, From>, advance<5, From>, advance<6, From>};
 
-// Steps are repacked in memory where several micro-tiles read them, or where rows are not whole registers.
+// Steps are repacked in memory if several micro-tiles read them, or if rows are not whole registers.
 bool reads_rows(const KvShape& shape, int rows) { return rows <= MICRO && shape.dim % (2 * LANES) == 0; }
 
-// Repacked steps of one head, each made when it is first asked for.
+// Repacked steps of one head, each made when first needed.
 class PackedSteps {
  public:
   PackedSteps(const KvShape& shape, const Head& head, int steps)
@@ -166,7 +166,7 @@ class PackedSteps {
   }
 
  private:
-  // Scratch outlives a call: it is large, and growing it again each time would be felt.
+  // Scratch outlives a call: it is large, and growing it in every call would take time.
   static Array<int32_t>& keys() { static thread_local Array<int32_t> memory; return memory; }
   static Array<int32_t>& values() { static thread_local Array<int32_t> memory; return memory; }
   static Array<float>& scales() { static thread_local Array<float> memory; return memory; }
@@ -197,7 +197,7 @@ void store_kv(const KvShape& shape, uint8_t* share, int offset, const float* fro
 
 namespace {
 
-// Where one kv head's rows of queries and results lie: row r is query head r % group of token r / group.
+// The places of one kv head's rows of queries and results: row r is query head r % group of token r / group.
 struct Place {
   const Span& span;
   int group, head, dim;
@@ -231,8 +231,8 @@ void finish(const Place& place, int start, int count, const Tile& tile) {
   }
 }
 
-// A few rows a head: all heads of a step together, since they lie side by side in a block. `next` is the span after this
-// one, or null.
+// A few rows per head: all heads of a step together, since a block has them side by side. `next` is the next span, or
+// null.
 void attend_few(const KvShape& shape, void* pool, int layer, Place place, const Span* next) {
   static thread_local Array<float> sums;
   static thread_local std::vector<Tile> tiles;
@@ -244,7 +244,7 @@ void attend_few(const KvShape& shape, void* pool, int layer, Place place, const 
   Ahead ahead(shape, pool, layer);
   const int last = tiles[0].positions[rows - 1] / STEP;
   for (int step = 0; step <= last; step++) {
-    // Both products of a head ask once per four pairs of dimensions and of keys, as far as there are keys.
+    // Both products of a head prefetch once per four pairs of dimensions and of keys, up to the last key.
     const int parts = shape.heads * (step < last ? shape.dim / 4 + STEP / 2 : shape.dim / 8 + BLOCK / 2);
     if (step < last)
       ahead.of(place.span, (step + 1) * STEP, parts);

@@ -1,4 +1,4 @@
-// Attention of one layer straight from the block pool: causal, grouped queries, keys read once.
+// Attention of one layer over the block pool: causal, grouped queries, keys read once.
 #pragma once
 
 #include <cstddef>
@@ -34,10 +34,10 @@ struct Span {
 // Stores one token's key or value of one head, `from` [dim], at `offset` of a share.
 void store_kv(const KvShape& shape, uint8_t* share, int offset, const float* from);
 
-// For each row of `count` spans and each query head, `group` of them to a kv head: out = softmax(q . k) v over all positions
-// up to the row's own. `queries` are bf16, already times log2(e) / sqrt(dim): [row][query head][dim]; out is f32
-// [row][query head][dim]; strides are in elements per row. Every row goes through its keys in the same steps of 64
-// positions, so that its bits depend on nothing else in the batch.
+// For each row of `count` spans and each query head, `group` of them to a kv head: out = softmax(q . k) v over all
+// positions up to the row's own. `queries` are bf16, already times log2(e) / sqrt(dim): [row][query head][dim]; out is
+// f32 [row][query head][dim]; strides are in elements per row. Every row takes its keys in the same steps of 64
+// positions, so that its bits do not depend on the rest of the batch.
 void attend(const KvShape& shape, void* pool, int layer, int group, const Span* spans, int count,
             const uint16_t* queries, int query_stride, float* out, int out_stride);
 

@@ -1,7 +1,7 @@
-"""Which inputs of a matrix matter, where its weights are rounded to 4 bits: a fixed text goes through the model.
+"""How much each input of a matrix matters when its weights are rounded to 4 bits, measured with a fixed text.
 
-The error of a rounded weight reaches the output times its input. So squared errors count by the mean square of the
-input, as the text shows it; layer by layer, with one layer's matrices read at a time.
+The error of a rounded weight reaches the output times its input, so that squared errors are weighed by the input's
+mean square over the text. Runs layer by layer and holds one layer's matrices at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from baton.engine.native.library import Slot
 from baton.engine.torch import rope
 
 TEXT = Path(__file__).with_name("calibration.txt")
-"""Prose, dialogue, code, tables and sums in thirteen languages; our own."""
+"""Our own prose, dialogue, code, tables and sums in thirteen languages."""
 SEQUENCES, TOKENS = 16, 64
 
 
 class Calibration:
-    """The text's way through the model in float32. Matrices come in the order of `Slot`, layer after layer."""
+    """Runs the text through the model in float32, matrix by matrix, in the order of `Slot`, layer after layer."""
 
     def __init__(self, source: TensorSource, config: ModelConfig, tokenizer_json: bytes) -> None:
         self._source, self._config = source, config
@@ -43,7 +43,7 @@ class Calibration:
         return squares
 
     def advance(self, layer: int, slot: Slot, parts: list[tuple[str, int]], columns: int) -> None:
-        """Goes on through a matrix: the named tensors, of so many rows each, one above the other."""
+        """Applies a matrix, given as named tensors with the rows of each, one above the other."""
         weights = [self._source.read(name, (rows, columns)).float() for name, rows in parts]
         found = torch.cat([F.linear(self._inputs, part) for part in weights], -1)
         match slot:
@@ -91,7 +91,7 @@ class Calibration:
 
 
 def text_tokens(tokenizer_json: bytes) -> torch.Tensor:
-    """Pieces of the text from all over it, as the tokeniser cuts them: [SEQUENCES, TOKENS]."""
+    """Token ids of pieces evenly spread over the text, [SEQUENCES, TOKENS]."""
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     parts = TEXT.read_text(encoding="utf-8").split("%%\n")
     known = [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False).ids]

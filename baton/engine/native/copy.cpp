@@ -1,5 +1,5 @@
-// Copies blocks from one pool to another past the cache: the reader is another process, on another core, and a store
-// that goes around the cache neither reads the line that it overwrites nor evicts what the kernels work on.
+// Copies blocks between pools with stores that bypass the cache: the reader is a process on another core, and such a
+// store neither reads the line that it overwrites nor evicts the kernels' data.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr size_t LINE = 64;
 constexpr size_t STRIDE = 4 * LINE;
-constexpr size_t AHEAD = 16 * LINE;  // how far ahead the source is asked for; a prefetch past its end does nothing
+constexpr size_t AHEAD = 16 * LINE;  // prefetch distance; a prefetch past the end does nothing
 
 // 4 lines, the target aligned to a line.
 inline void stream(char* to, const char* from) {
@@ -52,7 +52,7 @@ extern "C" {
 void baton_copy_blocks(char* to, const char* from, const int64_t* targets, const int64_t* sources, int64_t count,
                        int64_t bytes) {
   for (int64_t i = 0; i < count; i++) copy(to + targets[i] * bytes, from + sources[i] * bytes, bytes);
-  _mm_sfence();  // streamed stores are in place before anything that this thread says about them
+  _mm_sfence();  // streamed stores are visible before any later store of this thread
 }
 
 }  // extern "C"

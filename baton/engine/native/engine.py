@@ -1,4 +1,4 @@
-"""The engine over the compiled kernels: a step is one call, whatever the number of layers."""
+"""The engine over the compiled kernels: one call per step."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ from baton.engine.kv import Buffer, KvPool, make_pool
 from baton.engine.native.build import NativeUnavailable, arithmetic_of
 from baton.engine.native.library import KV_FORMATS, SPAN, Library, NativeModel, load
 from baton.engine.native.weights import load_model
-from baton.engine.sampling.sampler import Logits
-from baton.engine.state import state_of
-from baton.engine.stepper import Stepper
+from baton.engine.sampling import Logits
+from baton.engine.stepper import Stepper, state_of
 
-BLOCK_TOKENS = 16
-"""What the kernels are written for."""
-MAX_HEAD_DIM = 512
+BLOCK_TOKENS, MAX_HEAD_DIM = 16, 512
+"""The block size of the kernels, and their largest head."""
 
 
 class NativeEngine(Stepper):
     """Weights in bf16 or in groups of 8 or 4 bits, KV in bf16 or 8 bits, on one thread of the CPU.
 
     Each logit is one fixed order of operations over its own sequence: with one set of weights, its bits depend neither
-    on the batch nor on how the sequence was cut into steps.
+    on the batch nor on how the sequence was cut into steps. `model` has the weights, in the library's memory.
     """
 
     def __init__(self, description: ModelDescription, model: NativeModel, pool: KvPool) -> None:
-        super().__init__(description, pool)
-        self._model = model
+        super().__init__(description, pool, f"native {model.library.target.name}", model.weight_bytes)
+        self.model = model
         self._logits = np.empty((0, description.config.vocabulary), np.float32)
 
     @classmethod
@@ -45,11 +43,8 @@ class NativeEngine(Stepper):
         weights: WeightChoice = "auto",
         library: Library | None = None,
     ) -> NativeEngine:
-        """Loads the weights; the pool as for `TorchEngine.load`, `library` the processor's own where None is given.
-
-        Raises NativeUnavailable where the kernels can't be had or don't serve the layout, ModelFileError for damaged
-        files.
-        """
+        """The pool is as for `TorchEngine.load`; `library` defaults to the processor's own. Raises NativeUnavailable if
+        the kernels can't be compiled or can't serve the layout, ModelFileError for damaged files."""
         layout, config = description.card.kv_layout, description.config
         if layout.dtype not in KV_FORMATS:
             raise NativeUnavailable(f"the kernels keep KV in {' or '.join(KV_FORMATS)}, not {layout.dtype}")
@@ -61,31 +56,13 @@ class NativeEngine(Stepper):
         return cls(description, model, make_pool(layout, buffer, blocks))
 
     def wake(self, blocks: Sequence[int]) -> None:
-        """See `Engine.wake`."""
-        self._model.touch(self._pool.blocks.data_ptr(), np.array(blocks, np.int64), self.layout.block_bytes)
-
-    @property
-    def kernels(self) -> str:
-        """What computes, for logs."""
-        return f"native {self._model.library.target.name}"
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the packed weights."""
-        return self._model.weight_bytes
+        self.model.touch(self.pool.blocks.data_ptr(), np.array(blocks, np.int64), self.layout.block_bytes)
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """What the bits of a logit hang on beside the model's file and the formats of weights and KV.
-
-        The weights as packed are among it: calibration sums in an order that torch chooses.
-        """
-        return arithmetic_of(self._model.library.target) | {"packed": f"{self._model.checksum():016x}"}
-
-    @property
-    def model(self) -> NativeModel:
-        """The weights in the library's memory."""
-        return self._model
+        """The facts that a logit's bits depend on, beside the model's file and the formats of weights and KV. Packed
+        weights are among them: calibration sums in an order that torch chooses."""
+        return arithmetic_of(self.model.library.target) | {"packed": f"{self.model.checksum():016x}"}
 
     def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
         tokens: list[int] = []
@@ -100,11 +77,6 @@ class NativeEngine(Stepper):
                 rows.append(len(tokens) - 1)
         if len(rows) > len(self._logits):
             self._logits = np.empty((len(rows), self._logits.shape[1]), np.float32)
-        self._model.step(
-            self._pool.blocks.data_ptr(),
-            np.array(tokens, np.int32),
-            np.array(spans, SPAN),
-            np.array(rows, np.int32),
-            self._logits,
-        )
+        pool, ids = self.pool.blocks.data_ptr(), np.array(tokens, np.int32)
+        self.model.step(pool, ids, np.array(spans, SPAN), np.array(rows, np.int32), self._logits)
         return tuple(sampled), self._logits

@@ -1,5 +1,5 @@
-// The matrix products. One kernel per format, instantiated for every height of a tile; a tile's height changes which
-// rows are worked on together, never the order of any sum.
+// The matrix products. One kernel per format, instantiated for every height of a tile; the height decides which rows
+// are computed together, never the order of a sum.
 #include <array>
 #include <type_traits>
 #include <utility>
@@ -12,7 +12,7 @@ namespace {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// Where a group's lines come from: int4 unpacked on the way, or bytes. Widened are int4 with their bytes spread out.
+// Sources of a group's lines: int4 unpacked on the fly, or bytes. Widened are int4 unpacked to bytes before.
 struct Nibbles {
   static constexpr int NUMBERS = number_bytes(Format::int4);
   static constexpr bool MINIMA = true;
@@ -37,9 +37,9 @@ struct Spread {
 using Bytes = Spread<false>;
 using Widened = Spread<true>;
 
-// What one tile of rows reads, and how many bytes ahead it asks for weights: those of the next panels, so that they are
-// in the second cache when their turn comes. Only the first tile asks, the others read what is there: 0 bytes ahead.
-// `errand`, `errand_step` bytes a group, is asked for on the side; without one it is NOWHERE.
+// The reads of one tile of rows. `ahead` bytes are the distance to prefetch weights, those of the next panels, into the
+// second cache; 0 for all but the first tile, which find them there. `errand` is also prefetched, `errand_step` bytes a
+// group; without one it is NOWHERE.
 struct TileRows {
   const uint16_t* pairs;
   const int8_t* bytes;
@@ -50,11 +50,11 @@ struct TileRows {
   size_t errand_step;
 };
 
-alignas(64) const uint8_t NOWHERE[64] = {};  // to ask for it costs nothing
+alignas(64) const uint8_t NOWHERE[64] = {};  // a prefetch of it costs nothing
 
 BATON_INLINE void fetch(const uint8_t* from) { __builtin_prefetch(from, 0, 2); }
 
-// Panels worked on together: enough independent chains to hide an instruction's latency, few enough for the registers.
+// Panels computed together: enough independent chains to hide an instruction's latency, few enough for the registers.
 constexpr int panels_at_once(int rows) { return rows <= 3 ? 4 : rows <= 6 ? 2 : 1; }
 
 // acc[r][p] = sum over groups of row scale * weight scale * exact integer sum, + weight minimum * row sum.
@@ -147,7 +147,7 @@ void product(const uint8_t* const* panels, const TileRows& a, int groups, float*
 using Product = void (*)(const uint8_t* const*, const TileRows&, int, float*);
 constexpr int MOST_PANELS = 4;
 
-// Per height of a tile: the kernel for as many panels as suit it, how many these are, and the kernel for one panel.
+// Per height of a tile: the kernel for its best number of panels, that number, and the kernel for one panel.
 struct Kernel {
   Product several;
   int width;
@@ -160,7 +160,7 @@ constexpr std::array<Kernel, ROWS> kernels_of(std::integer_sequence<int, I...>) 
 template <class From>
 constexpr std::array<Kernel, ROWS> KERNELS = kernels_of<From>(std::make_integer_sequence<int, ROWS>{});
 
-// An int4 panel with its bytes spread out, for many tiles to read; asks for what lies `ahead`.
+// Unpacks an int4 panel to bytes, for many tiles to read; prefetches `ahead`.
 void widen(const uint8_t* from, int groups, size_t ahead, uint8_t* to) {
   for (int g = 0; g < groups; g++, from += Nibbles::NUMBERS, to += Widened::NUMBERS) {
     for (int j = 0; j < 4; j++) {
@@ -193,7 +193,7 @@ void product_of(const Panels& panels, int height, const TileRows& a, int groups,
   }
 }
 
-constexpr int WIDEN_FROM = 4;  // tiles from which widening once costs less than unpacking for each of them
+constexpr int WIDEN_FROM = 4;  // with as many tiles, widening once costs less than unpacking for each
 
 // Calls emit(first row, rows, first panel, panels, tile of each matrix) for every tile of the product.
 template <class From, int MATRICES, class Emit>
@@ -219,7 +219,7 @@ void for_tiles(const Matrix* const (&matrices)[MATRICES], const Operand& rows, E
       const int now = rows.rows - first < height ? rows.rows - first : height;
       for (int m = 0; m < MATRICES; m++) {
         const size_t asked = first == 0 && !widens ? ahead : 0;
-        const bool is_last = first + now == rows.rows;  // the first has weights to ask for
+        const bool is_last = first + now == rows.rows;  // the first tile prefetches weights
         const TileRows a = tile_rows(rows, first, asked, is_last ? errand.next(groups * Errand::STEP) : nullptr);
         if (widens)
           product_of<Widened>(from[m], now, a, groups, tiles[m]);

@@ -1,5 +1,5 @@
-// A step of 64 keys and values out of the pool, in the two forms that attention reads: repacked, for many rows of
-// queries, or as rows where they lie, for a few.
+// A step of 64 keys and values of the pool, in the two forms that attention reads: repacked, for many rows of queries,
+// or as rows in place, for a few.
 #pragma once
 
 #include "attention.h"
@@ -15,28 +15,27 @@ constexpr int VECTORS_OF_KEYS = STEP / LANES;
 constexpr int MOST_DIM = 512;
 
 // Keys as [dim / 2][64] pairs along dim; values as [32][padded dim] pairs along keys. In int8, both are the stored
-// integers, exact in bf16, and the scales [64] what they are multiplied by.
+// integers, exact in bf16, to be multiplied by the scales [64].
 struct Packed {
   int32_t *keys, *values;
   float *key_scales, *value_scales;
 };
 
-// Rows of keys and values [dim]; absent ones are zeros. `blocks` are those that hold anything.
+// Rows of keys and values [dim]; absent ones are zeros. `blocks` counts the blocks with any rows.
 struct Rows {
   const uint16_t *keys[STEP], *values[STEP];
   float key_scales[STEP], value_scales[STEP];
   int blocks;
 };
 
-// Asks, little by little, for what the step after this one reads: all heads' keys and values of a block's layer lie in
-// one piece, but blocks lie anywhere, so that the processor can't guess the next. Asked for all at once it would hold up
-// what is computed meanwhile. Into the second cache only: blocks are whole pages apart and would push each other out of
-// the first.
+// Prefetches the next step's reads, little by little. All heads' keys and values of a block's layer are contiguous, but
+// blocks are scattered, so that the processor can't predict the next one. Prefetching all at once would stall the
+// computation. Into the second cache only: blocks are whole pages apart and would evict each other from the first.
 class Ahead {
  public:
   Ahead(const KvShape& shape, void* pool, int layer) : shape_(shape), pool_(pool), layer_(layer) {}
 
-  // From now on the step of `span` that begins at position `start` is asked for in `parts` calls of `some`.
+  // Spreads the step of `span` that begins at position `start` over `parts` calls of `some`.
   void of(const Span& span, int start, int parts);
   void some() {
     if (piece_ >= pieces_) return;
@@ -109,8 +108,8 @@ class Head {
   Head(const KvShape& shape, void* pool, int layer, int head, const Span& span)
       : shape_(shape), pool_(pool), layer_(layer), head_(head), span_(span) {}
 
-  // Finds positions [64 step, 64 step + 64) as far as the sequence goes. What the rows point to stays valid until the
-  // next call: the pool itself, or the integers of an 8-bit pool made wide.
+  // The rows at positions [64 step, 64 step + 64), up to the sequence's end, valid until the next call: in the pool
+  // itself, or the widened integers of an 8-bit pool.
   void rows(int step, Rows& to) const;
 
   // The same, repacked.

@@ -8,8 +8,8 @@
 //   int8   panel: [k/32][8][16 outputs][4] bytes, [k/32][16] scales f16                          8.5 bits a weight
 //   int4   panel: [k/32][4][16 outputs][4] bytes, [k/32][16] scales f16, [k/32][16] minima f16   5 bits a weight
 //
-// A weight is scale * (q - 128) in int8 and scale * q + minimum in int4, with q unsigned; GGUF's Q4_0, Q4_1 and Q8_0 fit
-// in without rounding. In int4, the low half of line j's bytes holds inputs 4j..4j+3 of the group and the high half
+// A weight is scale * (q - 128) in int8 and scale * q + minimum in int4, with q unsigned; GGUF's Q4_0, Q4_1 and Q8_0
+// fit in without rounding. In int4, the low half of line j's bytes holds inputs 4j..4j+3 of the group and the high half
 // inputs 16+4j...
 #pragma once
 
@@ -19,13 +19,13 @@ namespace baton {
 
 constexpr int PANEL = 16;
 constexpr int GROUP = 32;
-constexpr int INT8_OFFSET = 128;  // what int8 numbers are stored plus
+constexpr int INT8_OFFSET = 128;  // added to int8 numbers in storage
 constexpr int ROWS = 12;  // most rows of one tile
 
 enum class Format : int32_t { none = 0, bf16 = 1, int8 = 2, int4 = 3 };
 
-// Rows of one tile for a product of so many: as even as can be (16 rows of bytes are two tiles of 8), and as many as the
-// kernels of the format keep in registers.
+// Rows of one tile for a product of `rows` rows: tiles of even height (16 rows of bytes are two tiles of 8), within the
+// registers of the format's kernels.
 constexpr int tile_height(Format format, int rows) {
   const int most = format == Format::bf16 ? ROWS / 2 : ROWS, tiles = (rows + most - 1) / most;
   return (rows + tiles - 1) / tiles;
@@ -59,10 +59,10 @@ struct Matrix {
   const uint8_t* panel(int index) const { return data + index * panel_bytes(); }
 };
 
-// Rows in the form a format's kernel reads: cut into tiles of `height` rows (the last may be shorter), a tile interleaved
-// by row so that what the kernel broadcasts lies in a line: bf16 [k/2][tile rows][2]; bytes [k/4][tile rows][4] with,
-// per group of 32, [k/32][tile rows] each: a scale, the sum of the group's numbers (for int4) and what the offset of int8
-// weights takes away, -128 times the sum of the bytes.
+// Rows in the form that a format's kernel reads: tiles of `height` rows (the last may be shorter), interleaved by row
+// so that broadcasts read consecutive memory: bf16 [k/2][tile rows][2]; bytes [k/4][tile rows][4] with, per group of
+// 32, [k/32][tile rows] each: a scale, the sum of the group's numbers (for int4), and the correction for the offset of
+// int8 weights, -128 times the sum of the bytes.
 struct Operand {
   int rows = 0, groups = 0, height = 0;
   Array<uint16_t> pairs;
@@ -74,27 +74,27 @@ struct Operand {
   void take(Format format, const float* from, int count, int inputs, int stride, const float* weights, float eps);
 };
 
-// out [rows, outputs], `stride` apart, gets the product (plus `bias`, where there is one) or, accumulating, adds it. The
-// errand is run on the side, as far as the product lasts.
+// Writes the product, plus `bias` if not null, to out [rows, outputs], `stride` apart, or adds it, accumulating.
+// Prefetches for the errand meanwhile.
 void multiply(const Matrix& matrix, const Operand& rows, float* out, int stride, const float* bias, bool accumulate,
               Errand& errand);
 
-// out gets silu(gate product) * up product, of two matrices of one shape and format.
+// Writes silu(gate product) * up product to out, of two matrices of one shape and format.
 void multiply_gated(const Matrix& gate, const Matrix& up, const Operand& rows, float* out, int stride, Errand& errand);
 
-// The same for two formats, which no one kernel reads, in two calls: out gets silu(product) of the gate, and then is
-// multiplied by the other product.
+// The same for matrices of two formats, in two calls: the gate writes silu(product) to out, then the other multiplies
+// out by its product.
 void multiply_half(const Matrix& matrix, const Operand& rows, float* out, int stride, bool is_gate, Errand& errand);
 
 // A weight row as numbers: out [inputs].
 void unpack_row(const Matrix& matrix, int row, float* out);
 
-// What weights come as.
+// The format of unpacked weights.
 enum class Source : int32_t { f32 = 0, q4_0 = 1, q4_1 = 2, q8_0 = 3 };
 
 // Packs `rows` rows from `from` into rows [first, first + rows) of a shaped matrix; source row of the i-th is order[i],
 // or i. GGUF sources must go to the format that holds them exactly: q4_* to int4, q8_0 to int8.
-// From floats to int4, `importance` [inputs] is what each input's squared error counts, or null for all alike.
+// From floats to int4, `importance` [inputs] weighs each input's squared error; null weighs all alike.
 void pack(Matrix& matrix, int first, int rows, Source source, const void* from, const int32_t* order,
           const float* importance);
 

@@ -1,4 +1,4 @@
-// Memory for weights and scratch: aligned to cache lines, on large pages where the system gives them.
+// Memory for weights and scratch: aligned to cache lines, on large pages if the system has them.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,7 +16,7 @@ namespace baton {
 
 constexpr size_t LARGE_PAGE = size_t{1} << 21;
 
-// An array that is grown, never copied: growing loses what was in it. Fresh memory is zero.
+// An array that loses its content when it grows. Fresh memory is zero.
 template <class T>
 class Array {
  public:
@@ -59,11 +59,11 @@ class Array {
   size_t count_ = 0;
 };
 
-// Memory that lasts, handed out piece by piece, on large pages: weights are read from one end to the other in
-// every step, and with small pages the walks to them take a fifth of the time.
+// Memory for weights, allocated piece by piece, on large pages: every step reads all of it, and with small pages page
+// walks take a fifth of the time.
 class Arena {
  public:
-  // Zeros, valid until the arena ends. Pieces that are taken one after the other mostly lie so.
+  // Zeros, valid as long as the arena. Consecutive pieces are mostly adjacent.
   uint8_t* take(size_t bytes) {
     bytes = (bytes + 63) / 64 * 64;
     if (bytes > left_) grow(bytes);
@@ -74,7 +74,7 @@ class Arena {
 
  private:
   void grow(size_t bytes) {
-    constexpr size_t CHUNK = size_t{32} << 20;  // what is never touched takes no memory
+    constexpr size_t CHUNK = size_t{32} << 20;  // untouched pages take no memory
     const size_t size = (bytes + CHUNK - 1) / CHUNK * CHUNK;
     chunks_.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(LARGE_PAGE, size)));
     next_ = chunks_.back().get(), left_ = next_ ? size : 0;
@@ -89,8 +89,8 @@ class Arena {
   size_t left_ = 0;
 };
 
-// Memory that a product asks the processor for on the side, a little with each group of weights: products leave the way
-// to memory idle most of the time, and what is read after them is then in the caches already.
+// Memory that a product prefetches, a little with each group of weights, for reads after it: products leave the memory
+// bus idle most of the time.
 class Errand {
  public:
   static constexpr size_t STEP = 192;  // bytes with each group
@@ -99,7 +99,7 @@ class Errand {
   void add(const uint8_t* from, size_t bytes) { pieces_.emplace_back(from, bytes), total_ += bytes; }
   size_t total() const { return total_; }
 
-  // The next `bytes`, perhaps past a piece's end; null when all is asked for.
+  // The next `bytes`, perhaps past a piece's end; null after the last piece.
   const uint8_t* next(size_t bytes) {
     if (piece_ == pieces_.size()) return nullptr;
     const auto [from, size] = pieces_[piece_];

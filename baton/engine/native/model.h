@@ -12,7 +12,7 @@ namespace baton {
 struct Config {
   int32_t layers, hidden, heads, kv_heads, head_dim, mlp, vocabulary;
   KvFormat kv_format;
-  float eps, rope_scale;  // rope_scale: what cosine and sine are multiplied by
+  float eps, rope_scale;  // rope_scale: the factor of cosine and sine
 };
 
 // Matrices of a layer, in the order of the ABI.
@@ -27,16 +27,24 @@ struct LayerVectors {
   Array<float> of[VECTORS];
 };
 
-// All matrices.
 struct Weights {
   Arena memory;
   std::vector<LayerMatrices> layers;
   Matrix head;
-  Matrix embedding;  // where token embeddings are read; without a format where they are the head's rows
+  Matrix embedding;  // without a format, token embeddings are the head's rows
+
+  // Calls visit(matrix) for every packed matrix, always in the same order.
+  template <class Visit>
+  void each(Visit visit) const {
+    if (embedding.format != Format::none) visit(embedding);
+    if (head.format != Format::none) visit(head);
+    for (const LayerMatrices& layer : layers)
+      for (const Matrix& matrix : layer.slots)
+        if (matrix.format != Format::none) visit(matrix);
+  }
 };
 
-// A batch: `spans` cover rows [0, rows) of `tokens`; `sampled_rows`, rising, are those whose
-// logits [sampled, vocabulary] are asked for.
+// A batch: `spans` cover rows [0, rows) of `tokens`; `logits` [sampled, vocabulary] are of `sampled_rows`, rising.
 struct Batch {
   int32_t rows, spans, sampled;
   const int32_t* tokens;
@@ -55,7 +63,7 @@ class Model {
   Array<float>& norm() { return norm_; }
   Profile& profile() { return profile_; }
 
-  // Writes the KV of the batch's tokens into the pool and its logits.
+  // Writes the batch's KV into the pool, and its logits.
   void step(void* pool, const Batch& batch);
 
  private:
@@ -83,7 +91,7 @@ class Model {
   Array<uint16_t> queries_;
   std::vector<Span> narrowed_;
   Operand operand_;
-  Errand errand_;  // what the products of this part of a step ask for on the side
+  Errand errand_;  // memory that the products of this part of a step prefetch
 };
 
 }  // namespace baton

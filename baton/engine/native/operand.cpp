@@ -1,11 +1,11 @@
-// Rows made ready for a product: normalised, rounded to bf16 or to bytes with a scale per group, and interleaved.
+// Prepares rows for a product: normalises, rounds to bf16 or to bytes with a scale per group, interleaves.
 #include "matrix.h"
 #include "simd.h"
 
 namespace baton {
 namespace {
 
-// RMSNorm (arXiv 1910.07467) of `inputs` numbers; to[inputs, padded) stays as it is.
+// RMSNorm (arXiv 1910.07467) of `inputs` numbers; to[inputs, padded) stays unchanged.
 void normalise(const float* from, const float* weights, float eps, int inputs, float* to) {
   vf squares = {};
   int i = 0;
@@ -26,8 +26,8 @@ void to_pairs(const float* row, int inputs, int height, uint16_t* to) {
   }
 }
 
-// One row as signed bytes, four together and `height` such fours apart, with the factors of its groups. The scale is the
-// group's largest magnitude over 127.
+// One row as signed bytes, four together and `height` such fours apart, with the factors of its groups. The scale is
+// the group's largest magnitude over 127.
 void to_bytes(const float* row, int groups, int height, int8_t* to, float* scales, float* sums, int32_t* offsets) {
   const vi magnitude = splat(INT32_MAX);
   alignas(64) int8_t narrow[GROUP];

@@ -1,4 +1,4 @@
-// Weights into panels, and rows out of them.
+// Packs weights into panels, and unpacks rows.
 #include "matrix.h"
 #include "simd.h"
 
@@ -69,7 +69,7 @@ Group quantise_int8(const float* row, int count) {
   return group;
 }
 
-// A group of 4 bits before it is packed, and what each number's squared error counts.
+// A 4-bit group before packing, and the weight of each number's squared error.
 struct Fit {
   alignas(64) float x[GROUP], weight[GROUP], q[GROUP];
 
@@ -86,7 +86,7 @@ struct Fit {
     return sum(error);
   }
 
-  // The line through the points (q, x) of least weighted squared distance; false where all q are one.
+  // The line of least weighted squared distance to the points (q, x); false if all q are equal.
   bool line(float& scale, float& minimum) const {
     vf w = {}, wq = {}, wx = {}, wqq = {}, wqx = {};
     for (int i = 0; i < GROUP; i += LANES) {
@@ -102,13 +102,13 @@ struct Fit {
   static constexpr float TOP = 15;
 };
 
-// Four bits: the grid of least weighted error among some. Each starts with so many steps between the least and the most,
-// fewer than there are (then the grid is wider than the group) or more (then the most is cut off), and is fitted to what
-// was rounded to it.
+// Four bits: the grid of least weighted error among several. Each starts with a number of steps between the group's
+// least and greatest number, fewer than 15 (a grid wider than the group) or more (which cuts the greatest off), and is
+// then fitted to the rounded numbers.
 Group quantise_int4(const float* row, const float* importance, int count) {
   constexpr int FITS = 2;
   Fit fit{};
-  for (int i = 0; i < GROUP; i++) fit.x[i] = row[i < count ? i : 0];  // what lies beyond counts for nothing
+  for (int i = 0; i < GROUP; i++) fit.x[i] = row[i < count ? i : 0];  // numbers beyond have no weight
   for (int i = 0; i < count; i++) fit.weight[i] = importance ? importance[i] : 1.0f;
   float least = fit.x[0], most = fit.x[0];
   for (int i = 1; i < GROUP; i++) least = std::fmin(least, fit.x[i]), most = std::fmax(most, fit.x[i]);

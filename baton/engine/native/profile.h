@@ -1,4 +1,4 @@
-// Where a step's time goes. Off, it costs one comparison per part.
+// The time of each part of a step. Off, it costs one comparison per part.
 #pragma once
 
 #include <chrono>

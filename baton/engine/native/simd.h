@@ -1,10 +1,10 @@
-// Sixteen lanes of 32 bits on whatever the compiler was told the processor has: one AVX-512 register, or two of AVX2.
+// Sixteen lanes of 32 bits: one AVX-512 register, or two of AVX2.
 //
-// Every floating-point operation that a result depends on is spelled out (fma included; the build forbids contraction),
-// so that the same element gets the same bits from every instance of a kernel.
+// Every floating-point operation that a result depends on is explicit (fma included; the build forbids contraction), so
+// that an element gets the same bits from every instance of a kernel.
 #pragma once
 
-// GCC 12 warns of its own headers once they are inlined (its bug 105593).
+// GCC 12 warns about its own inlined headers (its bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -207,8 +207,8 @@ BATON_INLINE float largest(vf x) {
 #endif
 }
 
-// 2^x for x <= 0, to a few ulp, exactly 1 for 0: a polynomial of the fraction, times 2^n by the exponent's bits. What
-// would be subnormal may be 0.
+// 2^x for x <= 0, to a few ulp, exactly 1 for 0: a polynomial of the fraction, times 2^n by the exponent's bits.
+// Subnormal results may be 0.
 BATON_INLINE vf exp2_of_negative(vf x) {
 #if defined(__AVX512DQ__)
   const vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);

@@ -1,4 +1,4 @@
-// One step: the residual stream stays in f32, what enters a product is rounded to the format of its weights.
+// One step: the residual stream is f32; operands of products are rounded to the format of the weights.
 #include "model.h"
 #include "simd.h"
 
@@ -23,7 +23,7 @@ void Model::step(void* pool, const Batch& batch) {
   tables(batch);
   for (int layer = 0; layer < config_.layers; layer++) {
     project(layer, weights_.layers[layer], pool, batch);
-    // Past its keys and values, the last layer is for the rows that are asked for.
+    // After its keys and values, the last layer computes the sampled rows only.
     const Batch narrowed = layer + 1 < config_.layers ? batch : narrow(batch);
     if (narrowed.rows == 0) return;
     attention(layer, weights_.layers[layer], pool, narrowed);
@@ -33,7 +33,7 @@ void Model::step(void* pool, const Batch& batch) {
   logits(batch);
 }
 
-// The batch of the sampled rows alone, each a span of its own; what they need of the scratch moves to the front.
+// The batch of the sampled rows alone, each a span of its own; moves their scratch to the front.
 Batch Model::narrow(const Batch& batch) {
   if (batch.sampled == batch.rows) return batch;
   const size_t width = config_.hidden, heads = static_cast<size_t>(config_.heads) * config_.head_dim;
@@ -48,7 +48,7 @@ Batch Model::narrow(const Batch& batch) {
   return {batch.sampled, batch.sampled, batch.sampled, nullptr, narrowed_.data(), nullptr, batch.logits};
 }
 
-// The products until the next attention ask for what it reads first, as much as the caches keep meanwhile.
+// Lets the products until the next attention prefetch its first reads, as much as the caches hold meanwhile.
 void Model::send_for_kv(int layer, void* pool, const Batch& batch) {
   constexpr size_t MOST = size_t{2} << 20;
   errand_.clear();
@@ -57,7 +57,7 @@ void Model::send_for_kv(int layer, void* pool, const Batch& batch) {
   const size_t bytes = 2 * shape.heads * shape.share_bytes();
   for (int s = 0; s < batch.spans; s++) {
     const Span& span = batch.span[s];
-    if (span.count > 1) continue;  // a chunk has work enough to hide its reads
+    if (span.count > 1) continue;  // a chunk computes enough to hide its reads
     for (int block = 0; block <= span.position / BLOCK; block++) {
       if (errand_.total() + bytes > MOST) return;
       errand_.add(shape.share(pool, span.table[block], layer, 0, 0), bytes);
@@ -97,7 +97,7 @@ void Model::tables(const Batch& batch) {
   }
 }
 
-// Rotary embedding (arXiv 2104.09864), dimension i with i + dim / 2, after RMSNorm where the architecture has one.
+// Rotary embedding (arXiv 2104.09864), dimension i with i + dim / 2, after RMSNorm if `norm` is not null.
 void Model::rotate(float* head, const float* cosine, const float* sine, const float* norm) const {
   const int dim = config_.head_dim, half = dim / 2;
   if (norm) {
@@ -118,7 +118,7 @@ void Model::rotate_and_store(int layer, void* pool, const Batch& batch) {
   const int dim = config_.head_dim, heads = config_.heads, kv_heads = config_.kv_heads, half = dim / 2;
   const KvShape shape{config_.layers, kv_heads, dim, config_.kv_format};
   const LayerVectors& vectors = vectors_[layer];
-  const float scale = 1.44269504f / std::sqrt(static_cast<float>(dim));  // log2(e): softmax goes by powers of two
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(dim));  // log2(e): the softmax uses powers of two
   for (int s = 0; s < batch.spans; s++) {
     const Span& span = batch.span[s];
     for (int i = 0; i < span.count; i++) {
@@ -151,8 +151,7 @@ void Model::project(int layer, const LayerMatrices& matrices, void* pool, const 
   take(matrices.slots[QKV], hidden_.get(), batch.rows, config_.hidden, vectors.of[INPUT_NORM].get());
   {
     Timer timer(profile_, QKV_PRODUCT);
-    multiply(matrices.slots[QKV], operand_, qkv_.get(), width, vectors.of[QKV_BIAS].get(), false,
-             errand_);
+    multiply(matrices.slots[QKV], operand_, qkv_.get(), width, vectors.of[QKV_BIAS].get(), false, errand_);
   }
   rotate_and_store(layer, pool, batch);
 }
@@ -193,7 +192,7 @@ void Model::mlp(int layer, const LayerMatrices& matrices, int rows) {
   multiply(matrices.slots[DOWN], operand_, hidden_.get(), config_.hidden, nullptr, true, errand_);
 }
 
-// The sampled rows are the front ones by now.
+// The sampled rows are at the front by now.
 void Model::logits(const Batch& batch) {
   const Matrix& head = weights_.head;
   take(head, hidden_.get(), batch.sampled, config_.hidden, norm_.get());

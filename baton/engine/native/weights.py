@@ -1,4 +1,4 @@
-"""A checkpoint packed for the kernels: each matrix in the file's own grid where it has one, or in a chosen format."""
+"""Packs a checkpoint for the kernels: each matrix in the file's own grid or in a chosen format."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ from baton.config import WeightChoice
 from baton.engine.files.config import ModelConfig
 from baton.engine.files.tensors import TensorSource
 from baton.engine.native.calibration import Calibration
-from baton.engine.native.formats import OWN_GRIDS, format_of, keeps_8_bits, layer_matrices
-from baton.engine.native.library import EMBEDDING, HEAD, OUTSIDE, Format, Library, NativeModel, Slot, Source, Vector
+from baton.engine.native.formats import Parts, format_of, keeps_8_bits, layer_vectors, model_matrices, own_grid
+from baton.engine.native.library import OUTSIDE, Format, Library, NativeModel, Slot, Source
 from baton.engine.torch import rope
 
 
 @dataclass(frozen=True, slots=True)
 class _Packer:
-    """Reads tensors out of a source and packs them."""
-
     model: NativeModel
     source: TensorSource
     choice: WeightChoice
     calibration: Calibration | None
 
-    def matrix(self, layer: int, slot: int, parts: list[tuple[str, int]], columns: int) -> None:
-        """The named tensors, of so many rows each, one above the other."""
-        kinds = {self.source.kind(name) for name, _ in parts}
-        own = OWN_GRIDS.get(next(iter(kinds))) if len(kinds) == 1 else None
+    def matrix(self, layer: int, slot: int, parts: Parts, columns: int) -> None:
+        own = own_grid({self.source.kind(name) for name, _ in parts})
         form = format_of(self.choice, own, layer, slot)
         keeps_grid = own is not None and own[1] is form and columns % 32 == 0
         self.model.shape(layer, slot, form, sum(rows for _, rows in parts), columns)
@@ -47,62 +43,37 @@ class _Packer:
         if self.calibration is not None and layer != OUTSIDE:
             self.calibration.advance(layer, Slot(slot), parts, columns)
 
-    def vector(self, layer: int, slot: int, parts: list[tuple[str, int]]) -> None:
-        """The named vectors, one after the other."""
+    def vector(self, layer: int, slot: int, parts: Parts) -> None:
         read = [self.source.read(name, (size,)).float() for name, size in parts]
         self.model.vector(layer, slot, torch.cat(read).numpy())
 
 
 def load_model(
-    library: Library,
-    source: TensorSource,
-    config: ModelConfig,
-    kv_dtype: str,
-    choice: WeightChoice,
+    library: Library, source: TensorSource, config: ModelConfig, kv_dtype: str, choice: WeightChoice,
     tokenizer_json: bytes,
-) -> NativeModel:
-    """Packs all weights. "auto" keeps a file's own 4-bit and 8-bit grids exactly and the rest in bf16.
+) -> NativeModel:  # fmt: skip
+    """Packs all weights. "auto" keeps a file's own 4-bit and 8-bit grids exactly, and the rest in bf16.
 
-    Floats that become 4 bits are rounded by what a text, cut by `tokenizer_json`, multiplies them with.
-    Raises ModelFileError where the files lack a tensor or have it in another shape.
+    `tokenizer_json` cuts the text that calibrates the rounding of floats to 4 bits. Raises ModelFileError for a tensor
+    that is missing or has another shape.
     """
     inverse, scale = rope.frequencies(config)
     model = NativeModel(library, config, kv_dtype, np.ascontiguousarray(inverse.numpy()), scale)
     calibration = Calibration(source, config, tokenizer_json) if _rounds_to_4_bits(source, config, choice) else None
     packer = _Packer(model, source, choice, calibration)
-    head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-    packer.matrix(OUTSIDE, HEAD, [(head, config.vocabulary)], config.hidden)
-    if not config.tied_embeddings:
-        packer.matrix(OUTSIDE, EMBEDDING, [("model.embed_tokens.weight", config.vocabulary)], config.hidden)
+    for layer, slot, parts, columns in model_matrices(config):
+        packer.matrix(layer, slot, parts, columns)
     packer.vector(OUTSIDE, 0, [("model.norm.weight", config.hidden)])
     for layer in range(config.layers):
-        _layer(packer, config, layer)
+        for vector, parts in layer_vectors(config, layer):
+            packer.vector(layer, vector, parts)
     return model
 
 
 def _rounds_to_4_bits(source: TensorSource, config: ModelConfig, choice: WeightChoice) -> bool:
     """Whether any matrix in floats gets 4 bits."""
     return choice == "int4" and any(
-        source.kind(name) not in OWN_GRIDS and not keeps_8_bits(layer, slot)
-        for layer in range(config.layers)
-        for slot, parts, _ in layer_matrices(config, layer)
+        not keeps_8_bits(layer, slot) and own_grid({source.kind(name)}) is None
+        for layer, slot, parts, _ in model_matrices(config)
         for name, _ in parts
     )
-
-
-def _layer(packer: _Packer, config: ModelConfig, layer: int) -> None:
-    prefix = f"model.layers.{layer}"
-    attention = f"{prefix}.self_attn"
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    for slot, parts, columns in layer_matrices(config, layer):
-        packer.matrix(layer, slot, parts, columns)
-    packer.vector(layer, Vector.INPUT_NORM, [(f"{prefix}.input_layernorm.weight", config.hidden)])
-    packer.vector(layer, Vector.MLP_NORM, [(f"{prefix}.post_attention_layernorm.weight", config.hidden)])
-    if config.qk_norm:
-        packer.vector(layer, Vector.Q_NORM, [(f"{attention}.q_norm.weight", config.head_dim)])
-        packer.vector(layer, Vector.K_NORM, [(f"{attention}.k_norm.weight", config.head_dim)])
-    if config.attention_bias:
-        packer.vector(layer, Vector.QKV_BIAS, [(f"{attention}.{name}.bias", n) for name, n in rows.items()])
-    if config.output_bias:
-        packer.vector(layer, Vector.OUTPUT_BIAS, [(f"{attention}.o_proj.bias", config.hidden)])

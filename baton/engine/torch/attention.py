@@ -1,4 +1,4 @@
-"""Attention of one layer over a planned step: causal within a sequence, grouped queries, keys out of the pool."""
+"""Attention of one layer over a planned step: causal within a sequence, grouped queries, keys from the pool."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from baton.engine.kv import KvPool
-from baton.engine.torch.plan import Chunk, DecodeGroup, Plan
+from baton.engine.torch.plan import Chunk, DecodeGroup, StepPlan
 
 
 def attend(
-    pool: KvPool, layer: int, plan: Plan, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    pool: KvPool, layer: int, plan: StepPlan, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """The output of all heads, [T, heads, head_dim].
-
-    `queries` [T, heads, head_dim] and this step's `keys` and `values` [T, kv_heads, head_dim]; the latter are in the
-    pool already.
-    """
+    """The output of all heads, [T, heads, head_dim], from `queries` of that shape and this step's `keys` and `values`
+    [T, kv_heads, head_dim], which the pool has already."""
     out = torch.empty_like(queries)
     for group in plan.groups:
         out[group.start : group.stop] = _decode(pool, layer, group, queries[group.start : group.stop])
@@ -30,38 +27,31 @@ def attend(
 
 
 def _decode(pool: KvPool, layer: int, group: DecodeGroup, queries: torch.Tensor) -> torch.Tensor:
-    """One query per sequence: the queries that share a key/value head go as rows of one product."""
+    """One query per sequence: the queries that share a key/value head are rows of one product."""
     count, heads, dim = queries.shape
     keys, values = pool.gather(layer, group.shares)
     rows = queries.view(count, pool.layout.kv_heads, -1, dim)
-    found = F.scaled_dot_product_attention(
-        rows, keys[:, :, : group.length], values[:, :, : group.length], attn_mask=group.mask
-    )
+    keys, values = keys[:, :, : group.length], values[:, :, : group.length]
+    found = F.scaled_dot_product_attention(rows, keys, values, attn_mask=group.mask)
     return found.reshape(count, heads, dim)
 
 
 def _alone(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """A chunk that starts its sequence needs nothing from the pool."""
+    """A chunk that starts its sequence attends only to itself, so that it reads nothing from the pool."""
     grouped = _grouped(queries, keys.shape[1])
-    found = F.scaled_dot_product_attention(
-        grouped, _shared(keys.transpose(0, 1), grouped), _shared(values.transpose(0, 1), grouped), is_causal=True
-    )
-    return _flat(found)
+    keys, values = _shared(keys.transpose(0, 1), grouped), _shared(values.transpose(0, 1), grouped)
+    return _flat(F.scaled_dot_product_attention(grouped, keys, values, is_causal=True))
 
 
 def _over_prefix(
     pool: KvPool, layer: int, chunk: Chunk, shares: torch.Tensor, queries: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Writes to `out` what a chunk's tiles see: the sequence up to each query."""
+    """Writes a chunk's attention over its sequence, up to each query, to `out`."""
     keys, values = pool.gather(layer, shares)
     for tile in chunk.tiles:
         grouped = _grouped(queries[tile.start : tile.stop], pool.layout.kv_heads)
-        found = F.scaled_dot_product_attention(
-            grouped,
-            _shared(keys[0, :, : tile.length], grouped),
-            _shared(values[0, :, : tile.length], grouped),
-            attn_mask=tile.mask,
-        )
+        tile_keys, tile_values = (_shared(each[0, :, : tile.length], grouped) for each in (keys, values))
+        found = F.scaled_dot_product_attention(grouped, tile_keys, tile_values, attn_mask=tile.mask)
         out[tile.start : tile.stop] = _flat(found)
 
 

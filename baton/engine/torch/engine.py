@@ -1,4 +1,4 @@
-"""The engine: one mixed step after the other, over one model and one block pool."""
+"""The engine in plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from baton.engine.api import Work
 from baton.engine.files.card import ModelDescription
 from baton.engine.files.tensors import open_tensors
 from baton.engine.kv import TORCH_DTYPES, Buffer, KvPool, make_pool
-from baton.engine.sampling.sampler import Logits
+from baton.engine.sampling import Logits
 from baton.engine.stepper import Stepper
 from baton.engine.torch.model import Model
 from baton.engine.torch.plan import make_plan
@@ -19,26 +19,21 @@ from baton.errors import ConfigError
 
 
 class TorchEngine(Stepper):
-    """`baton.engine.api.Engine` in plain torch, on a CPU or one CUDA device. Used from one thread."""
+    """Computes on a CPU or one CUDA device."""
 
     def __init__(self, description: ModelDescription, model: Model, pool: KvPool) -> None:
-        super().__init__(description, pool)
+        super().__init__(description, pool, f"torch {torch.__version__}", model.weights.bytes)
         self._model = model
 
     @classmethod
     def load(
-        cls,
-        description: ModelDescription,
-        *,
-        device: str = "cpu",
-        buffer: Buffer | None = None,
+        cls, description: ModelDescription, *, device: str = "cpu", buffer: Buffer | None = None,
         blocks: int | None = None,
-    ) -> TorchEngine:
+    ) -> TorchEngine:  # fmt: skip
         """Loads the weights, in the dtype of the card's KV layout.
 
-        The pool is either in `buffer`, writable CPU memory that outlives the engine (as many blocks as fit), or
-        `blocks` blocks of the engine's own. Raises ModelFileError for damaged files, ConfigError for a device that is
-        not there.
+        The pool is either over `buffer`, writable CPU memory that outlives the engine (as many blocks as fit), or has
+        `blocks` blocks of the engine's own. Raises ModelFileError for damaged files, ConfigError for a missing device.
         """
         where = resolve_device(device)
         assert buffer is None or where.type == "cpu", "a pool in the caller's memory is for the CPU"
@@ -50,26 +45,16 @@ class TorchEngine(Stepper):
         return cls(description, Model(description.config, weights), make_pool(layout, buffer, blocks, str(where)))
 
     def wake(self, blocks: Sequence[int]) -> None:
-        """Nothing: where these kernels compute, a slow first step is the least of it."""
-
-    @property
-    def kernels(self) -> str:
-        """What computes, for logs."""
-        return f"torch {torch.__version__}"
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights."""
-        return self._model.weight_bytes
+        """Does nothing: beside torch's own time a cold first step does not matter."""
 
     @torch.inference_mode()
     def _forward(self, batch: list[Work]) -> tuple[tuple[int, ...], Logits]:
-        plan = make_plan(batch, self._pool)
-        return plan.sampled, self._model.forward(plan, self._pool).cpu().numpy()
+        plan = make_plan(batch, self.pool)
+        return plan.sampled, self._model.forward(plan, self.pool).cpu().numpy()
 
 
 def resolve_device(name: str) -> torch.device:
-    """ConfigError, in one line, for a device that torch can't compute on here."""
+    """Raises ConfigError, in one line, for a device that torch can't compute on here."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,7 +1,7 @@
 """The forward pass of a Llama-family decoder over the flat tokens of a step.
 
-The residual stream, norms, rotation and logits are float32; what enters a product, and what comes out of one within a
-layer, is of the weights' dtype.
+The residual stream, norms, rotation and logits are float32; operands of a layer's products, and their results, have
+the weights' dtype.
 """
 
 from __future__ import annotations
@@ -13,30 +13,24 @@ from baton.engine.files.config import ModelConfig
 from baton.engine.kv import KvPool
 from baton.engine.torch import rope
 from baton.engine.torch.attention import attend
-from baton.engine.torch.plan import Plan
+from baton.engine.torch.plan import StepPlan
 from baton.engine.torch.weights import LayerWeights, ModelWeights
 
 HEAD_PART = 1 << 20
-"""Weights of a narrow head that are made float32 at a time: what stays in a core's cache."""
+"""Elements of a narrow head to convert to float32 at a time, so that they stay in a core's cache."""
 
 
 class Model:
-    """Weights and how to compute with them; holds nothing of a sequence."""
+    """The forward pass over `weights`; holds nothing of a sequence."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self._config = config
-        self._weights = weights
+        self._config, self.weights = config, weights
         inverse, self._rope_scaling = rope.frequencies(config)
         self._inverse_frequencies = inverse.to(weights.embedding.device)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of all tensors, each counted once."""
-        return self._weights.bytes
-
-    def forward(self, plan: Plan, pool: KvPool) -> torch.Tensor:
+    def forward(self, plan: StepPlan, pool: KvPool) -> torch.Tensor:
         """Writes the KV of the step's tokens and returns float32 logits [sampled rows, vocabulary]."""
-        weights = self._weights
+        weights = self.weights
         hidden = F.embedding(plan.tokens, weights.embedding).float()
         cos, sin = rope.tables(self._inverse_frequencies, self._rope_scaling, plan.positions)
         for index, layer in enumerate(weights.layers):
@@ -45,23 +39,18 @@ class Model:
         return self._logits(self._norm(hidden[plan.sampled_rows], weights.norm))
 
     def _logits(self, last: torch.Tensor) -> torch.Tensor:
-        """Of normalised rows. A narrow product would round them: large numbers whose small differences count."""
-        head = self._weights.head
+        """The logits of normalised rows, in float32: a narrow product would round large numbers whose small
+        differences matter."""
+        head = self.weights.head
         if head.dtype == torch.float32:
             return F.linear(last, head)
         parts = torch.split(head, max(1, HEAD_PART // head.shape[1]))
         return torch.cat([F.linear(last, part.float()) for part in parts], 1)
 
     def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        hidden: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        plan: Plan,
-        pool: KvPool,
-    ) -> torch.Tensor:
+        self, index: int, layer: LayerWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        plan: StepPlan, pool: KvPool,
+    ) -> torch.Tensor:  # fmt: skip
         heads, kv_heads, dim = self._config.heads, self._config.kv_heads, self._config.head_dim
         dtype = layer.qkv.dtype
         qkv = F.linear(self._norm(hidden, layer.input_norm).to(dtype), layer.qkv, layer.qkv_bias)

@@ -1,11 +1,12 @@
-"""What one step computes, worked out once for all layers.
+"""The plan of a step, made once for all layers.
 
 The tokens of a step lie flat, one after the other: first every sequence that computes one token (decode), grouped by
-length, then the chunks (prefill). Linear layers see them all together; attention goes by group and by tile.
+length, then the chunks (prefill). Linear layers compute them all together, attention goes by group and by tile.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -13,20 +14,20 @@ import torch
 
 from baton.engine.api import Work
 from baton.engine.kv import KvPool
-from baton.engine.state import SequenceState, state_of
+from baton.engine.stepper import state_of
 
 GROUP_WASTE = 1.25
-"""A group may gather this many times the keys its sequences have: padding against calls."""
+"""Keys that a group may gather over the keys that its sequences have: less padding against fewer calls."""
 TILE_QUERIES = 256
-"""Queries of one attention call over a cached prefix: less is masked away in small tiles, more is fewer calls."""
+"""Queries of one attention call over a prefix: smaller tiles mask fewer scores away, larger ones take fewer calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """Sequences of like length with one query each, at rows [start, stop).
 
-    `shares` says where their blocks lie (`KvPool.gather`); `length` is the longest, with this step's token. `mask`
-    [S, 1, 1, length] is 0 where a key belongs to its sequence, else -inf; None where all are equally long.
+    `shares` are their blocks' indices for `KvPool.gather`; `length` is the longest, with this step's token. `mask`
+    [S, 1, 1, length] is 0 for a sequence's own keys, else -inf; None if all are equally long.
     """
 
     start: int
@@ -38,7 +39,7 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries at rows [start, stop) of a chunk that see keys [0, length); `mask` [queries, length] is additive."""
+    """Queries at rows [start, stop) that attend to keys [0, length); `mask` [queries, length] is additive."""
 
     start: int
     stop: int
@@ -48,7 +49,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Several tokens of one sequence, at rows [start, stop). Without a prefix (`shares` None) it sees only itself."""
+    """Several tokens of one sequence, at rows [start, stop). With `shares` None there is no prefix to attend to."""
 
     start: int
     stop: int
@@ -57,13 +58,10 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One step. `order` lists the batch's work items as their rows follow each other; the tensors are [T], int64.
+class StepPlan:
+    """One step; the tensors are int64, [T] but for `sampled_rows`. `sampled` are the indices of the work items that
+    sample, `sampled_rows` the rows of their last tokens."""
 
-    `sampled` are the work items that sample and `sampled_rows` the rows of their last tokens.
-    """
-
-    order: tuple[int, ...]
     tokens: torch.Tensor
     positions: torch.Tensor
     blocks: torch.Tensor
@@ -74,34 +72,27 @@ class Plan:
     sampled_rows: torch.Tensor
 
 
-def make_plan(batch: Seq[Work], pool: KvPool) -> Plan:
-    """Plans a step over `batch`, whose sequences' blocks cover what is computed."""
-    groups_of = _group([(index, _end(work)) for index, work in enumerate(batch) if work.count == 1])
-    chunked = [index for index, work in enumerate(batch) if work.count > 1]
-    order = tuple([index for group in groups_of for index in group] + chunked)
-    states = [state_of(work.sequence) for work in batch]
-    device = pool.blocks.device
-    positions = torch.cat([torch.arange(batch[i].sequence.computed, _end(batch[i])) for i in order])
-    tables = torch.cat([_blocks_of(batch[i], states[i], pool.layout.block_tokens) for i in order])
-    groups, chunks, row = [], [], 0
-    for members in groups_of:
-        groups.append(_decode_group(row, [batch[i] for i in members], [states[i] for i in members], pool))
-        row += len(members)
-    for index in chunked:
-        chunks.append(_chunk(row, batch[index], states[index], pool))
-        row += batch[index].count
-    last_rows = _last_rows([batch[i].count for i in order])
-    sampled = [(index, last) for index, last in zip(order, last_rows, strict=True) if batch[index].samples]
-    return Plan(
-        order=order,
-        tokens=torch.tensor([token for i in order for token in _tokens(batch[i])], device=device),
-        positions=positions.to(device),
-        blocks=tables.to(device),
-        offsets=(positions % pool.layout.block_tokens).to(device),
-        groups=tuple(groups),
-        chunks=tuple(chunks),
-        sampled=tuple(index for index, _ in sampled),
-        sampled_rows=torch.tensor([last for _, last in sampled], dtype=torch.int64, device=device),
+def make_plan(batch: Seq[Work], pool: KvPool) -> StepPlan:
+    """Plans a step over `batch`, whose sequences' blocks cover all positions to compute."""
+    groups = _group([(index, _end(work)) for index, work in enumerate(batch) if work.count == 1])
+    chunks = [index for index, work in enumerate(batch) if work.count > 1]
+    order = [index for group in groups for index in group] + chunks
+    works = [batch[index] for index in order]
+    first_rows = dict(zip(order, itertools.accumulate((work.count for work in works), initial=0), strict=False))
+    sampled = tuple(index for index in order if batch[index].samples)
+    positions = [torch.arange(work.sequence.computed, _end(work)) for work in works]
+    size, device = pool.layout.block_tokens, pool.blocks.device
+    blocks = [_table(work)[own // size] for work, own in zip(works, positions, strict=True)]
+    tokens = [token for work in works for token in work.sequence.tokens[work.sequence.computed : _end(work)]]
+    return StepPlan(
+        tokens=torch.tensor(tokens, device=device),
+        positions=torch.cat(positions).to(device),
+        blocks=torch.cat(blocks).to(device),
+        offsets=(torch.cat(positions) % size).to(device),
+        groups=tuple(_decode_group(first_rows[group[0]], [batch[i] for i in group], pool) for group in groups),
+        chunks=tuple(_chunk(first_rows[index], batch[index], pool) for index in chunks),
+        sampled=sampled,
+        sampled_rows=torch.tensor([first_rows[i] + batch[i].count - 1 for i in sampled], dtype=torch.int64).to(device),
     )
 
 
@@ -109,26 +100,12 @@ def _end(work: Work) -> int:
     return work.sequence.computed + work.count
 
 
-def _tokens(work: Work) -> list[int]:
-    return work.sequence.tokens[work.sequence.computed : _end(work)]
-
-
-def _blocks_of(work: Work, state: SequenceState, block_tokens: int) -> torch.Tensor:
-    """The block of each token that `work` computes."""
-    positions = torch.arange(work.sequence.computed, _end(work))
-    return state.table[positions // block_tokens]
-
-
-def _last_rows(counts: list[int]) -> list[int]:
-    rows, row = [], -1
-    for count in counts:
-        row += count
-        rows.append(row)
-    return rows
+def _table(work: Work) -> torch.Tensor:
+    return state_of(work.sequence).table
 
 
 def _group(lengths: list[tuple[int, int]]) -> list[list[int]]:
-    """Cuts (index, length) pairs into groups whose padded size stays within GROUP_WASTE of what is in them."""
+    """Groups the indices of (index, length) pairs; a padded group is at most GROUP_WASTE times its lengths' sum."""
     groups: list[list[int]] = []
     total = longest = 0
     for index, length in sorted(lengths, key=lambda pair: (-pair[1], pair[0])):
@@ -141,14 +118,14 @@ def _group(lengths: list[tuple[int, int]]) -> list[list[int]]:
     return groups
 
 
-def _decode_group(start: int, works: list[Work], states: list[SequenceState], pool: KvPool) -> DecodeGroup:
+def _decode_group(start: int, works: list[Work], pool: KvPool) -> DecodeGroup:
     lengths = [_end(work) for work in works]
     length = max(lengths)
     blocks = pool.layout.blocks_for(length)
     tables = torch.zeros((len(works), blocks), dtype=torch.int64)
-    for row, (state, own) in enumerate(zip(states, lengths, strict=True)):
-        held = pool.layout.blocks_for(own)
-        tables[row, :held] = state.table[:held]
+    for row, work in enumerate(works):
+        held = pool.layout.blocks_for(lengths[row])
+        tables[row, :held] = _table(work)[:held]
     mask = None
     if min(lengths) < length:
         hidden = torch.arange(length) >= torch.tensor(lengths)[:, None]
@@ -156,11 +133,11 @@ def _decode_group(start: int, works: list[Work], states: list[SequenceState], po
     return DecodeGroup(start, start + len(works), pool.shares(tables.to(pool.blocks.device)), length, mask)
 
 
-def _chunk(start: int, work: Work, state: SequenceState, pool: KvPool) -> Chunk:
+def _chunk(start: int, work: Work, pool: KvPool) -> Chunk:
     prefix, stop = work.sequence.computed, start + work.count
     if prefix == 0:
         return Chunk(start, stop, None, ())
-    table = state.table[: pool.layout.blocks_for(_end(work))]
+    table = _table(work)[: pool.layout.blocks_for(_end(work))]
     tiles = []
     for first in range(start, stop, TILE_QUERIES):
         last = min(first + TILE_QUERIES, stop)

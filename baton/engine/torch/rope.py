@@ -1,7 +1,7 @@
 """Rotary position embeddings: frequencies, tables and rotation.
 
-Rotation (Su et al., RoFormer, arXiv 2104.09864) in the half-split convention of Hugging Face checkpoints: dimension i
-turns together with i + head_dim / 2. Scaling: linear (position interpolation, arXiv 2306.15595), llama3 (the Llama 3.1
+Rotation (Su et al., RoFormer, arXiv 2104.09864) in the half-split convention of Hugging Face checkpoints: dimensions i
+and i + head_dim / 2 rotate together. Scaling: linear (position interpolation, arXiv 2306.15595), llama3 (the Llama 3.1
 release), yarn (arXiv 2309.00071).
 """
 
@@ -16,7 +16,7 @@ from baton.errors import ModelFileError
 
 
 def frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies, float32 [head_dim / 2]; what cosine and sine are multiplied by)."""
+    """(inverse frequencies, float32 [head_dim / 2]; the factor of cosine and sine)."""
     scaling, dim = config.rope_scaling, config.head_dim
     powers = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inverse = 1.0 / (config.rope_theta**powers)
@@ -30,7 +30,9 @@ def frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
         case "yarn":
             return _yarn(inverse, scaling, dim, config.rope_theta), _yarn_attention(scaling)
         case "factors":
-            return _divided(inverse, scaling.factors), 1.0
+            if len(scaling.factors) != len(inverse):
+                raise ModelFileError(f"{len(scaling.factors)} rope factors do not fit {len(inverse)} frequencies")
+            return inverse / torch.tensor(scaling.factors), 1.0
 
 
 def tables(
@@ -42,13 +44,13 @@ def tables(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`x` [T, heads, head_dim], turned; a new tensor, float32 as the tables are."""
+    """`x` [T, heads, head_dim] rotated: a new tensor, float32 like the tables."""
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def _llama3(inverse: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    """Frequencies of long wavelengths are divided by the factor, of short ones kept, between them interpolated."""
     original, low, high = scaling.original_context_tokens, scaling.low_freq_factor, scaling.high_freq_factor
     wavelength = 2 * math.pi / inverse
     smooth = (original / wavelength - low) / (high - low)
@@ -59,7 +61,7 @@ def _llama3(inverse: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
 
 
 def _yarn(inverse: torch.Tensor, scaling: RopeScaling, dim: int, theta: float) -> torch.Tensor:
-    """Dimensions that turn often within the original context are kept, those that turn rarely are interpolated."""
+    """Dimensions that rotate often within the original context are kept, those that rotate rarely interpolated."""
 
     def dimension(rotations: float) -> float:
         turns = scaling.original_context_tokens / (rotations * 2 * math.pi)
@@ -84,9 +86,3 @@ def _yarn_attention(scaling: RopeScaling) -> float:
 
 def _mscale(factor: float, multiplier: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
-
-def _divided(inverse: torch.Tensor, factors: tuple[float, ...]) -> torch.Tensor:
-    if len(factors) != len(inverse):
-        raise ModelFileError(f"{len(factors)} rope factors do not fit {len(inverse)} frequencies")
-    return inverse / torch.tensor(factors)

@@ -1,4 +1,4 @@
-"""A model's weights, arranged for computing: projections that read the same input are fused into one matrix."""
+"""A model's weights for torch: projections that read the same input are fused into one matrix."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from baton.engine.files.tensors import TensorSource
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; matrices are [out, in].
-
-    `qkv` stacks the rows of all query heads, then keys, then values; `gate_up` those of gate and up. Norms are float32
-    whatever the matrices are.
-    """
+    """One decoder layer; matrices are [out, in], norms float32. `qkv` stacks the rows of all query heads, then keys,
+    then values; `gate_up` those of gate and up."""
 
     input_norm: torch.Tensor
     qkv: torch.Tensor
@@ -32,7 +29,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """`head` is `embedding` itself where the two are tied."""
+    """`head` is `embedding` itself if the two are tied."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -42,15 +39,9 @@ class ModelWeights:
     @property
     def bytes(self) -> int:
         """Of all tensors, each counted once."""
-        held = [value for layer in self.layers for value in _tensors_of(layer)]
-        outside = {id(tensor): tensor for tensor in (self.embedding, self.norm, self.head)}
-        return sum(tensor.nbytes for tensor in (*held, *outside.values()))
-
-
-def _tensors_of(layer: LayerWeights) -> list[torch.Tensor]:
-    """The tensors that the layer has."""
-    found = (getattr(layer, each.name) for each in fields(layer))
-    return [tensor for tensor in found if tensor is not None]
+        inside = (getattr(layer, each.name) for layer in self.layers for each in fields(layer))
+        tensors = [each for each in (*inside, self.embedding, self.norm, self.head) if each is not None]
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +53,9 @@ class _Loader:
     device: torch.device
 
     def stacked(self, parts: list[tuple[str, int]], columns: int | None) -> torch.Tensor:
-        """The named tensors, of so many rows each, one above the other; vectors where `columns` is None."""
+        """The named tensors with the rows of each, one above the other; vectors if `columns` is None."""
         tail = () if columns is None else (columns,)
-        # Read before anything is allocated: shapes that a damaged header makes up are refused, not reserved.
+        # Read first: a damaged header's shapes are refused before they are allocated.
         read = [self.source.read(name, (rows, *tail)) for name, rows in parts]
         whole = torch.empty((sum(rows for _, rows in parts), *tail), dtype=self.dtype, device=self.device)
         start = 0
@@ -84,7 +75,7 @@ class _Loader:
 
 
 def load_weights(source: TensorSource, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Reads all weights; raises ModelFileError where the files lack one or have it in another shape."""
+    """Raises ModelFileError for a tensor that is missing or has another shape."""
     loader = _Loader(source, dtype, device)
     embedding = loader.matrix("model.embed_tokens.weight", config.vocabulary, config.hidden)
     return ModelWeights(

@@ -17,8 +17,7 @@ from contextlib import suppress
 
 from baton.errors import ChecksumMismatch, DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.blocks.copying import BlockCopy
-from kvtransfer.blocks.memory import SEALS, PoolMemory
+from kvtransfer.blocks.memory import SEALS, BlockCopy, PoolMemory
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMove, WriteReceipt
 from kvtransfer.transports.check import plan

@@ -20,8 +20,7 @@ from functools import partial
 
 from baton.errors import ConfigError
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.blocks.copying import BlockCopy, copy_runs
-from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.blocks.memory import BlockCopy, PoolMemory, copy_runs
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.check import identity_refusal

@@ -14,8 +14,7 @@ from gguf.quants import quantize
 
 from baton.engine.files.card import describe
 from baton.engine.files.config import from_hf
-from baton.engine.files.gguf_file import GgufFile
-from baton.engine.files.gguf_names import gguf_name
+from baton.engine.files.gguf_file import GgufFile, gguf_name
 from baton.engine.files.metadata import Metadata
 from baton.engine.files.models import ResolvedModel, resolve
 from baton.engine.torch.engine import TorchEngine

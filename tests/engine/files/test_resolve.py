@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from baton.engine.dtypes import resolve_dtype
 from baton.engine.files import digests, download
-from baton.engine.files.card import describe
+from baton.engine.files.card import describe, resolve_dtype
 from baton.engine.files.models import EMBEDDED_MODEL, resolve
 from baton.errors import ConfigError, ModelFileError
 from tests.engine.conftest import Tiny, write_tokenizer

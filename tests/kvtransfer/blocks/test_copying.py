@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from baton.engine.native.build import NativeUnavailable
-from baton.engine.native.copying import StreamingCopy
 from baton.engine.native.library import load
-from kvtransfer.blocks.copying import BlockCopy, copy_runs
+from kvtransfer.blocks.memory import BlockCopy, copy_runs
 
 BLOCKS = 9
 
@@ -21,7 +20,7 @@ def copy(request: pytest.FixtureRequest) -> BlockCopy:
     if request.param == "runs":
         return copy_runs
     try:
-        return StreamingCopy(load())
+        return load().copy_blocks
     except NativeUnavailable as why:
         pytest.skip(str(why))
 

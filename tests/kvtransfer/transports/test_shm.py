@@ -13,9 +13,8 @@ import pytest
 
 from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Mismatch, PeerClosed
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.blocks.copying import copy_runs
 from kvtransfer.blocks.layout import KvLayout
-from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.blocks.memory import PoolMemory, copy_runs
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMove
 from kvtransfer.transports.shm import transport as module

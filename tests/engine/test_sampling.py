@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.engine.api import Sequence
-from baton.engine.sampling.penalties import Penalties
-from baton.engine.sampling.sampler import Logits, logprobs, sample, uniforms
+from baton.engine.sampling import Logits, Penalties, logprobs, sample, uniforms
 from baton.spec import Sampling
 
 GREEDY = Sampling(temperature=0.0)

@@ -13,9 +13,7 @@ import pytest
 from baton.config import WorkerConfig
 from baton.cost import CostModel, StepCost
 from baton.engine.api import Sequence, Work
-from baton.engine.simulated.cost import COSTS, faster, read_costs
-from baton.engine.simulated.engine import SimulatedEngine
-from baton.engine.simulated.load import bytes_card, simulated_card, typical_steps
+from baton.engine.simulated import COSTS, SimulatedEngine, bytes_card, faster, read_costs, simulated_card, typical_steps
 from baton.errors import ConfigError
 from baton.spec import Sampling
 from kvtransfer.blocks.layout import DTYPE_BYTES, KvLayout

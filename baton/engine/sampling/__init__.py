@@ -1,1 +1,0 @@
-"""Drawing tokens from logits."""

@@ -1,1 +1,0 @@
-"""An engine that takes the time of a model without computing it."""
