@@ -32,7 +32,7 @@ from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal, RefusalReason
 from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import Receiver
 
 SLOT_RETRY_S = 0.25
 WAKE_EVERY_S = 0.05
@@ -50,7 +50,7 @@ class DecodeRole:
         engine: Engine,
         pool: BlockPool,
         fingerprint: str,
-        transports: dict[str, Transport],
+        transports: dict[str, Receiver],
         limits: LedgerLimits,
         max_sequences: int,
         chunk_tokens: int,

@@ -30,7 +30,7 @@ from baton.worker.service import RouterSession, WorkerService
 from kvtransfer.blocks.admission import Admission
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.messages import RefusalReason
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import Writer
 from prefill_worker.attempt import Attempt, State, handoff_failed
 from prefill_worker.scheduler import PrefillScheduler
 from prefill_worker.tombstones import Tombstones
@@ -50,7 +50,7 @@ class PrefillRole:
         engine: Engine,
         pool: BlockPool,
         fingerprint: str,
-        transports: dict[str, Transport],
+        transports: dict[str, Writer],
         handshake: Callable[[], transfer_pb2.HandshakeRequest],
         chunk_tokens: int,
         max_ungranted: int,

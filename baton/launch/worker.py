@@ -17,10 +17,9 @@ from baton.config import WorkerConfig
 from baton.cost import CostModel
 from baton.errors import ConfigError
 from baton.identity import host_id, mint_process
-from baton.launch.tcp_settings import tcp_transport
+from baton.launch.transports import check_device, device_issuer, receivers, writers
 from baton.launch.worker_admin import Sizes, WorkerAdmin
-from baton.launch.worker_cuda import check_device, nccl_transport
-from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
+from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc import collector
 from baton.rpc.convert import process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service, start_server
@@ -37,10 +36,8 @@ from decode_worker.service import DecodeRole
 from decode_worker.transfer_service import PROTOCOL_VERSION, TransferService
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.outcomes import LedgerLimits
-from kvtransfer.transports.base import Transport
-from kvtransfer.transports.nccl.library import DevicePool
-from kvtransfer.transports.nixl.transport import NixlTransport
-from kvtransfer.transports.shm.transport import ShmTransport
+from kvtransfer.transports.base import Receiver, Writer
+from kvtransfer.transports.nccl.issuer import Issuer
 from prefill_worker.service import PrefillRole
 
 EXPIRE_EVERY_S = 0.25
@@ -78,13 +75,16 @@ class Parts:
     process: ProcessRef
     worker: WorkerService
     counts: Counts
-    transports: dict[str, Transport] = field(default_factory=dict)
+    issuer: Issuer | None = field(init=False)
+    receivers: dict[str, Receiver] = field(default_factory=dict)
+    writers: dict[str, Writer] = field(default_factory=dict)
     roles: list[Role] = field(default_factory=list)
     transfer: TransferService | None = None
     check_books: Callable[[], None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.check_books = self.pool.check_integrity
+        self.issuer = device_issuer(self.config, self.loaded.memory)
 
     def current_process(self) -> ProcessRef:
         """Its address is known once the server listens."""
@@ -117,8 +117,12 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
         collector.settle()
         await _serve(parts, server, on_ready, stop)
     finally:
-        for transport in parts.transports.values():
-            transport.close()
+        for receiver in parts.receivers.values():
+            receiver.close()
+        for writer in parts.writers.values():
+            writer.close()
+        if parts.issuer is not None:
+            parts.issuer.close()
 
 
 def check_address(config: WorkerConfig) -> None:
@@ -191,12 +195,12 @@ def _compose(parts: Parts) -> list[Service]:
     services = [service(worker_pb2_grpc.add_WorkerServicer_to_server, parts.worker, "Worker")]
     if "decode" in config.roles:
         events = LoopEvents()
-        parts.transports = _transports(parts, events)
+        parts.receivers = receivers(config, loaded.memory, events, parts.issuer)
         decode = DecodeRole(
             engine=loaded.engine,
             pool=parts.pool,
             fingerprint=loaded.card.fingerprint,
-            transports=parts.transports,
+            transports=parts.receivers,
             limits=LedgerLimits(lease_s=config.lease_s, handoff_s=HANDOFF_LIMIT_S, tombstone_s=HANDOFF_LIMIT_S),
             max_sequences=config.max_sequences,
             chunk_tokens=config.chunk_tokens,
@@ -213,12 +217,12 @@ def _compose(parts: Parts) -> list[Service]:
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
         parts.roles.append(decode)
     if "prefill" in config.roles:
-        parts.transports = parts.transports or _transports(parts, None)
+        parts.writers = writers(config, loaded.memory, parts.process.incarnation, parts.issuer)
         prefill = PrefillRole(
             engine=loaded.engine,
             pool=parts.pool,
             fingerprint=loaded.card.fingerprint,
-            transports=parts.transports,
+            transports=parts.writers,
             handshake=lambda: _handshake(parts),
             chunk_tokens=config.chunk_tokens,
             max_ungranted=config.max_ungranted,
@@ -241,25 +245,6 @@ def _compose(parts: Parts) -> list[Service]:
     return services
 
 
-def _transports(parts: Parts, events: LoopEvents | None) -> dict[str, Transport]:
-    """Those that the configuration allows, best first."""
-    config, memory, incarnation = parts.config, parts.loaded.memory, parts.process.incarnation
-    host, _ = parse_address(config.listen, "listen")
-    advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
-    if isinstance(memory, DevicePool):
-        return {"nccl": nccl_transport(config, memory, incarnation, events, host, advertised)}
-    made: dict[str, Transport] = {}
-    if config.transport in ("auto", "shm"):
-        made["shm"] = ShmTransport(memory, incarnation, events, block_copy(config.kernels), config.checksums)
-    host, _ = parse_address(config.listen, "listen")
-    advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
-    if config.transport == "nixl":  # only where it is asked for: without RDMA hardware ours are faster
-        made["nixl"] = NixlTransport(memory, incarnation, events, host, advertised, config.checksums)
-    if config.transport in ("auto", "tcp"):
-        made["tcp"] = tcp_transport(config, memory, incarnation, events, host, advertised)
-    return made
-
-
 def _handshake(parts: Parts) -> transfer_pb2.HandshakeRequest:
     return transfer_pb2.HandshakeRequest(
         process=process_to_wire(parts.process),
@@ -267,7 +252,7 @@ def _handshake(parts: Parts) -> transfer_pb2.HandshakeRequest:
         version_max=PROTOCOL_VERSION,
         fingerprint=parts.loaded.card.fingerprint,
         kv_layout=layout_to_wire(parts.loaded.card.kv_layout),
-        transports=list(parts.transports),
+        transports=list(parts.writers),
         host=host_id(),
         checksums=parts.config.checksums,
         tcp_tls=parts.config.tcp_tls,
@@ -295,7 +280,7 @@ def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:
         roles=[ROLES[name] for name in sorted(config.roles)],
         model=model,
         capacity=worker_pb2.Capacity(blocks=parts.pool.blocks, max_sequences=config.max_sequences),
-        transports=list(parts.transports),
+        transports=list(parts.receivers or parts.writers),
     )
 
 

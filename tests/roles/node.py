@@ -22,10 +22,12 @@ from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.outcomes import LedgerLimits
-from kvtransfer.transports.base import Transport
-from kvtransfer.transports.memory import MemoryNetwork, MemoryTransport
-from kvtransfer.transports.shm.transport import ShmTransport
-from kvtransfer.transports.tcp.transport import TcpTransport
+from kvtransfer.transports.base import Receiver, Writer
+from kvtransfer.transports.memory import MemoryNetwork, MemoryReceiver, MemoryWriter
+from kvtransfer.transports.shm.receiver import ShmReceiver
+from kvtransfer.transports.shm.writer import ShmWriter
+from kvtransfer.transports.tcp.receiver import TcpReceiver
+from kvtransfer.transports.tcp.writer import TcpWriter
 from prefill_worker.service import PrefillRole
 from tests.roles.counting import LAYOUT, CountingEngine
 
@@ -52,6 +54,7 @@ class Node:
     """What both roles have in common."""
 
     role: PrefillRole | DecodeRole
+    transport: Receiver | Writer
 
     def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
         self.name, self.network, self.settings = name, network, settings
@@ -61,7 +64,6 @@ class Node:
         self.engine = CountingEngine(self.memory)
         self.counts = Counts()
         self.worker = WorkerService(lambda: self.process, {}, self.counts)
-        self.transport: Transport
         self._server: Server | None = None
         self._expiry: asyncio.Task[None] | None = None
 
@@ -120,19 +122,12 @@ class Node:
             await asyncio.sleep(EXPIRE_EVERY_S)
             self.role.expire()
 
-    def _transport(self, events: LoopEvents | None) -> Transport:
-        incarnation = self.process.incarnation
-        if self.settings.kind == "shm":
-            return ShmTransport(self.memory, incarnation, events)
-        if self.settings.kind == "tcp":
-            return TcpTransport(self.memory, incarnation, events, host=self.settings.host, checksums=True)
-        return MemoryTransport(self.memory, incarnation, self.network, events)
-
 
 class PrefillNode(Node):
     """A prefill worker. `says` replaces fields of its handshake."""
 
     role: PrefillRole
+    transport: Writer
 
     def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
         super().__init__(name, network, settings)
@@ -141,7 +136,7 @@ class PrefillNode(Node):
     def compose(self) -> list[Any]:
         """See `Node`."""
         settings = self.settings
-        self.transport = self._transport(None)
+        self.transport = self.writer()
         self.role = PrefillRole(
             engine=self.engine,
             pool=self.pool,
@@ -155,6 +150,15 @@ class PrefillNode(Node):
             counts=self.counts,
         )
         return []
+
+    def writer(self) -> Writer:
+        """What it writes with."""
+        incarnation = self.process.incarnation
+        if self.settings.kind == "shm":
+            return ShmWriter(self.memory, incarnation)
+        if self.settings.kind == "tcp":
+            return TcpWriter(self.memory, checksums=True)
+        return MemoryWriter(self.memory, incarnation, self.network)
 
     def handshake(self) -> transfer_pb2.HandshakeRequest:
         """What it tells a decode worker."""
@@ -175,13 +179,14 @@ class DecodeNode(Node):
     """A decode worker."""
 
     role: DecodeRole
+    transport: Receiver
     transfer: TransferService
 
     def compose(self) -> list[Any]:
         """See `Node`."""
         settings = self.settings
         events = LoopEvents()
-        self.transport = self._transport(events)
+        self.transport = self.receiver(events)
         self.role = DecodeRole(
             engine=self.engine,
             pool=self.pool,
@@ -196,6 +201,14 @@ class DecodeNode(Node):
         events.deliver_to(self.role)
         self.transfer = TransferService(self.role, lambda: self.process, settings.lease_s, self.counts, True)
         return [service(transfer_pb2_grpc.add_TransferServicer_to_server, self.transfer, "Transfer")]
+
+    def receiver(self, events: LoopEvents) -> Receiver:
+        """Where it is written to."""
+        if self.settings.kind == "shm":
+            return ShmReceiver(self.memory, events)
+        if self.settings.kind == "tcp":
+            return TcpReceiver(self.memory, events, host=self.settings.host, checksums=True)
+        return MemoryReceiver(self.memory, events, self.process.incarnation, self.network)
 
     def check(self) -> None:
         """See `Node`."""

@@ -25,7 +25,7 @@ from baton.worker.sending.outbound import Outbound, OutboundEvents
 from baton.worker.sending.pair import PairStream
 from kvtransfer.handoffs.delivery import DeliveryState, GrantAnswer
 from kvtransfer.handoffs.messages import RefusalReason, Ticket
-from kvtransfer.transports.base import Channel, Transport
+from kvtransfer.transports.base import Channel, Writer
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +40,7 @@ class Sender:
         self,
         peer: ProcessRef,
         handshake: Callable[[], wire.HandshakeRequest],
-        transports: dict[str, Transport],
+        transports: dict[str, Writer],
         events: OutboundEvents,
         executor: Executor,
         deadline_s: float,
