@@ -28,13 +28,13 @@ from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
 from kvtransfer.handoffs.outcomes import GrantState, Outcome
-from kvtransfer.transports.base import ReceiverEvents, Transport
+from kvtransfer.transports.base import Receiver, ReceiverEvents
 
 SLOT_RETRY_S = 0.25
 WAKE_EVERY_S = 0.05
 """How often blocks that land may wake a resting engine: less than the last chunk of a prompt takes, so that it is awake
 when that arrives."""
-MakeReceivers = Callable[[ReceiverEvents], Mapping[str, Transport]]
+MakeReceivers = Callable[[ReceiverEvents], Mapping[str, Receiver]]
 log = structlog.get_logger(__name__)
 
 

@@ -13,7 +13,7 @@ from baton.v1 import transfer_pb2 as wire
 from baton.worker.sending.outbound import Outbound
 from baton.worker.sending.senders import Senders
 from baton.worker.session import RouterSession
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import Writer
 from prefill_worker.prompt import Prompt, PromptState
 from prefill_worker.running import HOLD_S, Prompts
 
@@ -27,7 +27,7 @@ class PrefillHandoffs:
         self,
         running: Prompts,
         handshake: wire.HandshakeRequest,
-        writers: dict[str, Transport],
+        writers: dict[str, Writer],
         deadline_s: float,
         block_tokens: int,
         counts: Counts,

@@ -18,7 +18,7 @@ from baton.worker.service import WorkerService
 from baton.worker.session import RouterSession
 from kvtransfer.blocks.admission import Admission
 from kvtransfer.blocks.pool import BlockPool
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import Writer
 from prefill_worker.handoffs import PrefillHandoffs
 from prefill_worker.prompt import Prompt
 from prefill_worker.queue import PrefillQueue
@@ -35,7 +35,7 @@ class PrefillRole:
         engine: Engine,
         pool: BlockPool,
         fingerprint: str,
-        writers: dict[str, Transport],
+        writers: dict[str, Writer],
         handshake: wire.HandshakeRequest,
         chunk_tokens: int,
         max_ungranted: int,

@@ -17,10 +17,9 @@ from baton.config import WorkerConfig
 from baton.cost import CostModel
 from baton.errors import ConfigError
 from baton.identity import mint_process
-from baton.launch.tcp_settings import tcp_transport
+from baton.launch.transports import check_device, device_issuer, receivers, writers
 from baton.launch.worker_admin import Sizes, WorkerAdmin
-from baton.launch.worker_cuda import check_device, nccl_transport
-from baton.launch.worker_load import Loaded, block_copy, claim_cpus, load
+from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc import collector
 from baton.rpc.convert import ROLES, process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service
@@ -38,10 +37,8 @@ from decode_worker.transfer import TransferService
 from decode_worker.writer_streams import WriterStreams
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.outcomes import LedgerLimits
-from kvtransfer.transports.base import ReceiverEvents, Transport
-from kvtransfer.transports.nccl.library import DevicePool
-from kvtransfer.transports.nixl.transport import NixlTransport
-from kvtransfer.transports.shm.transport import ShmTransport
+from kvtransfer.transports.base import Receiver, ReceiverEvents, Writer
+from kvtransfer.transports.nccl.issuer import Issuer
 from prefill_worker.service import PrefillRole
 
 EXPIRE_EVERY_S = 0.25
@@ -81,7 +78,9 @@ class Parts:
     pool: BlockPool
     worker: WorkerService
     streams: WriterStreams = field(default_factory=WriterStreams)
-    transports: dict[str, Transport] = field(default_factory=dict)
+    issuer: Issuer | None = None
+    receivers: dict[str, Receiver] = field(default_factory=dict)
+    writers: dict[str, Writer] = field(default_factory=dict)
     roles: list[Role] = field(default_factory=list)
     senders: Senders | None = None
 
@@ -104,14 +103,20 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     counts, card = Counts(), loaded.card
     artifacts = artifact_table(card.tokenizer_json, card.chat_template.encode())
     worker = WorkerService(process, artifacts, counts)
-    parts = Parts(config, loaded, process, counts, BlockPool(loaded.memory.blocks), worker)
+    issuer = device_issuer(config, loaded.memory)
+    pool = BlockPool(loaded.memory.blocks)
+    parts = Parts(config, loaded, process, counts, pool, worker, issuer=issuer)
     try:
         await server.start(_compose(parts))
         collector.settle()
         await _serve(parts, server, on_ready, stop)
     finally:
-        for transport in parts.transports.values():
-            transport.close()
+        for receiver in parts.receivers.values():
+            receiver.close()
+        for writer in parts.writers.values():
+            writer.close()
+        if parts.issuer is not None:
+            parts.issuer.close()
 
 
 def check_address(config: WorkerConfig) -> None:
@@ -203,9 +208,9 @@ def _compose(parts: Parts) -> list[Service]:
 def _decode_role(parts: Parts) -> DecodeRole:
     config, loaded = parts.config, parts.loaded
 
-    def make_receivers(events: ReceiverEvents) -> dict[str, Transport]:
-        parts.transports = _transports(parts, events)
-        return parts.transports
+    def make_receivers(events: ReceiverEvents) -> dict[str, Receiver]:
+        parts.receivers = receivers(config, loaded.memory, events, parts.issuer)
+        return parts.receivers
 
     return DecodeRole(
         engine=loaded.engine,
@@ -225,12 +230,12 @@ def _decode_role(parts: Parts) -> DecodeRole:
 
 def _prefill_role(parts: Parts) -> PrefillRole:
     config, loaded, card = parts.config, parts.loaded, parts.loaded.card
-    parts.transports = writers = _transports(parts, None)
+    parts.writers = writers(config, loaded.memory, parts.process.incarnation, parts.issuer)
     handshake = handshake_of(
         parts.process,
         card.fingerprint,
         card.kv_layout,
-        writers,
+        parts.writers,
         checksums=config.checksums,
         tcp_tls=config.tcp_tls,
     )
@@ -238,7 +243,7 @@ def _prefill_role(parts: Parts) -> PrefillRole:
         engine=loaded.engine,
         pool=parts.pool,
         fingerprint=card.fingerprint,
-        writers=writers,
+        writers=parts.writers,
         handshake=handshake,
         chunk_tokens=config.chunk_tokens,
         max_ungranted=config.max_ungranted,
@@ -247,25 +252,6 @@ def _prefill_role(parts: Parts) -> PrefillRole:
         counts=parts.counts,
         model=CostModel(loaded.measured),
     )
-
-
-def _transports(parts: Parts, events: ReceiverEvents | None) -> dict[str, Transport]:
-    """Those that the configuration allows, best first."""
-    config, memory, incarnation = parts.config, parts.loaded.memory, parts.process.incarnation
-    host, _ = parse_address(config.listen, "listen")
-    advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
-    if isinstance(memory, DevicePool):
-        return {"nccl": nccl_transport(config, memory, incarnation, events, host, advertised)}
-    made: dict[str, Transport] = {}
-    if config.transport in ("auto", "shm"):
-        made["shm"] = ShmTransport(memory, incarnation, events, block_copy(config.kernels), config.checksums)
-    host, _ = parse_address(config.listen, "listen")
-    advertised = parse_address(config.advertise, "advertise")[0] if config.advertise else None
-    if config.transport == "nixl":  # only where it is asked for: without RDMA hardware ours are faster
-        made["nixl"] = NixlTransport(memory, incarnation, events, host, advertised, config.checksums)
-    if config.transport in ("auto", "tcp"):
-        made["tcp"] = tcp_transport(config, memory, incarnation, events, host, advertised)
-    return made
 
 
 def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:
@@ -289,7 +275,7 @@ def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:
         roles=[ROLES[name] for name in sorted(config.roles)],
         model=model,
         capacity=worker_pb2.Capacity(blocks=parts.pool.blocks, max_sequences=config.max_sequences),
-        transports=list(parts.transports),
+        transports=list(parts.receivers or parts.writers),
     )
 
 

@@ -25,10 +25,12 @@ from baton.spec import HandoffKey, ProcessRef
 from baton.worker.sending.mover import MOVE_BLOCKS
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import BlockCopy, PoolMemory, copy_runs
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove, Transport
-from kvtransfer.transports.shm.transport import ShmTransport
-from kvtransfer.transports.tcp.transport import TcpTransport
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import Receiver, Writer
+from kvtransfer.transports.shm.receiver import ShmReceiver
+from kvtransfer.transports.shm.writer import ShmWriter
+from kvtransfer.transports.tcp.receiver import TcpReceiver
+from kvtransfer.transports.tcp.writer import TcpWriter
 
 LAYOUT = KvLayout(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16")
 """The embedded model's."""
@@ -37,7 +39,7 @@ LIMIT_S = 60.0
 RECEIVER = ProcessRef("receiver", "receiver", "")
 
 
-class Way(Protocol):
+class TimedWay(Protocol):
     """Moves the first `blocks` of the plan, and returns the seconds until the last byte is known to be in place."""
 
     def run(self, blocks: int) -> float: ...
@@ -67,12 +69,12 @@ def ticket() -> Ticket:
 class Transported:
     """One of ours, in writes of as many blocks as the prefill worker gives at once."""
 
-    def __init__(self, transport: Transport, endpoint: str) -> None:
-        self._channel = transport.connect(endpoint, RECEIVER, time.monotonic() + LIMIT_S)
+    def __init__(self, writer: Writer, endpoint: str) -> None:
+        self._channel = writer.connect(endpoint, RECEIVER, time.monotonic() + LIMIT_S)
         sources, destinations = plan()
         self._ticket = ticket()
         self._moves = [BlockMove(s, d, i) for i, (s, d) in enumerate(zip(sources, destinations, strict=True))]
-        self._transport = transport
+        self._writer = writer
 
     def run(self, blocks: int) -> float:
         started = time.perf_counter()
@@ -84,7 +86,7 @@ class Transported:
 
     def close(self) -> None:
         self._channel.close()
-        self._transport.close()
+        self._writer.close()
 
 
 class PlainCopy:
@@ -167,7 +169,7 @@ class RawSocketSink:
         self._listener.close()
 
 
-class End:
+class PoolEnd:
     """What runs inside either process."""
 
     def __init__(self, core: int, seed: int) -> None:
@@ -181,14 +183,10 @@ class End:
     def receive(self, kind: str) -> Any:
         """Makes the receiving side of a way; what the sender needs to reach it."""
         if kind in ("shm", "tcp"):
-            transport: Transport = (
-                ShmTransport(self.memory, "receiver", Quiet())
-                if kind == "shm"
-                else TcpTransport(self.memory, "receiver", Quiet())
-            )
-            transport.admit(ticket())
-            self._ways[kind] = transport
-            return transport.endpoint()
+            receiver: Receiver = (ShmReceiver if kind == "shm" else TcpReceiver)(self.memory, Quiet())
+            receiver.admit(ticket())
+            self._ways[kind] = receiver
+            return receiver.endpoint()
         if kind == "socket":
             self._ways[kind] = sink = RawSocketSink()
             return sink.endpoint
@@ -199,12 +197,12 @@ class End:
 
     def send(self, kind: str, endpoint: Any) -> None:
         """Makes the sending side."""
-        made: dict[str, Callable[[], Way]] = {
+        made: dict[str, Callable[[], TimedWay]] = {
             "copy": PlainCopy,
             "scattered": lambda: ScatteredCopy(self.memory, copy_runs),
             "streamed": lambda: ScatteredCopy(self.memory, best_copy()),
-            "shm": lambda: Transported(ShmTransport(self.memory, "sender", copy_blocks=best_copy()), endpoint),
-            "tcp": lambda: Transported(TcpTransport(self.memory, "sender"), endpoint),
+            "shm": lambda: Transported(ShmWriter(self.memory, "sender", best_copy()), endpoint),
+            "tcp": lambda: Transported(TcpWriter(self.memory), endpoint),
             "socket": lambda: RawSocket(endpoint),
         }
         self._ways[kind] = made.get(kind, lambda: _nixl(kind, endpoint))()
@@ -236,14 +234,14 @@ def best_copy() -> BlockCopy:
         return copy_runs
 
 
-def _nixl(kind: str, endpoint: Any) -> Way:
+def _nixl(kind: str, endpoint: Any) -> TimedWay:
     from benchmarks.transfer.kv_nixl import NixlInitiator
 
     return NixlInitiator(kind, endpoint)
 
 
 class Remote:
-    """An `End` in a process, seen from outside."""
+    """A `PoolEnd` in a process, seen from outside."""
 
     def __init__(self, core: int, seed: int, environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -270,7 +268,7 @@ class Remote:
 
 def _serve(pipe: Connection, core: int, seed: int, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    end = End(core, seed)
+    end = PoolEnd(core, seed)
     while (message := pipe.recv()) is not None:
         name, arguments = message
         try:

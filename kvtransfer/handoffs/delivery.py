@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from enum import Enum, auto
 
 from baton.spec import HandoffKey
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
+from kvtransfer.handoffs.messages import BlockMove, Ticket
 
 
 class DeliveryState(Enum):

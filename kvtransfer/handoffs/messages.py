@@ -41,6 +41,15 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockMove:
+    """One block to write: `source` in the writer's pool, `destination` in the receiver's, `index` in the sequence."""
+
+    source: int
+    destination: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Room for one whole sequence on the receiver: its prompt's blocks, and reserved growth that nobody else writes."""
 

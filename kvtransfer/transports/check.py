@@ -1,15 +1,15 @@
-"""What every transport checks about a write, on both sides."""
+"""The checks of every transport: of a write, on both sides; of the bytes that arrived; of a connection's options."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 
-from baton.errors import WriteRefused
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
-from kvtransfer.transports.tcp.wire import Entry
-from kvtransfer.transports.wire import Identity
+from baton.errors import Mismatch, WriteRefused
+from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.wire import Flags, Identity
 
 
 def plan(ticket: Ticket, moves: Sequence[BlockMove], source_blocks: int) -> None:
@@ -21,34 +21,48 @@ def plan(ticket: Ticket, moves: Sequence[BlockMove], source_blocks: int) -> None
             raise WriteRefused(f"{ticket.key}: block {move.index} may not go to {move.destination}")
 
 
-def refusal(admitted: Ticket | None, ticket: Ticket, moves: Sequence[BlockMove], writer: str) -> str | None:
-    """Why the receiver does not take this write; None when it does."""
-    why = identity_refusal(admitted, ticket.generation, ticket.write_token)
+def refusal(
+    admitted: Ticket | None, identity: Identity, targets: Iterable[tuple[int, int]], writer: str | None = None
+) -> str | None:
+    """Why the receiver does not take a write; None when it does. `targets` are (index, destination) of its blocks;
+    `writer` is the incarnation at the other end, where the transport knows it."""
+    why = identity_refusal(admitted, identity)
     if why is not None or admitted is None:
         return why
-    if admitted.writer != writer:
+    if writer is not None and admitted.writer != writer:
         return "the ticket belongs to another process"
-    for move in moves:
-        if admitted.destination(move.index) != move.destination:
-            return f"block {move.index} may not go to {move.destination}"
-    return None
+    wrong = next(((i, block) for i, block in targets if admitted.destination(i) != block), None)
+    return None if wrong is None else f"block {wrong[0]} may not go to {wrong[1]}"
 
 
-def entries_refusal(admitted: Ticket | None, identity: Identity, entries: Sequence[Entry]) -> str | None:
-    """Why the receiver does not take a batch of `entries` under this identity; None when it does."""
-    why = identity_refusal(admitted, identity.generation, identity.write_token)
-    if why is not None or admitted is None:
-        return why
-    wrong = next((e for e in entries if admitted.destination(e.index) != e.destination), None)
-    return None if wrong is None else f"block {wrong.index} may not go to {wrong.destination}"
-
-
-def identity_refusal(admitted: Ticket | None, generation: int, write_token: bytes) -> str | None:
+def identity_refusal(admitted: Ticket | None, identity: Identity) -> str | None:
     """The part that comes first, and that a stranger could have made up."""
     if admitted is None:
         return "no such grant"
-    if admitted.generation != generation:
-        return f"generation {generation}, the grant is of {admitted.generation}"
-    if not hmac.compare_digest(admitted.write_token, write_token):
+    if admitted.generation != identity.generation:
+        return f"generation {identity.generation}, the grant is of {admitted.generation}"
+    if not hmac.compare_digest(admitted.write_token, identity.write_token):
         return "wrong write token"
     return None
+
+
+def checksum(memory: PoolMemory, block: int, flags: Flags) -> int:
+    """CRC-32 of a block's bytes; 0 without checksums."""
+    return zlib.crc32(memory.block(block)) if Flags.CHECKSUMS in flags else 0
+
+
+def intact(memory: PoolMemory, block: int, sent: int, flags: Flags) -> bool:
+    """Whether a block has the checksum that it was sent with; always without checksums."""
+    return Flags.CHECKSUMS not in flags or zlib.crc32(memory.block(block)) == sent
+
+
+def corrupt(index: int) -> str:
+    """The refusal of a block that is not `intact`."""
+    return f"block {index} arrived with other bytes than were sent"
+
+
+def agree(*options: tuple[str, object, object]) -> None:
+    """Raises `Mismatch` for the first (name, ours, theirs) that differ."""
+    for name, ours, theirs in options:
+        if ours != theirs:
+            raise Mismatch(name, str(ours), str(theirs))

@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, TransferError, WriteRefused
+from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove, ReceiverEvents, WriteReceipt
-from kvtransfer.transports.check import plan, refusal
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import ReceiverEvents
+from kvtransfer.transports.channel import BlockChannel
+from kvtransfer.transports.check import agree, refusal
+from kvtransfer.transports.wire import Identity
 
 
 @dataclass(slots=True)
@@ -37,11 +39,11 @@ class Faults:
 
 
 class MemoryNetwork:
-    """Where doubles find each other. Thread-safe."""
+    """Where the doubles of one process find each other. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._receivers: dict[str, MemoryTransport] = {}
+        self._receivers: dict[str, MemoryReceiver] = {}
         self._faults: dict[tuple[str, str], Faults] = {}
 
     def faults(self, writer: str, endpoint: str) -> Faults:
@@ -49,7 +51,7 @@ class MemoryNetwork:
         with self._lock:
             return self._faults.setdefault((writer, endpoint), Faults())
 
-    def listen(self, endpoint: str, receiver: MemoryTransport) -> None:
+    def listen(self, endpoint: str, receiver: MemoryReceiver) -> None:
         with self._lock:
             self._receivers[endpoint] = receiver
 
@@ -57,7 +59,7 @@ class MemoryNetwork:
         with self._lock:
             self._receivers.pop(endpoint, None)
 
-    def receiver(self, endpoint: str) -> MemoryTransport | None:
+    def receiver(self, endpoint: str) -> MemoryReceiver | None:
         with self._lock:
             return self._receivers.get(endpoint)
 
@@ -69,71 +71,51 @@ class MemoryNetwork:
             receiver.writer_died(incarnation)
 
 
-class MemoryTransport:
-    """Implements `Transport`. Callbacks come from the thread that caused them: the writer's, or the one that calls
+class MemoryReceiver:
+    """Implements `Receiver`. Callbacks come from the thread that caused them: the writer's, or the one that calls
     `revoke`."""
 
     kind = "memory"
     revoke_proves = True
 
-    def __init__(
-        self, memory: PoolMemory, incarnation: str, network: MemoryNetwork, events: ReceiverEvents | None = None
-    ) -> None:
+    def __init__(self, memory: PoolMemory, events: ReceiverEvents, incarnation: str, network: MemoryNetwork) -> None:
         self.memory = memory
-        self.incarnation = incarnation
-        self.network = network
         self.events = events
+        self._network = network
+        self._endpoint = f"memory:{incarnation}"
         self._lock = threading.Lock()
         self._tickets: dict[HandoffKey, Ticket] = {}
         self._dead: set[str] = set()
-        self._closed = False
-        if events is not None:
-            network.listen(self.endpoint(), self)
+        self.closed = False
+        network.listen(self._endpoint, self)
 
     def endpoint(self) -> str:
-        assert self.events is not None, "only a receiver has an endpoint"
-        return f"memory:{self.incarnation}"
-
-    def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> MemoryChannel:
-        receiver = self.network.receiver(endpoint)
-        if receiver is None:
-            raise PeerClosed(f"nobody listens at {endpoint} for {peer.name}")
-        ours, theirs = self.memory.layout.block_bytes, receiver.memory.layout.block_bytes
-        if ours != theirs:
-            raise Mismatch("block_bytes", str(ours), str(theirs))
-        return MemoryChannel(self, receiver, self.network.faults(self.incarnation, endpoint))
+        return self._endpoint
 
     def admit(self, ticket: Ticket) -> None:
         with self._lock:
             self._tickets[ticket.key] = ticket
 
     def revoke(self, key: HandoffKey) -> None:
-        with self._lock:  # each block is placed under this lock, so nobody is inside one now
+        with self._lock:  # each block is placed under this lock, so no writer is inside one now
             self._tickets.pop(key, None)
-        if self.events is not None:
-            self.events.revoked(key)
+        self.events.revoked(key)
 
     def close(self) -> None:
-        """To the others it looks like the death of this process."""
         with self._lock:
-            first, self._closed = not self._closed, True
-        if first:
-            if self.events is not None:
-                self.network.leave(self.endpoint())
-            self.network.writer_died(self.incarnation)
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
+            self.closed = True
+        self._network.leave(self._endpoint)
 
     def check(self, ticket: Ticket, moves: Sequence[BlockMove], writer: str) -> str | None:
+        """Why this write is refused; None when it is not."""
+        identity = Identity(ticket.key, ticket.generation, ticket.write_token)
         with self._lock:
-            return refusal(self._tickets.get(ticket.key), ticket, moves, writer)
+            return refusal(self._tickets.get(ticket.key), identity, ((m.index, m.destination) for m in moves), writer)
 
     def place(self, ticket: Ticket, move: BlockMove, data: memoryview, size: int) -> None:
         """The first `size` bytes of a block. Raises `WriteRefused` when the ticket is no longer admitted."""
         with self._lock:
-            if self._closed or ticket.writer in self._dead:
+            if self.closed or ticket.writer in self._dead:
                 raise PeerClosed("the process has ended")
             if self._tickets.get(ticket.key) != ticket:
                 raise WriteRefused(f"{ticket.key} was revoked")
@@ -143,57 +125,72 @@ class MemoryTransport:
         with self._lock:
             if self._tickets.get(ticket.key) != ticket:
                 raise WriteRefused(f"{ticket.key} was revoked")
-        assert self.events is not None
         self.events.landed(ticket.key, ticket.generation, [move.index for move in moves])
 
     def writer_died(self, incarnation: str) -> None:
         with self._lock:
             first = incarnation not in self._dead
             self._dead.add(incarnation)
-        if first and self.events is not None:
+        if first:
             self.events.writer_gone(incarnation)
 
 
-class MemoryChannel:
-    """Implements `Channel`."""
+class MemoryWriter:
+    """Implements `Writer`. To the receivers its close looks like the death of its process."""
 
-    def __init__(self, writer: MemoryTransport, receiver: MemoryTransport, faults: Faults) -> None:
+    kind = "memory"
+
+    def __init__(self, memory: PoolMemory, incarnation: str, network: MemoryNetwork) -> None:
+        self.memory = memory
+        self.incarnation = incarnation
+        self._network = network
+        self.closed = False
+
+    def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> MemoryChannel:
+        receiver = self._network.receiver(endpoint)
+        if receiver is None:
+            raise PeerClosed(f"{peer.name} does not listen at {endpoint}")
+        agree(("block_bytes", self.memory.layout.block_bytes, receiver.memory.layout.block_bytes))
+        return MemoryChannel(self, peer, receiver, self._network.faults(self.incarnation, endpoint))
+
+    def close(self) -> None:
+        self.closed = True
+        self._network.writer_died(self.incarnation)
+
+
+class MemoryChannel(BlockChannel):
+    def __init__(self, writer: MemoryWriter, peer: ProcessRef, receiver: MemoryReceiver, faults: Faults) -> None:
+        super().__init__(writer.memory, peer)
         self._writer = writer
         self._receiver = receiver
         self._faults = faults
-        self._broken = False
 
-    def write(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> WriteReceipt:
-        started = time.monotonic()
-        plan(ticket, moves, self._writer.memory.blocks)
+    def _move(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> None:
         if (why := self._receiver.check(ticket, moves, self._writer.incarnation)) is not None:
             self._refused(ticket, why)
-        size = self._writer.memory.layout.block_bytes
         try:
             for move in moves:
                 self._wait(deadline)
-                self._place(ticket, move, size)
+                self._place(ticket, move)
             self._receiver.landed(ticket, moves)
         except WriteRefused as error:
             self._refused(ticket, str(error))
-        except TransferError:
-            self._broken = True
-            raise
-        return WriteReceipt(len(moves) * size, time.monotonic() - started)
 
-    def close(self) -> None:
-        self._broken = True
+    def _interrupt(self) -> None:
         self._faults.flowing.set()
 
-    def _place(self, ticket: Ticket, move: BlockMove, size: int) -> None:
-        if self._broken or self._writer.closed or self._receiver.closed:
+    def _free(self) -> None:
+        pass
+
+    def _place(self, ticket: Ticket, move: BlockMove) -> None:
+        if self._closing or self._writer.closed or self._receiver.closed:
             raise PeerClosed("the channel is closed")
         data = self._writer.memory.block(move.source)
         left = self._faults.tear_after
         if left is not None and left <= 0:
-            self._receiver.place(ticket, move, data, size // 2)
+            self._receiver.place(ticket, move, data, self._block_bytes // 2)
             raise PeerClosed("the connection broke in the middle of a block")
-        self._receiver.place(ticket, move, data, size)
+        self._receiver.place(ticket, move, data, self._block_bytes)
         if left is not None:
             self._faults.tear_after = left - 1
 
@@ -203,10 +200,8 @@ class MemoryChannel:
             threading.Event().wait(min(max(left, 0.0), self._faults.delay_s))
             left = deadline - time.monotonic()
         if left <= 0 or not self._faults.flowing.wait(left):
-            self._broken = True
             raise DeadlineExceeded("the write did not end in time")
 
     def _refused(self, ticket: Ticket, why: str) -> None:
-        assert self._receiver.events is not None
         self._receiver.events.refused_write(ticket.key, why)
         raise WriteRefused(why)

@@ -22,8 +22,8 @@ ACCEPT_PAUSE_SECONDS = 0.5
 
 
 class Reactor:
-    """Calls back on readiness and on deadlines. `call`, `listen`, `close` may come from any thread;
-    the rest from callbacks only.
+    """Calls back on readiness and on deadlines. `call`, `listen`, `close` may come from any thread, the rest from
+    callbacks only.
 
     A callback that raises has met a fault of ours: it is logged and its descriptor is no longer watched.
     """
@@ -42,7 +42,7 @@ class Reactor:
         self._thread.start()
 
     def call(self, function: Callable[[], None]) -> bool:
-        """Run `function` on the reactor's thread, after what was queued before. False, and never, once closed."""
+        """Run `function` on the reactor's thread, after earlier calls. Once closed: never, and False."""
         with self._lock:
             if self._closing:
                 return False
@@ -51,7 +51,7 @@ class Reactor:
         return True
 
     def close(self, last: Callable[[], None]) -> None:
-        """Run what is queued, then `last`, and end the thread. Idempotent; not from a callback."""
+        """Run the calls that are queued, then `last`, and end the thread. Idempotent; not from a callback."""
         assert threading.current_thread() is not self._thread, "the reactor can't wait for itself"
         with self._lock:
             if not self._closing:
@@ -79,15 +79,15 @@ class Reactor:
                     log.warning("can't accept: %s; trying again in %g s", error, ACCEPT_PAUSE_SECONDS)
                     self._epoll.modify(fd, 0)
                     self.limit(fd, ACCEPT_PAUSE_SECONDS)
-                return  # otherwise the peer left again before we came
+                return  # otherwise the peer has left again
             peer.setblocking(False)
             accepted(peer)
 
         self.call(partial(self.watch, fd, ready, partial(self._epoll.modify, fd, select.EPOLLIN)))
 
     def poll(self, fd: int, function: Callable[[], None] | None) -> None:
-        """Call `function` over and over, without waiting, until None or `forget` takes its place: for what moves only
-        while it is asked. It goes with a watched descriptor."""
+        """Call `function` over and over, without waiting, until None or `forget` takes its place: for a library that
+        moves bytes only while it is asked. It goes with a watched descriptor."""
         if function is None:
             self._polls.pop(fd, None)
         else:
@@ -118,7 +118,7 @@ class Reactor:
                 os.close(self._wake)
 
     def _turn(self) -> bool:
-        """Wait once and serve what is ready; whether it was the last time."""
+        """Wait once and serve all that is ready; whether it was the last time."""
         soonest = self._deadlines.next_deadline()
         timeout = None if soonest is None else max(0.0, soonest - time.monotonic())
         if self._polls:
@@ -150,6 +150,6 @@ class Reactor:
     def _guard(self, fd: int, function: Callable[[], None]) -> None:
         try:
             function()
-        except Exception:  # the thread serves everybody: one fault must not end it
+        except Exception:  # one fault must not end the thread, which serves all writers
             log.exception("a transport callback failed")
             self.forget(fd)

@@ -8,11 +8,13 @@ import time
 from baton.errors import ConfigError, DeadlineExceeded, PeerClosed
 
 KEEPALIVE_SECONDS = 30
+STALL_SECONDS = 60.0
+"""After which a writer that stopped in the middle of a message is dropped."""
 BACKLOG = 128
 WILDCARDS = ("", "0.0.0.0", "::")
 LOCAL_SEND_BYTES = 512 * 1024
-"""A writer's buffer where the receiver is on the same host: no distance has to be filled, and what is under way lies
-in memory. The less of it, the warmer it is when it is read: a third faster than with what the kernel grows to."""
+"""A writer's buffer where the receiver is on the same host: no distance has to be filled, and bytes under way lie in
+memory. The fewer, the warmer they are when they are read: a third faster than with the kernel's own growth."""
 
 
 def listen_on(host: str, port: int, advertise: str | None, advertise_port: int = 0) -> tuple[socket.socket, str]:
@@ -32,7 +34,7 @@ def listen_on(host: str, port: int, advertise: str | None, advertise_port: int =
 
 
 def connect_to(endpoint: str, name: str, deadline: float) -> socket.socket:
-    """A connection to the receiver `name`. Raises `PeerClosed` or `DeadlineExceeded`."""
+    """A connection to the receiver `name`, which does not block. Raises `PeerClosed` or `DeadlineExceeded`."""
     host, _, port = endpoint.rpartition(":")
     try:
         connected = socket.create_connection((host.strip("[]"), int(port)), timeout=left(deadline))
@@ -40,6 +42,7 @@ def connect_to(endpoint: str, name: str, deadline: float) -> socket.socket:
         raise DeadlineExceeded(f"{name} did not answer at {endpoint}") from error
     except OSError as error:
         raise PeerClosed(f"{name} at {endpoint}: {error}") from error
+    connected.setblocking(False)
     prepare(connected)
     if connected.getsockname()[0] == connected.getpeername()[0]:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_BYTES)
@@ -53,9 +56,9 @@ def prepare(connected: socket.socket) -> None:
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
 
 
-def left(deadline: float) -> float:
-    """Seconds until then. Raises `DeadlineExceeded` when there are none."""
+def left(deadline: float, late: str = "the deadline has passed") -> float:
+    """Seconds until then. Raises `DeadlineExceeded(late)` when there are none."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise DeadlineExceeded("the deadline has passed")
+        raise DeadlineExceeded(late)
     return seconds

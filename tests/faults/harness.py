@@ -23,7 +23,7 @@ from tests.roles.scripted import ScriptedRouter
 from tests.rpc.waiting import WAIT_S, until
 
 KINDS = ("shm", "tcp")
-"""Another transport joins the matrix here; `Node._transport` has to know it."""
+"""Another transport joins the matrix here; `PrefillNode.writer` and `DecodeNode.receiver` have to know it."""
 LEASE_S, DEADLINE_S = 1.5, 2.0
 BLOCKS = 20
 PROMPT = 5 * LAYOUT.block_tokens + 8

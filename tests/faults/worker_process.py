@@ -16,16 +16,16 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 from baton.spec import HandoffKey, ProcessRef
 from baton.worker.sending.pair import PairStream
-from kvtransfer.handoffs.messages import Aborted, Ticket
-from kvtransfer.transports.base import BlockMove, Channel, ReceiverEvents, Transport, WriteReceipt
+from kvtransfer.handoffs.messages import Aborted, BlockMove, Ticket
+from kvtransfer.transports.base import Channel, Receiver, ReceiverEvents, Writer, WriteReceipt
 from kvtransfer.transports.memory import MemoryNetwork
-from kvtransfer.transports.shm.channel import ShmChannel
-from kvtransfer.transports.shm.transport import ShmTransport
+from kvtransfer.transports.shm.writer import ShmChannel, ShmWriter
 from tests.faults.namespaces import enter
 from tests.roles.counting import GENEROUS
 from tests.roles.node import DecodeNode, PrefillNode, Settings
@@ -72,43 +72,32 @@ class Stop:
             self._pipe.recv()
 
 
-class WatchedTransport:
-    """A transport between whose calls the process can be stopped. `endpoint_` takes the place of a receiver's own."""
+class WatchedReceiver:
+    """`endpoint_` takes the place of the receiver's own."""
 
-    def __init__(self, inner: Transport, stop: Stop, forge: dict[str, Any] | None) -> None:
-        self.inner, self.stop, self.forge = inner, stop, forge
+    def __init__(self, inner: Receiver) -> None:
+        self.inner = inner
         self.endpoint_ = ""
-        self.placed = 0
-        self.changed = threading.Condition()
-
-    @property
-    def kind(self) -> str:
-        return self.inner.kind
-
-    @property
-    def revoke_proves(self) -> bool:
-        return self.inner.revoke_proves
+        self.kind, self.revoke_proves = inner.kind, inner.revoke_proves
+        self.admit, self.revoke, self.close = inner.admit, inner.revoke, inner.close
 
     def endpoint(self) -> str:
         return self.endpoint_ or self.inner.endpoint()
 
+
+class WatchedWriter:
+    """A writer between whose calls the process can be stopped."""
+
+    def __init__(self, inner: Writer, stop: Stop, forge: dict[str, Any] | None) -> None:
+        self.inner, self.stop, self.forge = inner, stop, forge
+        self.kind, self.close = inner.kind, inner.close
+        self.placed = 0
+        self.changed = threading.Condition()
+
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> Channel:
-        if isinstance(self.inner, ShmTransport) and self.stop.at is Step.MID_BLOCK:
-            inner = self.inner
-            half: Channel = HalfWay(
-                self.stop, inner.memory, inner.incarnation, endpoint, peer, deadline, inner._copy_blocks, inner._flags
-            )
-            return WatchedChannel(half, self)
+        if isinstance(self.inner, ShmWriter) and self.stop.at is Step.MID_BLOCK:
+            return WatchedChannel(HalfWay(self.stop, self.inner, endpoint, peer, deadline), self)
         return WatchedChannel(self.inner.connect(endpoint, peer, deadline), self)
-
-    def admit(self, ticket: Ticket) -> None:
-        self.inner.admit(ticket)
-
-    def revoke(self, key: HandoffKey) -> None:
-        self.inner.revoke(key)
-
-    def close(self) -> None:
-        self.inner.close()
 
     def wait_placed(self, blocks: int) -> None:
         """Until so many blocks of all writes are in place."""
@@ -117,18 +106,18 @@ class WatchedTransport:
 
 
 class WatchedChannel:
-    """See `WatchedTransport`."""
+    """See `WatchedWriter`."""
 
-    def __init__(self, inner: Channel, transport: WatchedTransport) -> None:
-        self._inner, self._transport = inner, transport
+    def __init__(self, inner: Channel, writer: WatchedWriter) -> None:
+        self._inner, self._writer = inner, writer
 
     def write(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> WriteReceipt:
-        self._transport.stop.here(Step.AFTER_GRANT)
-        forged, self._transport.forge = self._transport.forge, None
+        self._writer.stop.here(Step.AFTER_GRANT)
+        forged, self._writer.forge = self._writer.forge, None
         receipt = self._inner.write(replace(ticket, **forged) if forged else ticket, moves, deadline)
-        with self._transport.changed:
-            self._transport.placed += len(moves)
-            self._transport.changed.notify_all()
+        with self._writer.changed:
+            self._writer.placed += len(moves)
+            self._writer.changed.notify_all()
         return receipt
 
     def close(self) -> None:
@@ -161,8 +150,8 @@ class WatchedPrefill(PrefillNode):
         if plan.stop_at is Step.BEFORE_COMMIT:
             self._stop_commits()
 
-    def _transport(self, events: ReceiverEvents | None) -> Transport:
-        self.watched = WatchedTransport(super()._transport(events), self._stop, self._plan.forge)
+    def writer(self) -> Writer:
+        self.watched = WatchedWriter(super().writer(), self._stop, self._plan.forge)
         return self.watched
 
     def _before_step(self, steps: int) -> None:
@@ -190,8 +179,7 @@ class WatchedDecode(DecodeNode):
         self._plan, self._stop = plan, stop
         self.aborts: list[str] = []
 
-    def _transport(self, events: ReceiverEvents | None) -> Transport:
-        assert events is not None
+    def receiver(self, events: ReceiverEvents) -> Receiver:
         landed = events.landed
 
         def late(key: HandoffKey, generation: int, indices: Sequence[int]) -> None:
@@ -199,7 +187,7 @@ class WatchedDecode(DecodeNode):
             landed(key, generation, indices)
 
         events.landed = late  # type: ignore[method-assign]
-        self.watched = WatchedTransport(super()._transport(events), self._stop, None)
+        self.watched = WatchedReceiver(super().receiver(events))
         return self.watched
 
     def compose(self) -> list[Any]:
@@ -284,9 +272,10 @@ async def _serve(control: Connection, stop: Stop, plan: Plan) -> None:
         "contents": lambda: contents(node),
         "tear": tear,
         "gate": lambda opened: node.engine.gate.set() if opened else node.engine.gate.clear(),
-        "endpoint": node.watched.inner.endpoint,
-        "advertise": lambda endpoint: setattr(node.watched, "endpoint_", endpoint),
     }
+    if isinstance(node, WatchedDecode):
+        verbs["endpoint"] = node.watched.inner.endpoint
+        verbs["advertise"] = partial(setattr, node.watched, "endpoint_")
 
     def command() -> None:
         try:

@@ -11,8 +11,7 @@ import pytest
 from baton.spec import HandoffKey
 from baton.worker.sending.outbound import Closer, Outbound
 from kvtransfer.handoffs.delivery import Delivery
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
+from kvtransfer.handoffs.messages import BlockMove, Ticket
 from prefill_worker.prompt import Prompt, PromptState
 from tests.prefill_worker.builders import waiting
 

@@ -22,10 +22,12 @@ from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.outcomes import LedgerLimits
-from kvtransfer.transports.base import ReceiverEvents, Transport
-from kvtransfer.transports.memory import MemoryNetwork, MemoryTransport
-from kvtransfer.transports.shm.transport import ShmTransport
-from kvtransfer.transports.tcp.transport import TcpTransport
+from kvtransfer.transports.base import Receiver, ReceiverEvents, Writer
+from kvtransfer.transports.memory import MemoryNetwork, MemoryReceiver, MemoryWriter
+from kvtransfer.transports.shm.receiver import ShmReceiver
+from kvtransfer.transports.shm.writer import ShmWriter
+from kvtransfer.transports.tcp.receiver import TcpReceiver
+from kvtransfer.transports.tcp.writer import TcpWriter
 from prefill_worker.service import PrefillRole
 from tests.roles.counting import LAYOUT, CountingEngine
 
@@ -52,6 +54,7 @@ class Node:
     """What both roles have in common."""
 
     role: PrefillRole | DecodeRole
+    transport: Receiver | Writer
 
     def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
         self.name, self.network, self.settings = name, network, settings
@@ -62,7 +65,6 @@ class Node:
         self.engine = CountingEngine(self.memory)
         self.counts = Counts()
         self.worker = WorkerService(self.process, {}, self.counts)
-        self.transport: Transport
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -120,19 +122,12 @@ class Node:
             await asyncio.sleep(EXPIRE_EVERY_S)
             self.role.expire()
 
-    def _transport(self, events: ReceiverEvents | None) -> Transport:
-        incarnation = self.process.incarnation
-        if self.settings.kind == "shm":
-            return ShmTransport(self.memory, incarnation, events)
-        if self.settings.kind == "tcp":
-            return TcpTransport(self.memory, incarnation, events, host=self.settings.host, checksums=True)
-        return MemoryTransport(self.memory, incarnation, self.network, events)
-
 
 class PrefillNode(Node):
     """A prefill worker. `says` replaces fields of its handshake."""
 
     role: PrefillRole
+    transport: Writer
 
     def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
         super().__init__(name, network, settings)
@@ -142,7 +137,7 @@ class PrefillNode(Node):
         """See `Node`."""
         settings = self.settings
         self.says()
-        self.transport = self._transport(None)
+        self.transport = self.writer()
         self.role = PrefillRole(
             engine=self.engine,
             pool=self.pool,
@@ -157,6 +152,15 @@ class PrefillNode(Node):
             model=CostModel(),
         )
         return []
+
+    def writer(self) -> Writer:
+        """What it writes with."""
+        incarnation = self.process.incarnation
+        if self.settings.kind == "shm":
+            return ShmWriter(self.memory, incarnation)
+        if self.settings.kind == "tcp":
+            return TcpWriter(self.memory, checksums=True)
+        return MemoryWriter(self.memory, incarnation, self.network)
 
     def says(self, **fields: Any) -> None:
         """What it tells decode workers from the next handshake on; what is not given is the truth."""
@@ -174,6 +178,7 @@ class DecodeNode(Node):
     """A decode worker."""
 
     role: DecodeRole
+    transport: Receiver
     transfer: TransferService
     streams: WriterStreams
 
@@ -199,6 +204,14 @@ class DecodeNode(Node):
         )
         return [service(transfer_pb2_grpc.add_TransferServicer_to_server, self.transfer, "Transfer")]
 
+    def receiver(self, events: ReceiverEvents) -> Receiver:
+        """Where it is written to."""
+        if self.settings.kind == "shm":
+            return ShmReceiver(self.memory, events)
+        if self.settings.kind == "tcp":
+            return TcpReceiver(self.memory, events, host=self.settings.host, checksums=True)
+        return MemoryReceiver(self.memory, events, self.process.incarnation, self.network)
+
     def check(self) -> None:
         """See `Node`."""
         super().check()
@@ -208,8 +221,8 @@ class DecodeNode(Node):
         """The control streams of all writers end; the process stays."""
         self.streams.end()
 
-    def _receivers(self, events: ReceiverEvents) -> dict[str, Transport]:
-        self.transport = self._transport(events)
+    def _receivers(self, events: ReceiverEvents) -> dict[str, Receiver]:
+        self.transport = self.receiver(events)
         return {self.settings.kind: self.transport}
 
 

@@ -10,10 +10,9 @@ import pytest
 from baton.spec import HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from decode_worker.records import FirstToken
-from kvtransfer.handoffs.messages import Ticket
+from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.handoffs.outcomes import Outcome
-from kvtransfer.transports.base import BlockMove
-from kvtransfer.transports.memory import MemoryTransport
+from kvtransfer.transports.memory import MemoryReceiver
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
@@ -150,7 +149,7 @@ async def test_while_transferring(pair: Cluster, monkeypatch: pytest.MonkeyPatch
     """The stalled write still reads the source blocks: they are held until it returns."""
     await pair.serve(pair.router.spec(3))  # the pair is up
     checked: list[object] = []
-    assert isinstance(pair.d.transport, MemoryTransport)
+    assert isinstance(pair.d.transport, MemoryReceiver)
     check = pair.d.transport.check
 
     def noted(ticket: Ticket, moves: Sequence[BlockMove], writer: str) -> str | None:

@@ -12,8 +12,8 @@ from typing import Protocol
 from baton import errors
 from baton.spec import HandoffKey
 from baton.worker.sending.outbound import Outbound
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove, Channel, WriteReceipt
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import Channel, WriteReceipt
 
 MOVE_BLOCKS = 64
 """Blocks in one write: long enough to be efficient, short enough that nobody waits long for the channel."""

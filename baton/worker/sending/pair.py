@@ -21,7 +21,7 @@ from baton.spec import ProcessRef, RefusalReason
 from baton.v1 import transfer_pb2 as wire
 from baton.v1.transfer_pb2_grpc import TransferStub
 from kvtransfer.handoffs.leases import PeerLease
-from kvtransfer.transports.base import Channel, Transport
+from kvtransfer.transports.base import Channel, Writer
 
 HANDSHAKE_S = 5.0
 RECONNECT_S = 0.2
@@ -58,7 +58,7 @@ class PairStream:
         self,
         peer: ProcessRef,
         handshake: wire.HandshakeRequest,
-        transports: dict[str, Transport],
+        transports: dict[str, Writer],
         events: PairEvents,
         executor: Executor,
     ) -> None:

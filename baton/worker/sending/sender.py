@@ -24,7 +24,7 @@ from baton.worker.sending.outbound import Outbound, OutboundEvents
 from baton.worker.sending.pair import PairStream
 from kvtransfer.handoffs.delivery import DeliveryState, GrantAnswer
 from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import Channel, Transport
+from kvtransfer.transports.base import Channel, Writer
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class Sender:
         self,
         peer: ProcessRef,
         handshake: wire.HandshakeRequest,
-        transports: dict[str, Transport],
+        transports: dict[str, Writer],
         events: OutboundEvents,
         executor: Executor,
         deadline_s: float,

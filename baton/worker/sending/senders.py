@@ -12,7 +12,7 @@ from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
 from baton.worker.sending.outbound import OutboundEvents
 from baton.worker.sending.sender import Sender
-from kvtransfer.transports.base import Transport
+from kvtransfer.transports.base import Writer
 
 WRITE_THREADS = 32
 """Made when needed; a peer that stalls keeps one busy until its deadline, and the others must not wait for it."""
@@ -24,7 +24,7 @@ class Senders:
     def __init__(
         self,
         handshake: wire.HandshakeRequest,
-        transports: dict[str, Transport],
+        transports: dict[str, Writer],
         events: OutboundEvents,
         deadline_s: float,
         counts: Counts,

@@ -1,8 +1,8 @@
 """The double: NCCL's semantics over host memory and unix sockets, between threads or between real processes.
 
-It keeps what makes NCCL hard to use, so that all logic above it is tested where there is no GPU: an initialisation that
-waits for the other rank, sends that wait for their receives, groups that end as one, a peer whose death is not noticed,
-and calls that must not be made from two threads at once.
+It keeps the traits that make NCCL hard to use, so that all logic above it is tested without a GPU: an initialisation
+that waits for the other rank, sends that wait for their receives, groups that end as one, a peer whose death is not
+noticed, and calls that must not be made from two threads at once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class DoubleCommunicator:
         self._faults = faults
         self._inside = threading.Lock()
         self._groups: queue.SimpleQueue[tuple[Sequence[Span], threading.Event | None]] = queue.SimpleQueue()
-        self._ended = threading.Event()  # what was begun last
+        self._ended = threading.Event()  # the initialisation, or the last group
         self._aborted = threading.Event()
         self._error = ""
         self._socket: socket.socket | None = None
@@ -131,7 +131,7 @@ class DoubleCommunicator:
                     self._wait(fence)
                     (self._receive if self._rank == RECEIVER else self._send)(group)
             except OSError:
-                self._hang()  # nobody tells that the peer is dead
+                self._hang()  # the death of the peer is not noticed
         if self._socket is not None:
             self._socket.close()
 
@@ -164,7 +164,7 @@ class DoubleCommunicator:
                 return self._groups.get(timeout=TURN_SECONDS)
 
     def _receive(self, group: Sequence[Span]) -> None:
-        """Tell the sender what is posted here, and take it."""
+        """Tell the sender the sizes that are posted here, and take the bytes."""
         sizes = b"".join(SIZE.pack(span.bytes) for span in group)
         self._put(memoryview(HEADER.pack(len(group)) + sizes))
         for number, span in enumerate(group):

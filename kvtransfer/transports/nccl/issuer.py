@@ -1,8 +1,8 @@
 """The one thread that calls NCCL for a device: communicators within a bound, and every wait with a deadline.
 
-    waiting --room--> opening --both ranks--> idle --post--> busy --event--> idle ...
-                          |                     |               |
-                          +--- error, deadline, abort, evicted -+--> aborting --stream drained--> gone
+    opening --both ranks--> idle --post--> busy --event--> idle ...
+       |                     |              |
+       +------- error, deadline, abort -----+--> aborting --stream drained--> gone
 
 A wait is an event query, a check for asynchronous errors and a deadline, again and again; it never blocks inside the
 library. Since one thread makes all calls, none is ever inside a communicator that is aborted.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -24,20 +24,17 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 100e-6  # while something is under way
 CLOSE_SECONDS = 10.0
 MAX_LINKS = 64
-RETIRED = "the communicator made room for another"
 
 
 class Link:
-    """One communicator as the others see it. Only the issuing thread changes it, and each field goes one way only, so
-    that a late look misses nothing; `changed` is called there after each change."""
+    """One communicator, as other threads see it. Only the issuing thread changes it, and each field goes one way only,
+    so that a late look misses nothing; `changed` is called there after each change."""
 
     def __init__(self, rank: int, unique_id: bytes, deadline: float, changed: Callable[[Link], None]) -> None:
         self.rank = rank
         self.unique_id = unique_id
         self.deadline = deadline
         self.changed = changed
-        self.wanted = True
-        """Its owner's hint: a batch is waiting for it, so that it is not the one to be evicted."""
         self.opened = False
         self.posted = 0
         """Groups that were issued, and of these `completed` have ended."""
@@ -55,13 +52,16 @@ class Link:
 
 
 class Issuer:
-    """Owns a device's communicators. All methods may be called from any thread and return at once, but for `close`."""
+    """Owns a device's communicators, at most `max_links`. All methods may be called from any thread and return at once,
+    but for `close`.
+
+    A process has one for each device: its receiver and its writer share it, and its maker closes it after them.
+    """
 
     def __init__(self, device: Device, max_links: int = MAX_LINKS) -> None:
         self._device = device
         self._max_links = max_links
-        self._waiting: deque[Link] = deque()
-        self._links: OrderedDict[Link, Communicator] = OrderedDict()  # least recently used first
+        self._links: dict[Link, Communicator] = {}
         self._stuck: set[Link] = set()
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -70,9 +70,9 @@ class Issuer:
         self._thread.start()
 
     def open(self, rank: int, unique_id: bytes, deadline: float, changed: Callable[[Link], None]) -> Link:
-        """Begin a communicator. Without a unique id one is minted, once there is room for the communicator."""
+        """Begin a communicator. A receiver's unique id is minted here. Past the bound the link fails at once."""
         link = Link(rank, unique_id, deadline, changed)
-        if not self._call(partial(self._waiting.append, link)):
+        if not self._call(partial(self._start, link)):
             link.failure, link.gone = "the transport is closed", True
         return link
 
@@ -107,7 +107,7 @@ class Issuer:
             pass
 
     def _turn(self) -> bool:
-        """Serve what was asked and look once at everything under way; whether to go on."""
+        """Serve the commands and look once at every link under way; whether to go on."""
         with self._changed:
             if not self._commands and self._closing_until is None:
                 self._changed.wait(POLL_SECONDS if self._pending() else None)
@@ -117,18 +117,17 @@ class Issuer:
         for command in commands:
             _guard(command)
         if closing_until is not None:
-            for link in [*self._waiting, *self._links]:
+            for link in list(self._links):
                 self._abort(link, "the transport is closed")
             if not self._pending() or time.monotonic() > closing_until:
                 return False
             time.sleep(POLL_SECONDS)
         for link in [link for link in self._links if not link.settled and link not in self._stuck]:
             _guard(partial(self._advance, link))
-        _guard(self._admit)
         return True
 
     def _pending(self) -> bool:
-        return bool(self._waiting) or any(not link.settled and link not in self._stuck for link in self._links)
+        return any(not link.settled and link not in self._stuck for link in self._links)
 
     def _advance(self, link: Link) -> None:
         communicator = self._links[link]
@@ -143,9 +142,8 @@ class Issuer:
                 link.opened = True
                 link.changed(link)
             elif time.monotonic() >= link.deadline:
-                self._abort(
-                    link, "the group did not end in time" if link.opened else "the peer did not join in time", late=True
-                )
+                why = "the group did not end in time" if link.opened else "the peer did not join in time"
+                self._abort(link, why, late=True)
         except CommunicatorError as error:
             if link.failure:
                 self._give_up(link, error)
@@ -156,7 +154,6 @@ class Issuer:
         if link.failure:
             return
         assert link.settled, "one group at a time"
-        self._links.move_to_end(link)
         link.deadline = deadline
         link.posted += 1
         try:
@@ -170,41 +167,22 @@ class Issuer:
         if link.failure:
             return
         link.failure, link.late = why, late
-        if link in self._links:
-            try:
-                self._links[link].abort()
-            except CommunicatorError as error:
-                self._give_up(link, error)
-        else:
-            self._waiting.remove(link)
-            link.gone = True
+        try:
+            self._links[link].abort()
+        except CommunicatorError as error:
+            self._give_up(link, error)
         link.changed(link)
 
     def _give_up(self, link: Link, error: CommunicatorError) -> None:
-        """There will be no proof: whoever waits for it keeps its blocks, and the place stays taken."""
+        """There will be no proof: the blocks that wait for it stay in quarantine, and the place stays taken."""
         log.error("nccl: a communicator could not be ended: %s", error)
         self._stuck.add(link)
 
-    def _admit(self) -> None:
-        """Start the links that wait, as far as there is room; the least recently used idle one makes room."""
-        now = time.monotonic()
-        for link in [link for link in self._waiting if now >= link.deadline]:
-            self._abort(link, "no communicator became free", late=True)
-        while self._waiting:
-            if len(self._links) >= self._max_links:
-                self._evict()
-                return
-            self._start(self._waiting.popleft())
-
-    def _evict(self) -> None:
-        if any(link.failure and link not in self._stuck for link in self._links):
-            return  # one is leaving
-        idle = next((link for link in self._links if link.settled and not link.wanted), None)
-        if idle is not None:
-            self._abort(idle, RETIRED)
-
     def _start(self, link: Link) -> None:
+        taken = sum(not other.failure or other in self._stuck for other in self._links)  # the others are leaving
         try:
+            if taken >= self._max_links:
+                raise CommunicatorError(f"all {self._max_links} communicators of this device are taken")
             if link.rank == RECEIVER:
                 link.unique_id = self._device.mint()
             self._links[link] = self._device.open(link.unique_id, link.rank)
@@ -216,5 +194,5 @@ class Issuer:
 def _guard(function: Callable[[], None]) -> None:
     try:
         function()
-    except Exception:  # the thread serves everybody: one fault must not end it
+    except Exception:  # one fault must not end the thread, which serves all pairs
         log.exception("nccl: the issuing thread met a fault")

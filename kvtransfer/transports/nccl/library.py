@@ -21,7 +21,7 @@ MAX_CTAS = 8  # multiprocessors that a communicator's kernel takes from compute,
 
 
 class RecordedEvent(Protocol):
-    """A fence: what the engine recorded on its stream, as `torch.cuda.Event`."""
+    """A fence: an event that the engine recorded on its stream, as `torch.cuda.Event`."""
 
     @property
     def cuda_event(self) -> int:
@@ -38,7 +38,6 @@ class DevicePool:
 
     @property
     def bytes(self) -> int:
-        """Of all blocks."""
         return self.blocks * self.layout.block_bytes
 
 
@@ -171,7 +170,7 @@ def _import() -> tuple[ModuleType, ModuleType]:
 
 
 def _checked(cuda: ModuleType, answer: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the runtime answered beside its status. Raises `CommunicatorError`."""
+    """The runtime's answer without its status. Raises `CommunicatorError`."""
     if answer[0] != cuda.cudaError_t.cudaSuccess:
         raise CommunicatorError(f"CUDA: {_text(cuda, answer[0])}")
     return answer[1:]

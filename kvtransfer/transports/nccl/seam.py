@@ -1,11 +1,11 @@
-"""What the `nccl` transport needs of NCCL and CUDA, and no more: all ordering, deadlines and aborts are on this side.
+"""All that the `nccl` transport needs of NCCL and CUDA: ordering, deadlines and aborts are on this side.
 
-A communicator here has two ranks: 0 receives, 1 sends. `nccl_library` implements it over the real libraries,
-`nccl_double` over unix sockets and host memory, with the same semantics. Both know these rules:
+A communicator here has two ranks: 0 receives, 1 sends. `library` implements it over the real libraries, `double` over
+unix sockets and host memory, with the same semantics. Both know these rules:
 
 - a send moves nothing until the peer has posted the receive that matches it;
 - a group is one: it completes when all of its operations have;
-- a peer that dies is not noticed: what was posted hangs for ever, unless it is aborted;
+- a peer that dies is not noticed: a posted group hangs for ever, unless it is aborted;
 - nothing here blocks, except `abort`, which returns once the library has let go;
 - one thread calls all methods of a device and of its communicators: an abort with another thread inside is undefined.
 """
@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-from kvtransfer.blocks.layout import KvLayout
 
 UNIQUE_ID_BYTES = 128
 RECEIVER, SENDER = 0, 1
@@ -34,42 +32,24 @@ class Span:
     bytes: int
 
 
-class BlockMemory(Protocol):
-    """A pool as the transport sees it: `blocks` blocks of `layout`, back to back from `address`."""
-
-    @property
-    def layout(self) -> KvLayout:
-        """The shape of a block."""
-
-    @property
-    def blocks(self) -> int:
-        """How many there are."""
-
-    @property
-    def address(self) -> int:
-        """Where the first one starts, on the device."""
-
-
 class Communicator(Protocol):
     """A pair of ranks, with a stream of its own. Each method raises `CommunicatorError`."""
 
     def post(self, group: Sequence[Span], fence: object | None) -> None:
         """Send or receive these, by rank, in one group call; only when `poll` was True last. The stream waits for
-        `fence` first: what the engine records after the kernels that fill the blocks."""
+        `fence` first, which the engine recorded after the kernels that fill the blocks."""
 
     def poll(self) -> bool:
         """Whether everything begun has ended: the initialisation, and the group that was posted last."""
 
     def abort(self) -> None:
-        """End what is under way, and free the library's side of it. At most once, and nothing but `drained` after."""
+        """End the group under way, and free the library's side of it. At most once, and nothing but `drained` after."""
 
     def drained(self) -> bool:
         """After `abort`: whether the stream has run dry, so that no byte is read or written any more. Frees it then."""
 
 
 class Device(Protocol):
-    """One device of this process."""
-
     def mint(self) -> bytes:
         """A new unique id, of `UNIQUE_ID_BYTES`. Each one leaves a socket and a thread behind."""
 

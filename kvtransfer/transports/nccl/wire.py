@@ -15,13 +15,12 @@ does, whatever the device still moves.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
+from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.nccl.seam import UNIQUE_ID_BYTES
 from kvtransfer.transports.wire import IDENTITY, Identity, pack_identity, unpack_identity
 
@@ -38,7 +37,7 @@ MAX_BODY = BATCH.size + IDENTITY.size + MAX_RUNS * RUN.size
 MAX_TEXT = 512
 
 
-class Op(IntEnum):
+class NcclOp(IntEnum):
     HELLO = 1
     BATCH = 2
     SENT = 3
@@ -48,14 +47,14 @@ class Op(IntEnum):
     ANSWER = 7
 
 
-class Status(IntEnum):
+class BatchStatus(IntEnum):
     READY = 0
     DONE = 1
     REFUSED = 2
     FAILED = 3
 
 
-class Run(NamedTuple):
+class BlockRun(NamedTuple):
     """Neighbouring blocks of the sequence that are neighbours on both sides: one send and one receive."""
 
     first: int
@@ -68,38 +67,43 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RunBatch:
     serial: int
     seconds: float
     identity: Identity
-    runs: tuple[Run, ...]
+    runs: tuple[BlockRun, ...]
+
+    @property
+    def targets(self) -> Iterator[tuple[int, int]]:
+        """(index, destination) of each block, one by one: a run of a stranger may claim billions."""
+        return ((run.first + i, run.destination + i) for run in self.runs for i in range(run.blocks))
 
     @property
     def indices(self) -> list[int]:
-        return [run.first + i for run in self.runs for i in range(run.blocks)]
+        return [index for index, _ in self.targets]
 
 
-def frame(op: Op, body: bytes = b"") -> bytes:
+def frame(op: NcclOp, body: bytes = b"") -> bytes:
     return FRAME.pack(op, len(body)) + body
 
 
-def take_frame(buffer: bytearray) -> tuple[Op, bytes] | None:
+def take_frame(buffer: bytearray) -> tuple[NcclOp, bytes] | None:
     """Remove the first frame; None while it has not come whole. Raises `Malformed`."""
     if len(buffer) < FRAME.size:
         return None
     op, length = FRAME.unpack_from(buffer)
-    if op not in tuple(Op) or length > MAX_BODY:
+    if op not in tuple(NcclOp) or length > MAX_BODY:
         raise Malformed(f"op {op} with {length} bytes")
     if len(buffer) < FRAME.size + length:
         return None
     body = bytes(buffer[FRAME.size : FRAME.size + length])
     del buffer[: FRAME.size + length]
-    return Op(op), body
+    return NcclOp(op), body
 
 
-def runs_of(moves: Sequence[BlockMove]) -> list[tuple[Run, int]]:
+def runs_of(moves: Sequence[BlockMove]) -> list[tuple[BlockRun, int]]:
     """Neighbours joined; each run with its first source block."""
-    joined: list[tuple[Run, int]] = []
+    joined: list[tuple[BlockRun, int]] = []
     for move in moves:
         if joined:
             run, source = joined[-1]
@@ -107,29 +111,29 @@ def runs_of(moves: Sequence[BlockMove]) -> list[tuple[Run, int]]:
             if (move.index, move.destination, move.source) == ends:
                 joined[-1] = (run._replace(blocks=run.blocks + 1), source)
                 continue
-        joined.append((Run(move.index, move.destination, 1), move.source))
+        joined.append((BlockRun(move.index, move.destination, 1), move.source))
     return joined
 
 
-def pack_batch(serial: int, seconds: float, ticket: Ticket, runs: Sequence[Run]) -> bytes:
+def pack_batch(serial: int, seconds: float, ticket: Ticket, runs: Sequence[BlockRun]) -> bytes:
     return frame(
-        Op.BATCH, BATCH.pack(serial, seconds) + pack_identity(ticket) + b"".join(RUN.pack(*run) for run in runs)
+        NcclOp.BATCH, BATCH.pack(serial, seconds) + pack_identity(ticket) + b"".join(RUN.pack(*run) for run in runs)
     )
 
 
-def unpack_batch(body: bytes) -> Batch:
+def unpack_batch(body: bytes) -> RunBatch:
     """Raises `Malformed`."""
     head = BATCH.size + IDENTITY.size
     if len(body) <= head or (len(body) - head) % RUN.size:
         raise Malformed(f"a batch of {len(body)} bytes")
     serial, seconds = BATCH.unpack_from(body)
-    runs = tuple(Run(*fields) for fields in RUN.iter_unpack(body[head:]))
+    runs = tuple(BlockRun(*fields) for fields in RUN.iter_unpack(body[head:]))
     if not 0 < seconds < float("inf") or any(run.blocks < 1 for run in runs):
         raise Malformed("a batch without time or blocks")
-    return Batch(serial, seconds, unpack_identity(body, BATCH.size), runs)
+    return RunBatch(serial, seconds, unpack_identity(body, BATCH.size), runs)
 
 
-def pack_number(op: Op, number: int, rest: bytes = b"") -> bytes:
+def pack_number(op: NcclOp, number: int, rest: bytes = b"") -> bytes:
     """SENT, GONE, and PAIR with its unique id."""
     return frame(op, NUMBER.pack(number) + rest)
 
@@ -145,15 +149,15 @@ def unpack_pair(body: bytes) -> tuple[int, bytes]:
     return unpack_number(body, UNIQUE_ID_BYTES)
 
 
-def pack_answer(serial: int, status: Status, text: str = "") -> bytes:
-    return frame(Op.ANSWER, ANSWER.pack(serial, status) + text.encode()[:MAX_TEXT])
+def pack_answer(serial: int, status: BatchStatus, text: str = "") -> bytes:
+    return frame(NcclOp.ANSWER, ANSWER.pack(serial, status) + text.encode()[:MAX_TEXT])
 
 
-def unpack_answer(body: bytes) -> tuple[int, Status, str]:
+def unpack_answer(body: bytes) -> tuple[int, BatchStatus, str]:
     """Raises `Malformed`."""
     if len(body) < ANSWER.size:
         raise Malformed("a short answer")
     serial, status = ANSWER.unpack_from(body)
-    if status not in tuple(Status):
+    if status not in tuple(BatchStatus):
         raise Malformed(f"status {status}")
-    return serial, Status(status), body[ANSWER.size :].decode(errors="replace")
+    return serial, BatchStatus(status), body[ANSWER.size :].decode(errors="replace")

@@ -1,9 +1,9 @@
 """The NIXL library as the transport needs it: an agent with one registered pool, and nothing that writes behind it.
 
 NIXL writes one-sidedly over UCX. Most of UCX's ways end with the agent that they lead to: a network adapter refuses
-what comes for memory that is not registered any more, and over sockets or a shared queue the agent's own thread places
-the bytes. Three do not (cma, knem, xpmem): there the writer's kernel writes into this process, whether it still wants
-that or not. So no agent of ours may offer them; a peer can use only what both offer.
+writes to memory that is not registered any more, and over sockets or a shared queue the agent's own thread places the
+bytes. Three do not (cma, knem, xpmem): there the writer's kernel writes into this process, whether it still wants that
+or not. So no agent of ours may offer them; a peer can use only what both offer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ _Spans = Sequence[tuple[int, int, int]]
 
 
 def available() -> bool:
-    """Whether the package is installed."""
     return importlib.util.find_spec("nixl") is not None
 
 
-def restrict(environment: dict[str, str] | os._Environ[str]) -> None:
-    """Sees to it that UCX offers nothing that can't be taken back. Before the first agent.
+def require() -> None:
+    """Make the library fit to be used. Raises `ConfigError` where the package is missing, or the environment asks for
+    ways of UCX that could not be stopped."""
+    if not available():
+        raise ConfigError("transport: nixl needs the package of that name: install baton[nixl]")
+    restrict(os.environ)
 
-    Raises `ConfigError` where the environment asks for just that.
-    """
+
+def restrict(environment: dict[str, str] | os._Environ[str]) -> None:
+    """Make UCX offer only ways that end with their agent; before the first agent. Raises `ConfigError` where the
+    environment asks for others."""
     asked = environment.setdefault("UCX_TLS", "^" + ",".join(FORBIDDEN))
     names = asked.removeprefix("^").split(",")
     if asked.startswith("^"):
@@ -53,7 +58,7 @@ def restrict(environment: dict[str, str] | os._Environ[str]) -> None:
 
 @cache
 def _library() -> Any:
-    """The package's interface. Its log goes where ours does: stdout, which it would take, belongs to our user."""
+    """The package's interface. Its log, which would go to stdout, goes where ours does."""
     from nixl import _api as nixl
 
     logger = logging.getLogger("nixl")
@@ -66,9 +71,9 @@ def _library() -> Any:
 class NixlAgent:
     """One end of one pair. One thread at a time uses it.
 
-    Nothing moves unless somebody calls: bytes of a peer are placed within `notices`, ours leave within `write`. After
-    `close` no peer can reach the pool through this agent: its memory is not registered any more, its connections are
-    gone, and nobody asks it for progress.
+    Bytes of a peer are placed within `notices` only, ours leave within `write`. After `close`, which is idempotent, no
+    peer can reach the pool through this agent: its memory is not registered any more, its connections are gone, and
+    nothing asks it for progress.
     """
 
     def __init__(self, name: str, memory: PoolMemory) -> None:
@@ -81,11 +86,11 @@ class NixlAgent:
 
     @property
     def metadata(self) -> bytes:
-        """What a peer needs to reach this agent."""
+        """A peer needs it to reach this agent."""
         return bytes(self._agent.get_agent_metadata())
 
     def know(self, metadata: bytes) -> None:
-        """The one peer that `write` writes to. Raises `PeerClosed` where it makes no sense of it."""
+        """The one peer that `write` writes to. Raises `PeerClosed` for metadata that NIXL does not take."""
         try:
             name = self._agent.add_remote_agent(metadata)
         except Exception as error:
@@ -93,10 +98,10 @@ class NixlAgent:
         self._peer = name.decode() if isinstance(name, bytes) else name
 
     def write(self, sources: _Spans, targets: _Spans, notice: bytes, check: Callable[[], None]) -> None:
-        """Writes spans (address, bytes, 0) of our pool to the peer's, and gives it `notice` once all are there.
+        """Write spans (address, bytes, 0) of our pool to the peer's, which gets `notice` once all are there.
 
         `check` is called while it lasts, and raises to end it. Raises `PeerClosed` where NIXL gives up. After either,
-        only `close` ends what may still be under way.
+        only `close` ends the write for sure.
         """
         try:
             local, remote = (self._agent.get_xfer_descs(list(spans), "DRAM") for spans in (sources, targets))
@@ -115,11 +120,10 @@ class NixlAgent:
             raise PeerClosed(f"NIXL: the write ended as {state}")
 
     def notices(self) -> list[bytes]:
-        """Places what peers have written, and returns the notices of the writes that are now whole."""
+        """Place the bytes that have come, and return the notices of the writes that are now whole."""
         return [notice for notices in self._agent.get_new_notifs().values() for notice in notices]
 
     def close(self) -> None:
-        """Idempotent."""
         agent, self._agent = self._agent, None
         if agent is not None:
             write, self._write = self._write, None

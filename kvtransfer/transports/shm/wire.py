@@ -1,16 +1,15 @@
 """What goes over the unix socket of a shared-memory pair: one message per packet, one request at a time.
 
 writer    HELLO(flags, block bytes, incarnation)     -> WELCOME(flags, blocks, block bytes) with the pool's memfd
-writer    CLAIM(identity, digest of the block table) -> REPLY     before the first byte of a ticket
-writer    DONE(identity, entries)                    -> REPLY     after the copy
+writer    CLAIM(identity, digest of the block table) -> status, text     before the first byte of a ticket
+writer    DONE(identity, entries)                    -> status, text     after the copy
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from pathlib import Path
 
 from kvtransfer.handoffs.messages import Ticket
@@ -22,40 +21,21 @@ HELLO = struct.Struct("<IHHQQ")  # magic, version, flags, block bytes, start tim
 WELCOME = struct.Struct("<IHHQQ")  # magic, version, flags, block bytes, blocks
 ENTRY = struct.Struct("<II")  # index in the sequence, CRC-32 of the bytes (0 without checksums)
 OP = struct.Struct("<B")
+HEAD_BYTES = OP.size + IDENTITY.size
 TABLE_DIGEST_BYTES = 16
 MAX_ENTRIES = 4096
 MAX_PACKET = 64 * 1024
 
 
-class Flags(IntFlag):
-    CHECKSUMS = 1
-
-
-class Op(IntEnum):
+class ShmOp(IntEnum):
     CLAIM = 1
     DONE = 2
-
-
-class Status(IntEnum):
-    OK = 0
-    REFUSED = 1
-    CHECKSUM = 2
 
 
 def table_digest(ticket: Ticket) -> bytes:
     """Equal on both sides only if they mean the same blocks."""
     data = struct.pack(f"<I{len(ticket.blocks)}I", ticket.cached_blocks, *ticket.blocks)
     return hashlib.blake2b(data, digest_size=TABLE_DIGEST_BYTES).digest()
-
-
-def pack_entries(entries: Sequence[tuple[int, int]]) -> bytes:
-    return b"".join(ENTRY.pack(*entry) for entry in entries)
-
-
-def unpack_entries(data: bytes) -> list[tuple[int, int]] | None:
-    """(index, checksum) of each block after the identity of a DONE; None when the packet is malformed."""
-    body = data[OP.size + IDENTITY.size :]
-    return None if len(body) % ENTRY.size else [(index, crc) for index, crc in ENTRY.iter_unpack(body)]
 
 
 def start_time(pid: int) -> int:

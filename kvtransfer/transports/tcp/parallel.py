@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from baton.errors import BatonError, ChecksumMismatch, WriteRefused
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove, Channel, WriteReceipt
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import Channel, WriteReceipt
 
 
 class ParallelChannel:
     """Implements `Channel`: each write is shared out, and over when every share is. It owns the channels.
 
-    Where one of them breaks all are closed, so that the write ends at once and nothing of it is still under way.
+    Where one of them breaks all are closed, so that the write ends at once with no share still under way.
     """
 
     def __init__(self, channels: Sequence[Channel]) -> None:
@@ -50,7 +50,7 @@ class ParallelChannel:
 
 
 def _first_error(futures: Sequence[Future[int]]) -> list[int]:
-    """The shares' bytes. Raises what broke the channel, else what was refused."""
+    """The shares' bytes. Raises the error that broke the channel, else a refusal."""
     errors = [error for future in futures if (error := future.exception()) is not None]
     refusals = (WriteRefused, ChecksumMismatch)
     for error in sorted(errors, key=lambda error: isinstance(error, refusals)):

@@ -6,8 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.spec import HandoffKey
 from kvtransfer.handoffs.delivery import Delivery, DeliveryState, GrantAnswer
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
+from kvtransfer.handoffs.messages import BlockMove, Ticket
 
 ATTEMPT = bytes(16)
 KEY, NEXT = HandoffKey(ATTEMPT, 1), HandoffKey(ATTEMPT, 2)

@@ -18,10 +18,9 @@ from kvtransfer.handoffs.attempts import AttemptMemory, _Attempt
 from kvtransfer.handoffs.delivery import Delivery, DeliveryState
 from kvtransfer.handoffs.grants import GrantLedger, _Entry
 from kvtransfer.handoffs.leases import LeaseTable
-from kvtransfer.handoffs.messages import Grant, Refusal, Ticket
+from kvtransfer.handoffs.messages import BlockMove, Grant, Refusal, Ticket
 from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits
 from kvtransfer.handoffs.writers import Writers
-from kvtransfer.transports.base import BlockMove
 from tests.kvtransfer.model.state import FAIR, Action, Attempt, Case, Channels, Write
 from tests.kvtransfer.model.world import World
 

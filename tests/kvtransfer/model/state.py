@@ -18,9 +18,8 @@ from baton.spec import HandoffKey
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.delivery import Delivery, DeliveryState
 from kvtransfer.handoffs.grants import GrantLedger
-from kvtransfer.handoffs.messages import Aborted, Ticket
+from kvtransfer.handoffs.messages import Aborted, BlockMove, Ticket
 from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits
-from kvtransfer.transports.base import BlockMove
 
 LEASE_S, TICK_S, HANDOFF_S, FOR_EVER = 5.0, 3.0, 8.0, 1e9
 OVER = (DeliveryState.FAILED, DeliveryState.RELEASED)

@@ -17,14 +17,15 @@ from typing import Any, Protocol
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove, Channel, Transport, WriteReceipt
-from kvtransfer.transports.memory import MemoryNetwork, MemoryTransport
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import Channel, Receiver, WriteReceipt
+from kvtransfer.transports.memory import MemoryNetwork, MemoryReceiver, MemoryWriter
 from kvtransfer.transports.nccl.double import DoubleDevice
-from kvtransfer.transports.nccl.transport import NcclTransport
-from kvtransfer.transports.nixl.transport import NixlTransport
-from kvtransfer.transports.shm.transport import ShmTransport
-from kvtransfer.transports.tcp.transport import TcpTransport
+from kvtransfer.transports.nccl.issuer import Issuer
+from kvtransfer.transports.nccl.receiver import NcclReceiver
+from kvtransfer.transports.nixl.receiver import NixlReceiver
+from kvtransfer.transports.shm.receiver import ShmReceiver
+from kvtransfer.transports.tcp.receiver import TcpReceiver
 from tests.kvtransfer.transports.patterns import fill, pattern
 
 GENEROUS = 60.0
@@ -91,7 +92,7 @@ class LocalWriter:
         self.seed = seed
         self.memory = PoolMemory(LAYOUT, BLOCKS, shared=False)
         fill(self.memory, seed)
-        self.transport = MemoryTransport(self.memory, incarnation, network)
+        self.transport = MemoryWriter(self.memory, incarnation, network)
         self._channel: Channel | None = None
         self._threads = ThreadPoolExecutor(1)
         self._hammering: Future[None] | None = None
@@ -186,6 +187,7 @@ class Bench:
         self.events = Recorder()
         self.memory = PoolMemory(LAYOUT, BLOCKS)
         self.network = MemoryNetwork()
+        self.issuer = Issuer(DoubleDevice()) if kind == "nccl" else None
         self.receiver = self._receiver()
         self._writers: list[Writer] = []
 
@@ -221,18 +223,20 @@ class Bench:
                 self.network.faults(writer.incarnation, self.receiver.endpoint()).flowing.set()
             writer.close()
         self.receiver.close()
+        if self.issuer is not None:
+            self.issuer.close()
         self.memory.close()
 
-    def _receiver(self) -> Transport:
+    def _receiver(self) -> Receiver:
         if self.kind == "memory":
-            return MemoryTransport(self.memory, "receiver", self.network, self.events)
+            return MemoryReceiver(self.memory, self.events, "receiver", self.network)
         if self.kind == "shm":
-            return ShmTransport(self.memory, "receiver", self.events, checksums=True)
-        if self.kind == "nccl":
-            return NcclTransport(self.memory, "receiver", DoubleDevice(), self.events)
+            return ShmReceiver(self.memory, self.events, checksums=True)
+        if self.issuer is not None:
+            return NcclReceiver(self.memory, self.events, self.issuer)
         if self.kind == "nixl":
-            return NixlTransport(self.memory, "receiver", self.events, checksums=True)
-        return TcpTransport(self.memory, "receiver", self.events, checksums=True)
+            return NixlReceiver(self.memory, self.events, checksums=True)
+        return TcpReceiver(self.memory, self.events, checksums=True)
 
 
 def moves(ticket: Ticket, indices: Sequence[int], first_source: int = 0) -> list[BlockMove]:

@@ -1,7 +1,7 @@
 """A receiver in this process and writers in others, over `nccl`: on one GPU with the real library (`nccl-cuda`), or
 over the double (`nccl`), which shows that this program itself is right where there is no GPU.
 
-    python -m tests.kvtransfer.nccl_pair KIND SCENARIO
+    python -m tests.kvtransfer.transports.nccl_pair KIND SCENARIO
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.nccl.double import DoubleDevice
+from kvtransfer.transports.nccl.issuer import Issuer
 from kvtransfer.transports.nccl.library import NcclDevice
-from kvtransfer.transports.nccl.transport import NcclTransport
+from kvtransfer.transports.nccl.receiver import NcclReceiver
 from tests.kvtransfer.transports.cuda_memory import CudaMemory
 from tests.kvtransfer.transports.harness import BLOCKS, LAYOUT, ProcessWriter, Recorder, expected, moves
 
@@ -33,18 +34,18 @@ class Pair:
         self.host = PoolMemory(LAYOUT, BLOCKS, shared=False)
         self.events = Recorder()
         self.gpu = CudaMemory(self.host) if kind == "nccl-cuda" else None
-        device = NcclDevice() if self.gpu is not None else DoubleDevice()
-        self.transport = NcclTransport(self.gpu or self.host, "receiver", device, self.events)
+        self.issuer = Issuer(NcclDevice() if self.gpu is not None else DoubleDevice())
+        self.receiver = NcclReceiver(self.gpu or self.host, self.events, self.issuer)
         self.writers: list[ProcessWriter] = []
 
     def writer(self, name: str) -> ProcessWriter:
         self.writers.append(ProcessWriter(self.kind, name, len(self.writers) + 1))
-        self.writers[-1].connect(self.transport.endpoint())
+        self.writers[-1].connect(self.receiver.endpoint())
         return self.writers[-1]
 
     def ticket(self, blocks: list[int], writer: str) -> Ticket:
         ticket = Ticket(HandoffKey(os.urandom(16), 1), 1, os.urandom(16), tuple(blocks), 0, writer)
-        self.transport.admit(ticket)
+        self.receiver.admit(ticket)
         return ticket
 
     def block(self, index: int) -> bytes:
@@ -59,7 +60,8 @@ class Pair:
     def close(self) -> None:
         for writer in self.writers:
             writer.close()
-        self.transport.close()
+        self.receiver.close()
+        self.issuer.close()
 
 
 def intact(pair: Pair) -> None:
@@ -86,7 +88,7 @@ def killed(pair: Pair) -> None:
     writer.hammer(ticket, moves(ticket, range(BLOCKS)))
     pair.events.wait(lambda e: len(e.landings) >= 2)
     writer.kill()
-    pair.transport.revoke(ticket.key)
+    pair.receiver.revoke(ticket.key)
     pair.events.wait(lambda e: ticket.key in e.revocations)
     pair.clear()
     time.sleep(0.2)  # long enough for a write that is still there to be seen
@@ -104,7 +106,7 @@ def stopped(pair: Pair) -> None:
     writer.hammer(ticket, moves(ticket, range(BLOCKS)))
     pair.events.wait(lambda e: len(e.landings) >= 2)
     writer.process.send_signal(signal.SIGSTOP)
-    pair.transport.revoke(ticket.key)
+    pair.receiver.revoke(ticket.key)
     pair.events.wait(lambda e: ticket.key in e.revocations)
     pair.clear()
     writer.process.send_signal(signal.SIGCONT)

@@ -12,9 +12,10 @@ from baton.spec import ProcessRef
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import WriteReceipt
-from kvtransfer.transports.nccl.channel import NcclChannel
 from kvtransfer.transports.nccl.double import DoubleDevice
-from kvtransfer.transports.nccl.transport import NcclTransport
+from kvtransfer.transports.nccl.issuer import Issuer
+from kvtransfer.transports.nccl.receiver import NcclReceiver
+from kvtransfer.transports.nccl.writer import NcclChannel, NcclWriter
 from tests.kvtransfer.transports.harness import BLOCKS, GENEROUS, LAYOUT, Bench, moves
 from tests.kvtransfer.transports.patterns import fill, pattern
 
@@ -35,12 +36,11 @@ class Side:
     def __post_init__(self) -> None:
         self.memory = PoolMemory(LAYOUT, BLOCKS, shared=False)
         fill(self.memory, self.seed)
-        self.transport = NcclTransport(
-            self.memory, self.name, self.device, fence=lambda: self.fence, max_links=self.max_links
-        )
+        self.issuer = Issuer(self.device, self.max_links)
+        self.writer = NcclWriter(self.memory, self.name, self.issuer, lambda: self.fence)
 
-    def connect(self, receiver: NcclTransport) -> NcclChannel:
-        channel = self.transport.connect(receiver.endpoint(), RECEIVER, time.monotonic() + GENEROUS)
+    def connect(self, receiver: NcclReceiver) -> NcclChannel:
+        channel = self.writer.connect(receiver.endpoint(), RECEIVER, time.monotonic() + GENEROUS)
         self.channels.append(channel)
         return channel
 
@@ -52,7 +52,8 @@ class Side:
         self.device.faults.draining.set()
         for channel in self.channels:
             channel.close()
-        self.transport.close()
+        self.writer.close()
+        self.issuer.close()
         self.memory.close()
 
 
@@ -63,10 +64,10 @@ class Setup:
         self.device = DoubleDevice()
         self.bench = Bench("nccl")
         self.bench.receiver.close()
-        self.receiver = NcclTransport(
-            self.bench.memory, "receiver", self.device, self.bench.events, max_links=max_links
-        )
-        self.bench.receiver = self.receiver
+        assert self.bench.issuer is not None
+        self.bench.issuer.close()
+        self.bench.issuer = Issuer(self.device, max_links)
+        self.bench.receiver = self.receiver = NcclReceiver(self.bench.memory, self.bench.events, self.bench.issuer)
         self.events = self.bench.events
         self.threads = ThreadPoolExecutor(8)
         self.sides: list[Side] = []

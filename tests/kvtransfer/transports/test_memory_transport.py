@@ -13,7 +13,7 @@ from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
 from baton.spec import ProcessRef
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.transports.memory import Faults, MemoryTransport
+from kvtransfer.transports.memory import Faults, MemoryWriter
 from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, expected, moves
 
 
@@ -86,7 +86,7 @@ def test_a_revoke_during_a_stall_lets_no_more_through(double: Bench) -> None:
 
 def test_connect_refuses_what_does_not_fit(double: Bench) -> None:
     memory = PoolMemory(KvLayout(layers=1, kv_heads=1, head_dim=8, dtype="float32"), 1, shared=False)
-    writer = MemoryTransport(memory, "w", double.network)
+    writer = MemoryWriter(memory, "w", double.network)
     with pytest.raises(Mismatch, match="block_bytes"):
         writer.connect(double.receiver.endpoint(), ProcessRef("r", "r", ""), time.monotonic() + 1)
     with pytest.raises(PeerClosed):

@@ -13,9 +13,9 @@ from baton.errors import BatonError, DeadlineExceeded, Mismatch, PeerClosed, Wri
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports.nccl.double import DoubleDevice
-from kvtransfer.transports.nccl.issuer import Link
+from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import Span
-from kvtransfer.transports.nccl.transport import NcclTransport
+from kvtransfer.transports.nccl.writer import NcclWriter
 from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, moves
 from tests.kvtransfer.transports.nccl_sides import RECEIVER, Setup, until
 from tests.kvtransfer.transports.patterns import pattern
@@ -131,7 +131,7 @@ def test_a_writer_that_dies_in_the_middle_is_no_hang(setup: Setup) -> None:
     side.device.faults.flowing.clear()  # the receives are posted, and nothing comes
     writing = setup.write(channel, ticket, range(8))
     until(lambda: setup.device.opened == 1)
-    side.transport.close()
+    side.issuer.close()
     channel.close()
     assert isinstance(writing.exception(GENEROUS), BatonError)
     setup.receiver.revoke(ticket.key)
@@ -168,14 +168,14 @@ def test_a_batch_that_does_not_match_moves_nothing_and_ends(setup: Setup, monkey
     side = setup.side()
     channel = side.connect(setup.receiver)
     ticket = setup.bench.ticket([5, 3])
-    issue = side.transport._issuer.post
+    issue = side.issuer.post
 
     def split(link: Link, group: Sequence[Span], fence: object | None, deadline: float) -> None:
         half = group[0].bytes // 2
         halves = [Span(group[0].address, half), Span(group[0].address + half, half)]
         issue(link, [*halves, *group[1:]], fence, deadline)
 
-    monkeypatch.setattr(side.transport._issuer, "post", split)
+    monkeypatch.setattr(side.issuer, "post", split)
     with pytest.raises(DeadlineExceeded):
         setup.write(channel, ticket, range(2), seconds=0.5).result(GENEROUS)
     setup.receiver.revoke(ticket.key)
@@ -186,10 +186,11 @@ def test_a_batch_that_does_not_match_moves_nothing_and_ends(setup: Setup, monkey
 
 def test_other_block_sizes_are_refused_with_both_values(setup: Setup) -> None:
     memory = PoolMemory(KvLayout(layers=1, kv_heads=1, head_dim=8, dtype="float32"), 1, shared=False)
-    writer = NcclTransport(memory, "w", DoubleDevice())
+    issuer = Issuer(DoubleDevice())
+    writer = NcclWriter(memory, "w", issuer)
     with pytest.raises(Mismatch, match=f"block_bytes differs: here 1024, there {LAYOUT.block_bytes}"):
         writer.connect(setup.receiver.endpoint(), RECEIVER, time.monotonic() + GENEROUS)
-    writer.close()
+    issuer.close()
     memory.close()
 
 

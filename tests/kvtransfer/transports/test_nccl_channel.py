@@ -14,15 +14,15 @@ from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
 from baton.spec import HandoffKey
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.nccl import wire
-from kvtransfer.transports.nccl.channel import NcclChannel
 from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import RECEIVER as RECEIVING
+from kvtransfer.transports.nccl.writer import NcclChannel
 from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, moves
 from tests.kvtransfer.transports.nccl_sides import RECEIVER, Side
 
 TICKET = Ticket(HandoffKey(bytes(16), 1), 1, bytes(16), (3, 4), 0, "writer")
-WELCOME = wire.frame(wire.Op.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION, LAYOUT.block_bytes))
+WELCOME = wire.frame(wire.NcclOp.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION, LAYOUT.block_bytes))
 
 
 class Stranger:
@@ -40,7 +40,7 @@ class Stranger:
         """Answers the writer's first message with this."""
         endpoint = f"127.0.0.1:{self.listener.getsockname()[1]}"
         deadline = time.monotonic() + seconds
-        connecting = self.threads.submit(self.side.transport.connect, endpoint, RECEIVER, deadline)
+        connecting = self.threads.submit(self.side.writer.connect, endpoint, RECEIVER, deadline)
         self.peer = self.listener.accept()[0]
         self.peer.settimeout(GENEROUS)
         assert self.peer.recv(4096)
@@ -67,9 +67,9 @@ def stranger(nothing_left: None) -> Iterator[Stranger]:
     ("answer", "error"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", PeerClosed),
-        (wire.frame(wire.Op.WELCOME, b"short"), PeerClosed),
-        (wire.frame(wire.Op.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION + 1, LAYOUT.block_bytes)), Mismatch),
-        (wire.frame(wire.Op.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION, 512)), Mismatch),
+        (wire.frame(wire.NcclOp.WELCOME, b"short"), PeerClosed),
+        (wire.frame(wire.NcclOp.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION + 1, LAYOUT.block_bytes)), Mismatch),
+        (wire.frame(wire.NcclOp.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION, 512)), Mismatch),
     ],
 )
 def test_what_is_no_receiver_of_ours_is_not_connected_to(
@@ -84,7 +84,7 @@ def test_a_receiver_that_does_not_answer_ends_at_the_deadline(stranger: Stranger
         stranger.connect(b"", seconds=0.2)
 
 
-@pytest.mark.parametrize("answer", [wire.pack_number(wire.Op.SENT, 1), wire.frame(wire.Op.PAIR, b"short")])
+@pytest.mark.parametrize("answer", [wire.pack_number(wire.NcclOp.SENT, 1), wire.frame(wire.NcclOp.PAIR, b"short")])
 def test_a_receiver_that_leaves_the_protocol_ends_the_write(stranger: Stranger, answer: bytes) -> None:
     stranger.connect(WELCOME)
     assert stranger.channel is not None
@@ -109,8 +109,8 @@ def test_a_communicator_offered_with_a_refusal_is_joined_by_the_next_write(stran
     deadline = time.monotonic() + GENEROUS
     first = stranger.threads.submit(stranger.channel.write, TICKET, moves(TICKET, [0]), deadline)
     assert stranger.peer.recv(4096)
-    refusal = wire.pack_answer(1, wire.Status.REFUSED, "revoked")
-    stranger.peer.sendall(refusal + wire.pack_number(wire.Op.PAIR, 1, link.unique_id))
+    refusal = wire.pack_answer(1, wire.BatchStatus.REFUSED, "revoked")
+    stranger.peer.sendall(refusal + wire.pack_number(wire.NcclOp.PAIR, 1, link.unique_id))
     with pytest.raises(WriteRefused, match="revoked"):
         first.result(GENEROUS)
     second = stranger.threads.submit(stranger.channel.write, TICKET, moves(TICKET, [0]), deadline)

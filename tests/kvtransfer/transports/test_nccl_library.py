@@ -15,7 +15,7 @@ import pytest
 
 from baton.config import WorkerConfig
 from baton.errors import ConfigError
-from baton.launch.worker_cuda import check_device
+from baton.launch.transports import check_device
 from kvtransfer.transports.nccl import library as nccl_library
 from kvtransfer.transports.nccl.library import NcclCommunicator, NcclDevice
 from kvtransfer.transports.nccl.seam import RECEIVER, SENDER, CommunicatorError, Span
@@ -94,7 +94,7 @@ def test_where_there_is_a_gpu_the_transport_must_fit_the_pool(
     monkeypatch: pytest.MonkeyPatch, transport: Any, device: str, why: str
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("baton.launch.worker_cuda.NcclDevice", asked.append)
+    monkeypatch.setattr("baton.launch.transports.NcclDevice", asked.append)
     config = WorkerConfig(roles=frozenset({"decode"}), transport=transport, device=device)
     if why:
         with pytest.raises(ConfigError, match=why):
@@ -108,7 +108,7 @@ def test_where_there_is_a_gpu_the_transport_must_fit_the_pool(
 def test_what_computes_on_the_cpu_only_is_refused_with_a_gpu(
     monkeypatch: pytest.MonkeyPatch, field: str, value: str
 ) -> None:
-    monkeypatch.setattr("baton.launch.worker_cuda.NcclDevice", lambda _index: None)
+    monkeypatch.setattr("baton.launch.transports.NcclDevice", lambda _index: None)
     config = replace(WorkerConfig(roles=frozenset({"decode"}), device="cuda"), **{field: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"^{field} {value}: the native kernels compute on the CPU"):
         check_device(config)

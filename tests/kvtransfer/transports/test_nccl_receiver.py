@@ -14,8 +14,8 @@ from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer, Link
+from kvtransfer.transports.nccl.receiver import NcclReceiver
 from kvtransfer.transports.nccl.seam import SENDER, Span
-from kvtransfer.transports.nccl.transport import NcclTransport
 from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, moves
 
 SIZE = LAYOUT.block_bytes
@@ -33,8 +33,8 @@ class RawWriter:
         self._changed = threading.Condition()
 
     def hello(self) -> None:
-        self.put(wire.frame(wire.Op.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION, SIZE) + b"writer"))
-        assert self.take()[0] is wire.Op.WELCOME
+        self.put(wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION, SIZE) + b"writer"))
+        assert self.take()[0] is wire.NcclOp.WELCOME
 
     def batch(self, ticket: Ticket, indices: Sequence[int], seconds: float = GENEROUS, serial: int = 1) -> None:
         runs = [run for run, _ in wire.runs_of(moves(ticket, indices))]
@@ -42,7 +42,7 @@ class RawWriter:
 
     def join(self) -> Link:
         op, body = self.take()
-        assert op is wire.Op.PAIR
+        assert op is wire.NcclOp.PAIR
         return self.issuer.open(SENDER, wire.unpack_pair(body)[1], time.monotonic() + GENEROUS, self._link_changed)
 
     def send(self, link: Link, blocks: int) -> None:
@@ -52,15 +52,15 @@ class RawWriter:
         self.issuer.post(link, group, None, time.monotonic() + GENEROUS)
         self.wait(lambda: link.completed == 1)
 
-    def answer(self) -> tuple[int, wire.Status, str]:
+    def answer(self) -> tuple[int, wire.BatchStatus, str]:
         op, body = self.take()
-        assert op is wire.Op.ANSWER, op
+        assert op is wire.NcclOp.ANSWER, op
         return wire.unpack_answer(body)
 
     def put(self, data: bytes) -> None:
         self.socket.sendall(data)
 
-    def take(self) -> tuple[wire.Op, bytes]:
+    def take(self) -> tuple[wire.NcclOp, bytes]:
         while (message := wire.take_frame(self._buffer)) is None:
             data = self.socket.recv(4096)
             assert data, "the receiver closed the connection"
@@ -109,13 +109,13 @@ def test_what_the_writer_does_not_vouch_for_never_counts(nccl: Bench, raw: RawWr
     ticket = nccl.ticket([5])
     raw.batch(ticket, [0])
     link = raw.join()
-    assert raw.answer()[1] is wire.Status.READY
+    assert raw.answer()[1] is wire.BatchStatus.READY
     raw.send(link, 1)
     time.sleep(0.05)
     assert nccl.content(5) == b"\7" * SIZE
     assert nccl.events.landings == []
-    raw.put(wire.pack_number(wire.Op.SENT, 1))
-    assert raw.answer()[1] is wire.Status.DONE
+    raw.put(wire.pack_number(wire.NcclOp.SENT, 1))
+    assert raw.answer()[1] is wire.BatchStatus.DONE
     assert nccl.events.landed_indices(ticket.key) == {0}
 
 
@@ -123,9 +123,9 @@ def test_a_writer_that_never_joins_is_answered_at_the_deadline(nccl: Bench, raw:
     raw.hello()
     ticket = nccl.ticket([5])
     raw.batch(ticket, [0], seconds=0.2)
-    assert raw.take()[0] is wire.Op.PAIR
-    assert raw.take()[0] is wire.Op.GONE
-    assert raw.answer() == (1, wire.Status.FAILED, "the peer did not join in time")
+    assert raw.take()[0] is wire.NcclOp.PAIR
+    assert raw.take()[0] is wire.NcclOp.GONE
+    assert raw.answer() == (1, wire.BatchStatus.FAILED, "the peer did not join in time")
     nccl.receiver.revoke(ticket.key)
     nccl.events.wait(lambda e: e.revocations == [ticket.key])
 
@@ -135,9 +135,9 @@ def test_a_writer_that_joins_and_stops_is_answered_and_proven_at_the_deadline(nc
     ticket = nccl.ticket([5])
     raw.batch(ticket, [0], seconds=0.3)
     raw.join()
-    assert raw.answer()[1] is wire.Status.READY
-    assert raw.take()[0] is wire.Op.GONE
-    assert raw.answer() == (1, wire.Status.FAILED, "the group did not end in time")
+    assert raw.answer()[1] is wire.BatchStatus.READY
+    assert raw.take()[0] is wire.NcclOp.GONE
+    assert raw.answer() == (1, wire.BatchStatus.FAILED, "the group did not end in time")
     nccl.receiver.revoke(ticket.key)
     nccl.events.wait(lambda e: e.revocations == [ticket.key])
     assert not any(nccl.content(5))
@@ -148,19 +148,19 @@ def test_a_revoke_needs_nothing_of_the_writer(nccl: Bench, raw: RawWriter) -> No
     ticket = nccl.ticket([5])
     raw.batch(ticket, [0], seconds=600.0)
     raw.join()
-    assert raw.answer()[1] is wire.Status.READY
+    assert raw.answer()[1] is wire.BatchStatus.READY
     nccl.receiver.revoke(ticket.key)
     nccl.events.wait(lambda e: e.revocations == [ticket.key])
-    assert raw.take()[0] is wire.Op.GONE
-    assert raw.answer() == (1, wire.Status.REFUSED, "the handoff was revoked")
+    assert raw.take()[0] is wire.NcclOp.GONE
+    assert raw.answer() == (1, wire.BatchStatus.REFUSED, "the handoff was revoked")
     raw.batch(nccl.ticket([6]), [0], serial=2)
-    assert raw.take()[0] is wire.Op.PAIR  # the connection is still good
+    assert raw.take()[0] is wire.NcclOp.PAIR  # the connection is still good
 
 
 def test_a_writer_that_says_nothing_after_its_deadline_is_cut_off(
     nccl: Bench, raw: RawWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvtransfer.transports.nccl.transport.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("kvtransfer.transports.nccl.receiver.GRACE_SECONDS", 0.2)
     raw.hello()
     raw.batch(nccl.ticket([5]), [0], seconds=2.0)
     link = raw.join()
@@ -173,11 +173,11 @@ def test_a_writer_that_says_nothing_after_its_deadline_is_cut_off(
     "first",
     [
         b"GET / HTTP/1.1\r\n\r\n",
-        wire.frame(wire.Op.HELLO, b""),
-        wire.frame(wire.Op.HELLO, wire.HELLO.pack(b"XXXX", wire.VERSION, SIZE) + b"w"),
-        wire.frame(wire.Op.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION + 1, SIZE) + b"w"),
-        wire.pack_number(wire.Op.SENT, 1),
-        wire.FRAME.pack(wire.Op.BATCH, 2**31),
+        wire.frame(wire.NcclOp.HELLO, b""),
+        wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(b"XXXX", wire.VERSION, SIZE) + b"w"),
+        wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION + 1, SIZE) + b"w"),
+        wire.pack_number(wire.NcclOp.SENT, 1),
+        wire.FRAME.pack(wire.NcclOp.BATCH, 2**31),
     ],
 )
 def test_strangers_are_cut_off(nccl: Bench, raw: RawWriter, first: bytes) -> None:
@@ -188,10 +188,10 @@ def test_strangers_are_cut_off(nccl: Bench, raw: RawWriter, first: bytes) -> Non
 @pytest.mark.parametrize(
     "then",
     [
-        wire.frame(wire.Op.BATCH, b"short"),
-        wire.frame(wire.Op.PAIR, b""),
-        wire.frame(wire.Op.SENT, b""),
-        wire.frame(wire.Op.HELLO, b""),
+        wire.frame(wire.NcclOp.BATCH, b"short"),
+        wire.frame(wire.NcclOp.PAIR, b""),
+        wire.frame(wire.NcclOp.SENT, b""),
+        wire.frame(wire.NcclOp.HELLO, b""),
     ],
 )
 def test_a_writer_that_leaves_the_protocol_is_cut_off(nccl: Bench, raw: RawWriter, then: bytes) -> None:
@@ -215,7 +215,7 @@ def test_two_batches_at_once_or_sent_before_agreed_end_the_connection(nccl: Benc
         if again:
             raw.batch(nccl.ticket([6]), [0], serial=2)
         else:
-            raw.put(wire.pack_number(wire.Op.SENT, 1))
+            raw.put(wire.pack_number(wire.NcclOp.SENT, 1))
         assert raw.closed()
         raw.close()
 
@@ -223,22 +223,22 @@ def test_two_batches_at_once_or_sent_before_agreed_end_the_connection(nccl: Benc
 def test_huge_runs_are_refused_at_their_first_block(nccl: Bench, raw: RawWriter) -> None:
     raw.hello()
     ticket = nccl.ticket([5])
-    body = wire.pack_batch(1, 1.0, ticket, [wire.Run(0, 5, 2**32 - 1)])
+    body = wire.pack_batch(1, 1.0, ticket, [wire.BlockRun(0, 5, 2**32 - 1)])
     raw.put(body)
-    assert raw.answer()[1] is wire.Status.REFUSED
-    raw.put(wire.pack_batch(2, 1.0, ticket, [wire.Run(0, 5, 0)]))
+    assert raw.answer()[1] is wire.BatchStatus.REFUSED
+    raw.put(wire.pack_batch(2, 1.0, ticket, [wire.BlockRun(0, 5, 0)]))
     assert raw.closed()
 
 
 def test_an_old_change_of_a_communicator_proves_nothing_about_its_next_group(nccl: Bench) -> None:
     """The news of a group's end comes late, when the next one is already asked for."""
     receiver = nccl.receiver
-    assert isinstance(receiver, NcclTransport)
+    assert isinstance(receiver, NcclReceiver)
     link = Link(0, b"", time.monotonic() + GENEROUS, lambda _link: None)
     link.opened, link.posted, link.completed = True, 1, 1
     ticket = nccl.ticket([5])
     receiver._issuer.post = lambda *_arguments: None  # type: ignore[method-assign]
-    receiver.post(link, ticket.key, [], time.monotonic() + GENEROUS)
+    receiver._post(link, ticket.key, [], time.monotonic() + GENEROUS)
     receiver._written(link)
     receiver.revoke(ticket.key)
     time.sleep(0.1)
@@ -251,8 +251,8 @@ def test_an_old_change_of_a_communicator_proves_nothing_about_its_next_group(ncc
 def test_neighbours_on_both_sides_are_one_send() -> None:
     ticket = Ticket(HandoffKey(bytes(16), 1), 1, bytes(16), (4, 5, 6, 9, 10, 2), 0, "w")
     runs = wire.runs_of(moves(ticket, [0, 1, 2, 3, 4, 5], first_source=20))
-    assert runs == [(wire.Run(0, 4, 3), 20), (wire.Run(3, 9, 2), 23), (wire.Run(5, 2, 1), 25)]
-    assert wire.runs_of(moves(ticket, [1, 0])) == [(wire.Run(1, 5, 1), 1), (wire.Run(0, 4, 1), 0)]
+    assert runs == [(wire.BlockRun(0, 4, 3), 20), (wire.BlockRun(3, 9, 2), 23), (wire.BlockRun(5, 2, 1), 25)]
+    assert wire.runs_of(moves(ticket, [1, 0])) == [(wire.BlockRun(1, 5, 1), 1), (wire.BlockRun(0, 4, 1), 0)]
     body = wire.pack_batch(7, 1.5, ticket, [run for run, _ in runs])
     batch = wire.unpack_batch(body[wire.FRAME.size :])
     assert (batch.serial, batch.seconds, batch.identity.key) == (7, 1.5, ticket.key)

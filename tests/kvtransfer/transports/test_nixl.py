@@ -16,17 +16,18 @@ from baton.errors import ChecksumMismatch, ConfigError, Mismatch, PeerClosed, Wr
 from baton.spec import ProcessRef
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.transports.base import BlockMove
-from kvtransfer.transports.nixl import transport as module
+from kvtransfer.transports import wire as batch_wire
+from kvtransfer.transports.check import checksum
+from kvtransfer.transports.nixl import agent as module
 from kvtransfer.transports.nixl import wire
 from kvtransfer.transports.nixl.agent import restrict
-from kvtransfer.transports.nixl.channel import NixlChannel
-from kvtransfer.transports.nixl.transport import NixlTransport
-from kvtransfer.transports.tcp import wire as tcp_wire
+from kvtransfer.transports.nixl.receiver import NixlReceiver
+from kvtransfer.transports.nixl.writer import NixlWriter
 from tests.kvtransfer.conftest import needs_nixl
 from tests.kvtransfer.transports.harness import BLOCKS, GENEROUS, LAYOUT, Bench, ProcessWriter, moves
 
 PEER = ProcessRef("receiver", "r", "")
+CHECKSUM = "kvtransfer.transports.nixl.writer.checksum"
 
 
 def soon() -> float:
@@ -76,19 +77,18 @@ def test_other_pairs_go_on_when_one_is_revoked_in_a_batch(nixl: Bench) -> None:
 def test_a_corrupted_block_is_noticed(nixl: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     source = PoolMemory(LAYOUT, 2, shared=False)
     ticket = nixl.ticket([5], writer="here")
-    channel = NixlTransport(source, "here", checksums=True).connect(nixl.receiver.endpoint(), PEER, soon())
-    honest = NixlChannel._entry
+    channel = NixlWriter(source, "here", checksums=True).connect(nixl.receiver.endpoint(), PEER, soon())
 
-    def corrupted(self: NixlChannel, move: BlockMove) -> tcp_wire.Entry:
-        entry = honest(self, move)
-        source.block(move.source)[7] ^= 1  # after the checksum was taken
-        return entry
+    def corrupted(memory: PoolMemory, block: int, flags: batch_wire.Flags) -> int:
+        sent = checksum(memory, block, flags)
+        source.block(block)[7] ^= 1  # after the checksum was taken
+        return sent
 
-    monkeypatch.setattr(NixlChannel, "_entry", corrupted)
+    monkeypatch.setattr(CHECKSUM, corrupted)
     with pytest.raises(ChecksumMismatch, match="block 0"):
         channel.write(ticket, moves(ticket, [0]), soon())
     assert nixl.events.landings == []
-    monkeypatch.setattr(NixlChannel, "_entry", honest)
+    monkeypatch.setattr(CHECKSUM, checksum)
     channel.write(ticket, moves(ticket, [0]), soon())  # the channel is still good
     channel.close()
     source.close()
@@ -98,8 +98,8 @@ def test_a_corrupted_block_is_noticed(nixl: Bench, monkeypatch: pytest.MonkeyPat
 def test_differences_are_named(nixl: Bench) -> None:
     other = PoolMemory(KvLayout(layers=1, kv_heads=2, head_dim=32, dtype="float32"), 2, shared=False)
     for writer, field in (
-        (NixlTransport(other, "w", checksums=True), "block_bytes"),
-        (NixlTransport(nixl.memory, "w"), "checksums"),
+        (NixlWriter(other, "w", checksums=True), "block_bytes"),
+        (NixlWriter(nixl.memory, "w"), "checksums"),
     ):
         with pytest.raises(Mismatch, match=field):
             writer.connect(nixl.receiver.endpoint(), PEER, soon())
@@ -111,17 +111,17 @@ def test_differences_are_named(nixl: Bench) -> None:
 def test_a_writer_that_stops_is_let_go(nothing_left: None, announced: bool) -> None:
     bench = Bench("nixl")
     bench.receiver.close()
-    bench.receiver = NixlTransport(bench.memory, "receiver", bench.events, checksums=True, stall_s=0.5)
+    bench.receiver = NixlReceiver(bench.memory, bench.events, checksums=True, stall_s=0.5)
     host, _, port = bench.receiver.endpoint().rpartition(":")
     with socket.create_connection((host, int(port)), GENEROUS) as bare:
         if announced:
             ticket = replace(bench.ticket([1]), writer="bare")
             bench.receiver.admit(ticket)
-            bare.sendall(wire.pack_hello(wire.Flags.CHECKSUMS, LAYOUT.block_bytes, "bare"))
+            bare.sendall(wire.pack_hello(batch_wire.Flags.CHECKSUMS, LAYOUT.block_bytes, "bare"))
             head = bare.recv(wire.WELCOME.size, socket.MSG_WAITALL)
             bare.recv(wire.WELCOME.unpack(head)[-1], socket.MSG_WAITALL)
-            bare.sendall(wire.pack_batch(ticket, [tcp_wire.Entry(0, 1, 0)]))
-            assert bare.recv(tcp_wire.ACK.size, socket.MSG_WAITALL) == wire.pack_ack(wire.Status.OK)
+            bare.sendall(batch_wire.pack_batch(ticket, [batch_wire.BlockEntry(0, 1, 0)]))
+            assert bare.recv(batch_wire.ACK.size, socket.MSG_WAITALL) == batch_wire.pack_ack(batch_wire.Status.OK)
         assert bare.recv(1) == b""
     bench.close()
 
@@ -135,7 +135,7 @@ def test_garbage_closes_the_connection(nixl: Bench, garbage: bytes) -> None:
         with suppress(ConnectionResetError):  # what it did not read resets the connection
             assert bare.recv(1) == b""
     with pytest.raises(PeerClosed):
-        NixlTransport(nixl.memory, "w", checksums=True).connect("127.0.0.1:1", PEER, soon())
+        NixlWriter(nixl.memory, "w", checksums=True).connect("127.0.0.1:1", PEER, soon())
 
 
 @pytest.mark.parametrize(
@@ -161,5 +161,5 @@ def test_without_the_package_a_worker_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "available", lambda: False)
     memory = PoolMemory(LAYOUT, 2, shared=False)
     with pytest.raises(ConfigError, match="nixl"):
-        NixlTransport(memory, "w")
+        NixlWriter(memory, "w")
     memory.close()

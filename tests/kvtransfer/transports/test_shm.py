@@ -15,11 +15,11 @@ from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Mismat
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory, copy_runs
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
-from kvtransfer.transports.shm import transport as module
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.shm import receiver as module
 from kvtransfer.transports.shm import wire
-from kvtransfer.transports.shm.transport import ShmTransport
+from kvtransfer.transports.shm.receiver import ShmReceiver
+from kvtransfer.transports.shm.writer import ShmWriter
 from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, ProcessWriter, Recorder, moves
 
 PEER = ProcessRef("receiver", "r", "")
@@ -129,7 +129,7 @@ def test_garbage_gets_no_memory(shm: Bench, packet: bytes) -> None:
 
 
 def test_a_silent_connection_is_let_go(shm: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(shm.receiver, "_stall_s", 0.2)
     with bare(shm) as silent:
         assert silent.recv(1) == b""
 
@@ -137,12 +137,12 @@ def test_a_silent_connection_is_let_go(shm: Bench, monkeypatch: pytest.MonkeyPat
 def test_another_block_size_is_named(shm: Bench) -> None:
     memory = PoolMemory(KvLayout(layers=1, kv_heads=1, head_dim=16, dtype="float32"), 2, shared=False)
     with pytest.raises(Mismatch, match="block_bytes"):
-        ShmTransport(memory, "w", checksums=True).connect(shm.receiver.endpoint(), PEER, soon())
+        ShmWriter(memory, "w", checksums=True).connect(shm.receiver.endpoint(), PEER, soon())
     memory.close()
 
 
 def test_nobody_and_a_silent_listener(shm: Bench) -> None:
-    writer = ShmTransport(shm.memory, "w", checksums=True)
+    writer = ShmWriter(shm.memory, "w", checksums=True)
     with pytest.raises(PeerClosed):
         writer.connect("@baton-kv-nobody", PEER, soon())
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
@@ -155,7 +155,7 @@ def test_nobody_and_a_silent_listener(shm: Bench) -> None:
 def test_a_private_pool_can_not_be_shared() -> None:
     memory = PoolMemory(LAYOUT, 2, shared=False)
     with pytest.raises(ConfigError, match="shared memory"):
-        ShmTransport(memory, "r", Recorder())
+        ShmReceiver(memory, Recorder())
     memory.close()
 
 
@@ -167,10 +167,10 @@ def corrupting(target: int, source: int, targets: Sequence[int], sources: Sequen
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_corrupted_byte_is_found_with_checksums_on(nothing_left: None, checksums: bool) -> None:
     source, memory, events = PoolMemory(LAYOUT, 4, shared=False), PoolMemory(LAYOUT, 8), Recorder()
-    receiver = ShmTransport(memory, "receiver", events, checksums=checksums)
+    receiver = ShmReceiver(memory, events, checksums)
     ticket = Ticket(HandoffKey(os.urandom(16), 1), 1, os.urandom(16), (3, 6), 0, "w")
     receiver.admit(ticket)
-    writer = ShmTransport(source, "w", copy_blocks=corrupting, checksums=checksums)
+    writer = ShmWriter(source, "w", copy_blocks=corrupting, checksums=checksums)
     channel = writer.connect(receiver.endpoint(), PEER, soon())
     with pytest.raises(ChecksumMismatch, match="block 1") if checksums else nullcontext():
         channel.write(ticket, moves(ticket, [0, 1]), soon())
@@ -184,7 +184,7 @@ def test_a_corrupted_byte_is_found_with_checksums_on(nothing_left: None, checksu
 
 def test_checksums_on_one_end_only_are_named(shm: Bench) -> None:
     with pytest.raises(Mismatch, match="checksums"):
-        ShmTransport(shm.memory, "w").connect(shm.receiver.endpoint(), PEER, soon())
+        ShmWriter(shm.memory, "w").connect(shm.receiver.endpoint(), PEER, soon())
 
 
 def test_neighbours_are_copied_together_and_land_right(shm: Bench) -> None:
@@ -194,7 +194,7 @@ def test_neighbours_are_copied_together_and_land_right(shm: Bench) -> None:
         source.block(block)[:] = bytes([block + 1]) * LAYOUT.block_bytes
     ticket = Ticket(HandoffKey(os.urandom(16), 1), 1, os.urandom(16), (3, 4, 5, 9, 10, 1), 0, "w")
     shm.receiver.admit(ticket)
-    channel = ShmTransport(source, "w", checksums=True).connect(shm.receiver.endpoint(), PEER, soon())
+    channel = ShmWriter(source, "w", checksums=True).connect(shm.receiver.endpoint(), PEER, soon())
     plan = [2, 3, 7, 8, 9, 10]
     channel.write(ticket, [BlockMove(s, ticket.blocks[i], i) for i, s in enumerate(plan)], soon())
     assert [shm.memory.block(b)[0] for b in ticket.blocks] == [s + 1 for s in plan]

@@ -16,10 +16,11 @@ from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Mismat
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
-from kvtransfer.transports.tcp import wire
-from kvtransfer.transports.tcp.transport import TcpTransport
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports import wire
+from kvtransfer.transports.tcp.receiver import TcpReceiver
+from kvtransfer.transports.tcp.wire import HELLO, MAGIC, VERSION
+from kvtransfer.transports.tcp.writer import TcpWriter
 from tests.kvtransfer.transports.harness import GENEROUS, Recorder
 from tests.kvtransfer.transports.patterns import fill, pattern
 
@@ -35,8 +36,8 @@ class Wire:
         self.events = Recorder()
         self.memory, self.source = PoolMemory(LAYOUT, 300), PoolMemory(LAYOUT, 300, shared=False)
         fill(self.source, 1)
-        self.receiver = TcpTransport(self.memory, "r", self.events, checksums=True, stall_s=stall_s)
-        self.writer = TcpTransport(self.source, "w", checksums=True)
+        self.receiver = TcpReceiver(self.memory, self.events, checksums=True, stall_s=stall_s)
+        self.writer = TcpWriter(self.source, checksums=True)
         self.open: list[socket.socket] = []
 
     def ticket(self, blocks: range = range(4)) -> Ticket:
@@ -49,8 +50,8 @@ class Wire:
         bare = socket.create_connection((host, int(port)), timeout=GENEROUS)
         self.open.append(bare)
         if hello:
-            bare.sendall(wire.HELLO.pack(wire.MAGIC, wire.VERSION, wire.Flags.CHECKSUMS, SIZE))
-            assert len(exactly(bare, wire.HELLO.size)) == wire.HELLO.size
+            bare.sendall(HELLO.pack(MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE))
+            assert len(exactly(bare, HELLO.size)) == HELLO.size
         return bare
 
     def close(self) -> None:
@@ -82,7 +83,7 @@ def soon() -> float:
 
 def batch(ticket: Ticket, data: bytes, index: int = 0, checksum: int | None = None) -> bytes:
     checksum = zlib.crc32(data) if checksum is None else checksum
-    return wire.pack_batch(ticket, [wire.Entry(index, ticket.blocks[index], checksum)]) + data
+    return wire.pack_batch(ticket, [wire.BlockEntry(index, ticket.blocks[index], checksum)]) + data
 
 
 def exactly(bare: socket.socket, size: int) -> bytes:
@@ -128,7 +129,7 @@ def test_garbage_closes_the_connection_and_nothing_else(tcp: Wire, garbage: byte
 
 def test_a_table_that_is_too_long_is_not_believed(tcp: Wire) -> None:
     bare = tcp.bare()
-    bare.sendall(wire.PREFIX.pack(wire.MAGIC, 2**32 - 1) + bytes(44))
+    bare.sendall(wire.PREFIX.pack(wire.BATCH_MAGIC, 2**32 - 1) + bytes(44))
     assert ends(bare)
 
 
@@ -137,7 +138,7 @@ def test_a_flipped_byte_is_noticed_and_does_not_count(tcp: Wire) -> None:
     bare = tcp.bare()
     bare.sendall(batch(ticket, data, checksum=zlib.crc32(data) ^ 1) + batch(ticket, data))
     magic, status, length = wire.ACK.unpack(exactly(bare, wire.ACK.size))
-    assert (magic, status) == (wire.MAGIC, wire.Status.CHECKSUM)
+    assert (magic, status) == (wire.BATCH_MAGIC, wire.Status.CHECKSUM)
     exactly(bare, length)
     assert exactly(bare, wire.ACK.size) == wire.pack_ack(wire.Status.OK)
     assert len(tcp.events.landings) == 1
@@ -153,8 +154,8 @@ def test_the_writer_hears_of_a_corrupted_block(tcp: Wire) -> None:
         def relay() -> None:
             with server.accept()[0] as near, socket.create_connection((host, int(port)), GENEROUS) as far:
                 near.settimeout(GENEROUS)
-                far.sendall(exactly(near, wire.HELLO.size))
-                near.sendall(exactly(far, wire.HELLO.size))
+                far.sendall(exactly(near, HELLO.size))
+                near.sendall(exactly(far, HELLO.size))
                 size = wire.BATCH_BYTES + wire.ENTRY.size + SIZE
                 for spoil in (1, 0):
                     message = bytearray(exactly(near, size))
@@ -195,15 +196,13 @@ def test_a_revoke_in_the_middle_of_a_block_closes_its_connection(tcp: Wire) -> N
     assert tcp.events.landed_indices(ticket.key) == set()
 
 
-@pytest.mark.parametrize("stop_at", [3, wire.HELLO.size + 10, wire.HELLO.size + wire.BATCH_BYTES + 100])
+@pytest.mark.parametrize("stop_at", [3, HELLO.size + 10, HELLO.size + wire.BATCH_BYTES + 100])
 def test_a_writer_that_stops_in_a_message_is_let_go(impatient: Wire, stop_at: int) -> None:
-    message = wire.HELLO.pack(wire.MAGIC, wire.VERSION, wire.Flags.CHECKSUMS, SIZE) + batch(
-        impatient.ticket(), bytes(SIZE)
-    )
+    message = HELLO.pack(MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE) + batch(impatient.ticket(), bytes(SIZE))
     bare = impatient.bare(hello=False)
     bare.sendall(message[:stop_at])
-    if stop_at > wire.HELLO.size:
-        exactly(bare, wire.HELLO.size)
+    if stop_at > HELLO.size:
+        exactly(bare, HELLO.size)
     started = time.monotonic()
     assert ends(bare)
     assert time.monotonic() - started < 30
@@ -230,8 +229,8 @@ def test_many_batches_of_one_write(tcp: Wire) -> None:
 def test_differences_are_named(tcp: Wire) -> None:
     other = PoolMemory(KvLayout(layers=1, kv_heads=2, head_dim=32, dtype="float32"), 2, shared=False)
     for writer, field in (
-        (TcpTransport(other, "w", checksums=True), "block_bytes"),
-        (TcpTransport(tcp.source, "w"), "checksums"),
+        (TcpWriter(other, checksums=True), "block_bytes"),
+        (TcpWriter(tcp.source), "checksums"),
     ):
         with pytest.raises(Mismatch, match=field):
             writer.connect(tcp.receiver.endpoint(), PEER, soon())
@@ -252,7 +251,7 @@ def test_a_reset_ends_the_write(tcp: Wire) -> None:
 
         def reset() -> None:
             near = server.accept()[0]
-            near.sendall(exactly(near, wire.HELLO.size))
+            near.sendall(exactly(near, HELLO.size))
             near.recv(10)
             near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             near.close()
@@ -272,7 +271,7 @@ def test_closing_a_channel_ends_its_write(tcp: Wire) -> None:
 
         def greet() -> None:
             near = server.accept()[0]
-            near.sendall(exactly(near, wire.HELLO.size))
+            near.sendall(exactly(near, HELLO.size))
             accepted.append(near)
 
         thread = threading.Thread(target=greet)
@@ -289,15 +288,15 @@ def test_closing_a_channel_ends_its_write(tcp: Wire) -> None:
 def test_addresses() -> None:
     memory, events = PoolMemory(LAYOUT, 2, shared=False), Recorder()
     if socket.has_ipv6:
-        six = TcpTransport(memory, "r", events, host="::1")
+        six = TcpReceiver(memory, events, host="::1")
         assert six.endpoint().startswith("[::1]:")
-        TcpTransport(memory, "w").connect(six.endpoint(), PEER, soon()).close()
+        TcpWriter(memory).connect(six.endpoint(), PEER, soon()).close()
         six.close()
-    wide = TcpTransport(memory, "r", events, host="0.0.0.0", advertise="127.0.0.1")
+    wide = TcpReceiver(memory, events, host="0.0.0.0", advertise="127.0.0.1")
     assert wide.endpoint().startswith("127.0.0.1:")
     with pytest.raises(ConfigError, match="can't listen"):
-        TcpTransport(memory, "r", events, port=int(wide.endpoint().rpartition(":")[2]))
+        TcpReceiver(memory, events, port=int(wide.endpoint().rpartition(":")[2]))
     wide.close()
     with pytest.raises(ConfigError, match="address"):
-        TcpTransport(memory, "r", events, host="0.0.0.0")
+        TcpReceiver(memory, events, host="0.0.0.0")
     memory.close()

@@ -16,11 +16,11 @@ from baton.errors import ConfigError, DeadlineExceeded, Mismatch, PeerClosed, Wr
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
+from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.tcp.parallel import ParallelChannel
-from kvtransfer.transports.tcp.stream import TlsContexts
-from kvtransfer.transports.tcp.transport import TcpTransport
+from kvtransfer.transports.tcp.receiver import TcpReceiver
+from kvtransfer.transports.tcp.tls import TlsContexts
+from kvtransfer.transports.tcp.writer import TcpWriter
 from tests.kvtransfer.transports.harness import GENEROUS, Recorder
 from tests.kvtransfer.transports.patterns import fill, pattern
 
@@ -53,15 +53,15 @@ class Pair:
         self.events = Recorder()
         self.memory, self.source = PoolMemory(LAYOUT, 300), PoolMemory(LAYOUT, 300, shared=False)
         fill(self.source, 1)
-        self.receiver = TcpTransport(self.memory, "r", self.events, checksums=True, tls=tls, **options)  # type: ignore[arg-type]
+        self.receiver = TcpReceiver(self.memory, self.events, checksums=True, tls=tls, **options)  # type: ignore[arg-type]
 
     def ticket(self, blocks: int) -> Ticket:
         ticket = Ticket(HandoffKey(os.urandom(16), 1), 3, os.urandom(16), tuple(range(blocks)), 0, "w")
         self.receiver.admit(ticket)
         return ticket
 
-    def writer(self, tls: TlsContexts | None, connections: int = 1) -> TcpTransport:
-        return TcpTransport(self.source, "w", checksums=True, tls=tls, connections=connections)
+    def writer(self, tls: TlsContexts | None, connections: int = 1) -> TcpWriter:
+        return TcpWriter(self.source, checksums=True, tls=tls, connections=connections)
 
     def intact(self, blocks: int) -> bool:
         return all(bytes(self.memory.block(i)) == pattern(1, 299 - i, LAYOUT.block_bytes) for i in range(blocks))

@@ -10,8 +10,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove
+from kvtransfer.handoffs.messages import BlockMove, Ticket
 from tests.kvtransfer.transports.harness import BLOCKS, LAYOUT, Bench, expected, moves
 
 ZERO = bytes(LAYOUT.block_bytes)

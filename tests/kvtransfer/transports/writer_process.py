@@ -10,13 +10,15 @@ from typing import Any
 from baton.spec import ProcessRef
 from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.transports.base import BlockMove, Transport
+from kvtransfer.handoffs.messages import BlockMove
+from kvtransfer.transports.base import Writer
 from kvtransfer.transports.nccl.double import DoubleDevice
+from kvtransfer.transports.nccl.issuer import Issuer
 from kvtransfer.transports.nccl.library import NcclDevice
-from kvtransfer.transports.nccl.transport import NcclTransport
-from kvtransfer.transports.nixl.transport import NixlTransport
-from kvtransfer.transports.shm.transport import ShmTransport
-from kvtransfer.transports.tcp.transport import TcpTransport
+from kvtransfer.transports.nccl.writer import NcclWriter
+from kvtransfer.transports.nixl.writer import NixlWriter
+from kvtransfer.transports.shm.writer import ShmWriter
+from kvtransfer.transports.tcp.writer import TcpWriter
 from tests.kvtransfer.transports.cuda_memory import CudaMemory
 from tests.kvtransfer.transports.patterns import fill
 
@@ -26,7 +28,7 @@ def main() -> None:
     assert isinstance(layout, KvLayout)
     memory = PoolMemory(layout, blocks, shared=False)
     fill(memory, seed)
-    transport = _transport(kind, memory, incarnation)
+    writer = _writer(kind, memory, incarnation)
     channel = None
     while True:
         try:
@@ -37,7 +39,7 @@ def main() -> None:
         try:
             if verb == "connect":
                 endpoint, seconds = arguments
-                channel = transport.connect(endpoint, ProcessRef("receiver", "r", ""), time.monotonic() + seconds)
+                channel = writer.connect(endpoint, ProcessRef("receiver", "r", ""), time.monotonic() + seconds)
             elif verb == "write":
                 assert channel is not None
                 ticket, moves, seconds = arguments
@@ -53,20 +55,22 @@ def main() -> None:
         sys.stdout.buffer.flush()
     if channel is not None:
         channel.close()
-    transport.close()
+    writer.close()
+    if isinstance(writer, NcclWriter):
+        writer.issuer.close()
     memory.close()
 
 
-def _transport(kind: str, memory: PoolMemory, incarnation: str) -> Transport:
+def _writer(kind: str, memory: PoolMemory, incarnation: str) -> Writer:
     if kind == "shm":
-        return ShmTransport(memory, incarnation, checksums=True)
+        return ShmWriter(memory, incarnation, checksums=True)
     if kind == "nixl":
-        return NixlTransport(memory, incarnation, checksums=True)
+        return NixlWriter(memory, incarnation, checksums=True)
     if kind == "nccl":
-        return NcclTransport(memory, incarnation, DoubleDevice())
+        return NcclWriter(memory, incarnation, Issuer(DoubleDevice()))
     if kind == "nccl-cuda":
-        return NcclTransport(CudaMemory(memory), incarnation, NcclDevice())
-    return TcpTransport(memory, incarnation, checksums=True)
+        return NcclWriter(CudaMemory(memory), incarnation, Issuer(NcclDevice()))
+    return TcpWriter(memory, checksums=True)
 
 
 if __name__ == "__main__":

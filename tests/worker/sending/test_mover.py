@@ -16,8 +16,8 @@ from baton.worker.sending import mover as module
 from baton.worker.sending.mover import Mover
 from baton.worker.sending.outbound import Outbound
 from kvtransfer.handoffs.delivery import Delivery, DeliveryState
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove, WriteReceipt
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import WriteReceipt
 from tests.prefill_worker.builders import spec
 from tests.rpc.waiting import until
 

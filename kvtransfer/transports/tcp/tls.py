@@ -1,7 +1,7 @@
-"""A TCP connection's bytes, plain or under TLS, behind the same three calls. None of them waits.
+"""TLS under a TCP connection: mutual, and within one authority of your own.
 
-TLS is mutual and within one authority of your own: whoever has a certificate of it belongs to the cluster. Names in
-certificates are not compared, since workers move between addresses.
+A process that has a certificate of it belongs to the cluster. Names in certificates are not compared, since workers
+move between addresses.
 """
 
 from __future__ import annotations
@@ -9,50 +9,14 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from baton.errors import ConfigError
+from kvtransfer.transports.streams import Stream
+from kvtransfer.transports.wire import Flags
 
-CALL_BYTES = 2**20
-"""One call's worth: Python prepares each vector anew for each call, and a socket takes or gives less than this."""
 CLIENT_HELLO = b"\x16\x03"
 """How a client that wants TLS starts; nothing else of ours does."""
-
-
-class Stream:
-    """Plain. Owns the socket, which must not block."""
-
-    def __init__(self, connected: socket.socket) -> None:
-        self.socket = connected
-
-    @property
-    def pending(self) -> bool:
-        """Whether more can be received without the socket becoming ready."""
-        return False
-
-    def receive_into(self, vectors: list[memoryview]) -> int:
-        """Fills what it can; 0 at the end. Raises `BlockingIOError` when nothing is there, `OSError`."""
-        return self.socket.recvmsg_into(_some(vectors))[0]
-
-    def send(self, vectors: list[memoryview]) -> int:
-        """Sends what it can, without assembling. Raises `BlockingIOError` when nothing can leave, `OSError`."""
-        return self.socket.sendmsg(_some(vectors))
-
-    def shutdown(self) -> None:
-        """Ends both directions, from any thread; whoever waits on the socket wakes."""
-        with suppress(OSError):
-            # Not the method of SSLSocket: that drops the TLS state under the thread that uses it.
-            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-
-    def drain(self) -> None:
-        """Reads and drops what has come."""
-        with suppress(OSError):
-            while self.socket.recv(4096):
-                pass
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 class TlsStream(Stream):
@@ -69,16 +33,6 @@ class TlsStream(Stream):
 
     def send(self, vectors: list[memoryview]) -> int:
         return _unless_early(lambda: self.socket.send(vectors[0]))
-
-
-def _some(vectors: list[memoryview]) -> list[memoryview]:
-    """The first ones, with `CALL_BYTES` or a little more between them."""
-    size = 0
-    for position, vector in enumerate(vectors):
-        size += len(vector)
-        if size >= CALL_BYTES:
-            return vectors[: position + 1]
-    return vectors
 
 
 def _unless_early(call: Callable[[], int]) -> int:
@@ -109,6 +63,10 @@ class TlsContexts:
 
     def connect(self, connected: socket.socket) -> TlsStream:
         return TlsStream(self.client.wrap_socket(connected, do_handshake_on_connect=False))
+
+
+def tcp_flags(checksums: bool, tls: TlsContexts | None) -> Flags:
+    return (Flags.CHECKSUMS if checksums else Flags(0)) | (Flags(0) if tls is None else Flags.TLS)
 
 
 def _context(protocol: int, cert: str, key: str, ca: str) -> ssl.SSLContext:

@@ -5,22 +5,45 @@ A communicator that fails in the middle of a batch is aborted and made anew, onc
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 
-from baton.errors import BatonError, DeadlineExceeded, PeerClosed, WriteRefused
+from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused
 from baton.spec import ProcessRef
-from kvtransfer.handoffs.messages import Ticket
-from kvtransfer.transports.base import BlockMove, WriteReceipt
-from kvtransfer.transports.check import plan
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import BlockMemory, Writer
+from kvtransfer.transports.channel import BlockChannel
 from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.control import Control
 from kvtransfer.transports.nccl.issuer import Issuer, Link
-from kvtransfer.transports.nccl.seam import SENDER, BlockMemory, Span
+from kvtransfer.transports.nccl.seam import SENDER, Span
+from kvtransfer.transports.sockets import left
 
 ABORT_SECONDS = 5.0
 Fence = Callable[[], object | None]
+
+
+def no_fence() -> None:
+    """Of a pool that is filled synchronously."""
+
+
+class NcclWriter(Writer):
+    """`memory` is on the device of `issuer`, which the caller closes after this.
+
+    `fence` is called on the thread that calls `write`: it gives an event that the engine has recorded after the work
+    that fills the newest blocks, and the sends wait for it on the device.
+    """
+
+    kind = "nccl"
+
+    def __init__(self, memory: BlockMemory, incarnation: str, issuer: Issuer, fence: Fence = no_fence) -> None:
+        self.memory = memory
+        self.incarnation = incarnation
+        self.issuer = issuer
+        self.fence = fence
+
+    def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> NcclChannel:
+        return NcclChannel(self, endpoint, peer, deadline)
 
 
 class _PairFailed(Exception):
@@ -28,7 +51,7 @@ class _PairFailed(Exception):
 
 
 class _Attempt:
-    """One try at one batch: what the receiver has answered so far."""
+    """One try at one batch, and how far it has come."""
 
     def __init__(self, serial: int, group: list[Span]) -> None:
         self.serial = serial
@@ -39,72 +62,47 @@ class _Attempt:
         self.done = False
 
 
-class NcclChannel:
-    """Implements `Channel`. Raises from the constructor as `Transport.connect` says.
+class NcclChannel(BlockChannel):
+    """After its deadline a `write` takes up to `ABORT_SECONDS` more, until the device reads the source no longer.
 
-    After its deadline a `write` takes up to `ABORT_SECONDS` more, until the device reads the source no longer. Should
-    the abort take even longer, what is still read counts nowhere: the receiver was never told that it was sent.
+    Should the abort take even longer, the blocks that are still read count nowhere: the receiver was never told that
+    they were sent.
     """
 
-    def __init__(
-        self,
-        source: BlockMemory,
-        issuer: Issuer,
-        incarnation: str,
-        endpoint: str,
-        peer: ProcessRef,
-        deadline: float,
-        fence: Fence,
-    ) -> None:
-        self._source = source
-        self._issuer = issuer
-        self._peer = peer
-        self._fence = fence
-        self._closing = False
-        self._broken = False
-        self._busy = threading.Lock()
+    def __init__(self, writer: NcclWriter, endpoint: str, peer: ProcessRef, deadline: float) -> None:
+        super().__init__(writer.memory, peer)
+        self._source = writer.memory
+        self._issuer = writer.issuer
+        self._fence = writer.fence
         self._serial = 0
         self._pair = 0
         self._link: Link | None = None
         self._control = Control(endpoint, peer, deadline)
         try:
-            self._control.shake_hands(source.layout.block_bytes, incarnation, deadline)
+            self._control.shake_hands(self._block_bytes, writer.incarnation, deadline)
         except BaseException:
             self.close()
             raise
 
-    def write(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> WriteReceipt:
-        started = time.monotonic()
-        plan(ticket, moves, self._source.blocks)
+    def _move(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> None:
         fence = self._fence()
         runs = wire.runs_of(moves)
-        with self._busy:
-            if self._broken or self._closing:
-                raise PeerClosed(f"the connection to {self._peer.name} is closed")
-            try:
-                for first in range(0, len(runs), wire.MAX_RUNS):
-                    self._deliver(ticket, runs[first : first + wire.MAX_RUNS], fence, deadline)
-            except WriteRefused:
-                raise
-            except BatonError:
-                self._broken = True  # answers are still on the way
-                self._control.shut_down()
-                self._drop_link("the write was given up")
-                raise
-            finally:
-                if self._link is not None:
-                    self._link.wanted = False
-        return WriteReceipt(len(moves) * self._source.layout.block_bytes, time.monotonic() - started)
+        for first in range(0, len(runs), wire.MAX_RUNS):
+            self._deliver(ticket, runs[first : first + wire.MAX_RUNS], fence, deadline)
 
-    def close(self) -> None:
-        self._closing = True
-        self._control.shut_down()  # wakes a write under way
-        with self._busy:
-            self._drop_link("the channel is closed")
-            self._control.close()
+    def _give_up(self) -> None:
+        self._control.shut_down()
+        self._drop_link("the write was given up")
+
+    def _interrupt(self) -> None:
+        self._control.shut_down()
+
+    def _free(self) -> None:
+        self._drop_link("the channel is closed")
+        self._control.close()
 
     def _deliver(
-        self, ticket: Ticket, runs: Sequence[tuple[wire.Run, int]], fence: object | None, deadline: float
+        self, ticket: Ticket, runs: Sequence[tuple[wire.BlockRun, int]], fence: object | None, deadline: float
     ) -> None:
         """One batch, tried again once on a new communicator when the first one fails."""
         try:
@@ -117,56 +115,52 @@ class NcclChannel:
                 raise PeerClosed(f"{self._peer.name}: {second}; before that: {first}") from None
 
     def _attempt(
-        self, ticket: Ticket, runs: Sequence[tuple[wire.Run, int]], fence: object | None, deadline: float
+        self, ticket: Ticket, runs: Sequence[tuple[wire.BlockRun, int]], fence: object | None, deadline: float
     ) -> None:
-        size = self._source.layout.block_bytes
+        size = self._block_bytes
         group = [Span(self._source.address + source * size, run.blocks * size) for run, source in runs]
         self._serial += 1
         attempt = _Attempt(self._serial, group)
-        if self._link is not None:
-            self._link.wanted = True
-            if self._link.failure:
-                self._forget_link(self._link.failure)  # evicted since the last write
-        batch = wire.pack_batch(self._serial, self._control.left(deadline), ticket, [run for run, _ in runs])
-        self._control.send(batch, deadline)
+        seconds = left(deadline, self._control.late)
+        self._control.put(wire.pack_batch(self._serial, seconds, ticket, [run for run, _ in runs]), deadline)
         while True:
             while (message := self._control.message()) is not None:  # some may be here since the last batch
                 self._take(ticket, attempt, *message, deadline)
             self._advance(attempt, fence, deadline)
             if attempt.done:
                 return
-            self._control.wait(deadline)
+            self._control.wait_for_any(deadline)
 
-    def _take(self, ticket: Ticket, attempt: _Attempt, op: wire.Op, body: bytes, deadline: float) -> None:
+    def _take(self, ticket: Ticket, attempt: _Attempt, op: wire.NcclOp, body: bytes, deadline: float) -> None:
         try:
             self._act(ticket, attempt, op, body, deadline)
         except wire.Malformed as error:
             raise PeerClosed(f"{self._peer.name} sent {error}") from error
 
-    def _act(self, ticket: Ticket, attempt: _Attempt, op: wire.Op, body: bytes, deadline: float) -> None:
-        if op is wire.Op.PAIR:
+    def _act(self, ticket: Ticket, attempt: _Attempt, op: wire.NcclOp, body: bytes, deadline: float) -> None:
+        if op is wire.NcclOp.PAIR:
             self._drop_link("the receiver began another communicator")
             self._pair, unique_id = wire.unpack_pair(body)
             self._link = self._issuer.open(SENDER, unique_id, deadline, lambda _link: self._control.news())
-        elif op is wire.Op.GONE:
+        elif op is wire.NcclOp.GONE:
             if wire.unpack_number(body)[0] == self._pair:
                 self._drop_link("the receiver ended the communicator")
-        elif op is wire.Op.ANSWER:
+        elif op is wire.NcclOp.ANSWER:
             self._answered(ticket, attempt, *wire.unpack_answer(body))
         else:
             raise PeerClosed(f"{self._peer.name} sent no answer of ours")
 
-    def _answered(self, ticket: Ticket, attempt: _Attempt, serial: int, status: wire.Status, text: str) -> None:
+    def _answered(self, ticket: Ticket, attempt: _Attempt, serial: int, status: wire.BatchStatus, text: str) -> None:
         if serial != attempt.serial:
             return  # of a batch that was given up
-        if status is wire.Status.REFUSED:
+        if status is wire.BatchStatus.REFUSED:
             if attempt.posted:
                 self._forget_link("the batch was refused")
             raise WriteRefused(f"{ticket.key}: {text}")
-        if status is wire.Status.FAILED:
+        if status is wire.BatchStatus.FAILED:
             raise _PairFailed(text)
         attempt.ready = True
-        attempt.done = status is wire.Status.DONE
+        attempt.done = status is wire.BatchStatus.DONE
 
     def _advance(self, attempt: _Attempt, fence: object | None, deadline: float) -> None:
         link = self._link
@@ -181,20 +175,20 @@ class NcclChannel:
             self._issuer.post(link, attempt.group, fence, deadline)
         if attempt.posted and not attempt.sent and link.completed >= attempt.posted:
             attempt.sent = True
-            self._control.send(wire.pack_number(wire.Op.SENT, attempt.serial), deadline)
+            self._control.put(wire.pack_number(wire.NcclOp.SENT, attempt.serial), deadline)
 
     def _forget_link(self, why: str) -> None:
         """Abort our end, and tell the receiver, so that it aborts its own."""
         if self._link is not None:
             self._drop_link(why)
-            self._control.send(wire.pack_number(wire.Op.GONE, self._pair), time.monotonic() + ABORT_SECONDS)
+            self._control.put(wire.pack_number(wire.NcclOp.GONE, self._pair), time.monotonic() + ABORT_SECONDS)
 
     def _drop_link(self, why: str) -> None:
-        """Returns when the device reads the source no longer, as far as that can be waited for."""
+        """Returns when the device reads the source no longer, or after `ABORT_SECONDS`."""
         link, self._link = self._link, None
         if link is None:
             return
         self._issuer.abort(link, why)
         until = time.monotonic() + ABORT_SECONDS
-        while not link.gone and (left := until - time.monotonic()) > 0:
-            self._control.wait_for_news(left)
+        while not link.gone and (seconds := until - time.monotonic()) > 0:
+            self._control.wait_for_news(seconds)

@@ -1,0 +1,123 @@
+"""NIXL, the library of RDMA clusters, between any two hosts: written by the writer's agent straight into the pool.
+
+A writer's every batch is announced on a control connection and checked before it may start, so the receiver knows at
+any time which handoff's bytes may be on their way. Each pair has an agent of its own on either side. A revoke in the
+middle of a batch closes the receiver's agent: its memory is not registered any more, its connections are gone and
+nothing asks it for progress, so nothing of that writer can be placed. That is the proof, as a closed socket is for tcp.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from functools import partial
+
+from baton.spec import HandoffKey
+from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.handoffs.messages import Ticket
+from kvtransfer.transports.base import ReceiverEvents
+from kvtransfer.transports.batches import BatchConnection, BatchPhase
+from kvtransfer.transports.nixl import wire
+from kvtransfer.transports.nixl.agent import NixlAgent, require
+from kvtransfer.transports.receiver import Broken, SocketReceiver
+from kvtransfer.transports.sockets import STALL_SECONDS, listen_on
+from kvtransfer.transports.wire import BATCH_BYTES, Flags, Status, pack_ack
+
+
+class NixlConnection(BatchConnection):
+    """The control connection, and the agent that the blocks come through.
+
+    The agent is asked for progress in FILLING only, and is closed with the connection: after that nothing can come.
+    """
+
+    def __init__(
+        self,
+        peer: socket.socket,
+        memory: PoolMemory,
+        flags: Flags,
+        events: ReceiverEvents,
+        find: Callable[[HandoffKey], Ticket | None],
+    ) -> None:
+        super().__init__(peer, memory, flags, events, find, wire.HELLO.size)
+        self._steps |= {BatchPhase.NAME: self._name, BatchPhase.FILLING: self._out_of_turn}
+        self._agent: NixlAgent | None = None
+        self._batches = 0
+        self.polled = False
+        """Whether the reactor asks for progress."""
+
+    def progress(self) -> None:
+        """To be called over and over in FILLING: places bytes, and answers once the write is whole."""
+        assert self._agent is not None
+        for notice in self._agent.notices():
+            if self.phase is not BatchPhase.FILLING or notice != wire.NOTICE.pack(self._batches):
+                raise Broken("a notice of no batch")
+            self._batches += 1
+            self._filled()
+
+    def close(self) -> None:
+        super().close()
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+    def _hello(self) -> None:
+        magic, version, flags, block_bytes, length = wire.HELLO.unpack(self._message)
+        mine = self._memory.layout.block_bytes
+        if magic != wire.MAGIC or not length:
+            raise Broken("not a writer of ours")
+        if (version, flags, block_bytes) != (wire.VERSION, self._flags, mine):
+            self.send(wire.pack_welcome(self._flags, mine, 0, 0, b""))  # it sees the difference
+            raise Broken("the handshake differs")
+        self._expect(BatchPhase.NAME, length)
+
+    def _name(self) -> None:
+        self.incarnation = self._message.decode(errors="replace")
+        memory = self._memory
+        self._agent = NixlAgent(f"receiver of {self.incarnation}", memory)
+        pool = (memory.layout.block_bytes, memory.blocks, memory.address)
+        self.send(wire.pack_welcome(self._flags, *pool, self._agent.metadata))
+        self._expect(BatchPhase.BATCH, BATCH_BYTES)
+
+    def _granted(self) -> None:
+        self._expect(BatchPhase.FILLING, 1)  # nothing may come here until the write is answered
+        self.send(pack_ack(Status.OK))
+
+    def _refused(self, why: str) -> None:
+        self._answer(Status.REFUSED, why)
+
+    def _out_of_turn(self) -> None:
+        raise Broken("the writer speaks out of turn")
+
+
+class NixlReceiver(SocketReceiver[NixlConnection]):
+    """Control connections come to `host`, any port; writers are told `advertise`, or `host`. `checksums` must be the
+    same on both sides. Raises `ConfigError` as `agent.require` does, or where the address can't be bound.
+    """
+
+    kind = "nixl"
+
+    def __init__(
+        self,
+        memory: PoolMemory,
+        events: ReceiverEvents,
+        *,
+        host: str = "127.0.0.1",
+        advertise: str | None = None,
+        checksums: bool = False,
+        stall_s: float = STALL_SECONDS,
+    ) -> None:
+        require()
+        self._memory = memory
+        self._flags = Flags.CHECKSUMS if checksums else Flags(0)
+        super().__init__(events, *listen_on(host, 0, advertise), stall_s)
+
+    def _connection(self, peer: socket.socket) -> NixlConnection:
+        return NixlConnection(peer, self._memory, self._flags, self._events, self._tickets.get)
+
+    def _bound(self, connection: NixlConnection) -> None:
+        filling = connection.phase is BatchPhase.FILLING
+        if not (filling and connection.polled):  # once it is polled, its time goes on
+            super()._bound(connection)
+            progress = partial(self._step, connection, connection.progress) if filling else None
+            self._reactor.poll(connection.socket.fileno(), progress)
+        connection.polled = filling

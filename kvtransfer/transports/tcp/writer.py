@@ -1,0 +1,101 @@
+"""The writer's side of TCP: batches go out by vectored sends from the pool; each is acknowledged once in place."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+
+from baton.errors import Mismatch, PeerClosed
+from baton.spec import ProcessRef
+from kvtransfer.blocks.memory import PoolMemory
+from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.base import Channel, Writer
+from kvtransfer.transports.channel import BlockChannel
+from kvtransfer.transports.check import agree, checksum
+from kvtransfer.transports.sockets import connect_to
+from kvtransfer.transports.streams import Stream, WriterSocket
+from kvtransfer.transports.tcp import wire
+from kvtransfer.transports.tcp.parallel import ParallelChannel
+from kvtransfer.transports.tcp.tls import TlsContexts, tcp_flags
+from kvtransfer.transports.wire import MAX_COUNT, BlockEntry, Flags, pack_batch
+
+
+class TcpWriter(Writer):
+    """Opens `connections` to each receiver. `checksums` and whether there is `tls` must be the same on both sides."""
+
+    kind = "tcp"
+
+    def __init__(
+        self, memory: PoolMemory, *, checksums: bool = False, tls: TlsContexts | None = None, connections: int = 1
+    ) -> None:
+        self._memory = memory
+        self._flags = tcp_flags(checksums, tls)
+        self._tls = tls
+        self._count = connections
+
+    def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> Channel:
+        channels: list[Channel] = []
+        try:
+            for _ in range(self._count):
+                channels.append(TcpChannel(self._memory, self._flags, endpoint, peer, deadline, self._tls))  # noqa: PERF401
+        except BaseException:
+            for channel in channels:
+                channel.close()
+            raise
+        return channels[0] if len(channels) == 1 else ParallelChannel(channels)
+
+
+class TcpChannel(BlockChannel):
+    def __init__(
+        self,
+        source: PoolMemory,
+        flags: Flags,
+        endpoint: str,
+        peer: ProcessRef,
+        deadline: float,
+        tls: TlsContexts | None,
+    ) -> None:
+        super().__init__(source, peer)
+        self._source = source
+        self._flags = flags
+        connected = connect_to(endpoint, peer.name, deadline)
+        self._stream = WriterSocket(Stream(connected) if tls is None else tls.connect(connected), peer.name)
+        try:
+            self._handshake(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def _move(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> None:
+        batches = [moves[first : first + MAX_COUNT] for first in range(0, len(moves), MAX_COUNT)]
+        for batch in batches:
+            entries = [BlockEntry(m.index, m.destination, checksum(self._source, m.source, self._flags)) for m in batch]
+            payload = [self._source.block(move.source) for move in batch]
+            self._stream.send([memoryview(pack_batch(ticket, entries)), *payload], deadline)
+        failures = [failure for _ in batches if (failure := self._stream.read_ack(ticket, deadline)) is not None]
+        if failures:
+            raise failures[0]
+
+    def _interrupt(self) -> None:
+        self._stream.shut_down()
+
+    def _free(self) -> None:
+        self._stream.close()
+
+    def _handshake(self, deadline: float) -> None:
+        hello = wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, self._block_bytes)
+        try:
+            self._stream.send([memoryview(hello)], deadline)
+            answer = self._stream.read(wire.HELLO.size, deadline)
+        except PeerClosed as error:
+            # The receiver has answered in plain.
+            if isinstance(error.__cause__, ssl.SSLError) and error.__cause__.reason == "WRONG_VERSION_NUMBER":
+                raise Mismatch("tls", "on", "off") from error
+            raise
+        magic, version, flags, block_bytes = wire.HELLO.unpack(answer)
+        if magic != wire.MAGIC:
+            raise PeerClosed(f"{self._peer.name} is no receiver of ours")
+        agree(("tcp version", wire.VERSION, version), ("block_bytes", self._block_bytes, block_bytes))
+        if (flags ^ self._flags) & Flags.TLS:
+            raise Mismatch("tls", "off", "on")
+        agree(("checksums", self._flags, flags))
