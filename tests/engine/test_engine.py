@@ -166,7 +166,7 @@ def test_cuda_without_a_gpu_is_one_line(tiny: Callable[[str], Tiny]) -> None:
 
 
 def test_the_card_side_never_imports_torch() -> None:
-    code = "import sys, baton.engine.card, baton.engine.tokenizer; sys.exit('torch' in sys.modules)"
+    code = "import sys, baton.engine.files.card, baton.engine.files.tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
