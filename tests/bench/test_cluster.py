@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,9 +16,14 @@ from baton.bench.schedule.plan import Plan, Planned
 from baton.bench.sending.driver import run_plan
 from baton.bench.sending.target import connect
 from tests.bench.builders import config
+from tests.bench.stalls import Watched, stalled
 from tests.cluster.conftest import Running, running, settled
+from tests.rpc.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STALL_S = 1.0
+"""Far longer than any gap between two tokens of a cluster that runs."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -60,21 +63,15 @@ async def test_a_stopped_decode_worker_shows_in_every_stream_at_its_true_length(
     worker = next(child for child in cluster.cluster.processes if child.role == "decode")
     plan = Plan(tuple(Planned(index, 0.0, 32, 250) for index in range(4)), 1.0)
     load = config(timeout_s=60.0)
+    watched = Watched()
     async with connect(cluster.cluster.address, load) as target:
-        seen = asyncio.Event()
-        running_load = asyncio.create_task(
-            run_plan(target, plan, load, lambda where: seen.set() if where.tokens > 40 else None)
-        )
-        await asyncio.wait_for(seen.wait(), 30)
-        os.kill(worker.pid, signal.SIGSTOP)
-        stopped = time.perf_counter()
-        await asyncio.sleep(1.0)
-        going = time.perf_counter()
-        os.kill(worker.pid, signal.SIGCONT)
+        running_load = asyncio.create_task(run_plan(target, plan, load, watched))
+        await watched.until(lambda now: now.tokens > 40, "all streams run")
+        async with stalled(worker.pid) as stall:
+            await until(lambda: time.perf_counter() >= stall.stopped + STALL_S, "the stall is that long")
         run = await running_load
-    stall_ms = (going - stopped) * 1e3
     for record in run.records:
         assert record.status == "OK"
-        assert record.stamps[-1] + run.zero > going, "it was under way during the stall"
-        assert stall_ms - 20 <= max(record.gaps_ms) <= stall_ms + 1500
+        assert record.stamps[-1] + run.zero > stall.going, "it was under way during the stall"
+        assert stall.at_least_ms - 20 <= max(record.gaps_ms) <= stall.at_least_ms + 1500
     await settled(cluster)

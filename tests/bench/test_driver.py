@@ -15,13 +15,13 @@ from baton import errors
 from baton.bench.figures.metrics import summarize
 from baton.bench.measuring import measure_once
 from baton.bench.schedule.plan import Plan, Planned, make_plan
-from baton.bench.sending import driver
 from baton.bench.sending.driver import Progress, Run, run_plan
-from baton.bench.sending.records import Record
 from baton.bench.sending.target import connect
+from baton.rpc.status import from_rpc_error
 from tests.bench.builders import config
 from tests.bench.paced import Paced
 from tests.client.double import serving
+from tests.rpc.waiting import until
 
 
 @asynccontextmanager
@@ -82,8 +82,7 @@ async def test_a_client_that_hangs_counts_that_against_itself() -> None:
     """The loop stands still for 0.3 s while ten requests are due: they are late, slow, and the run is invalid."""
 
     async def hang() -> None:
-        while len(server.requests) < 10:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(server.requests) >= 10, "ten requests")
         time.sleep(0.3)  # noqa: ASYNC251  the fault that is tested
 
     async with paced() as server:
@@ -99,8 +98,7 @@ async def test_a_client_that_hangs_counts_that_against_itself() -> None:
 
 async def test_refusals_have_their_answer_time_and_their_reason() -> None:
     async def serve_when_all_have_come() -> None:
-        while len(server.requests) < 10:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(server.requests) >= 10, "ten requests")
         for _ in range(10):
             server.slots.release()
 
@@ -148,8 +146,7 @@ async def test_many_streams_share_a_fixed_number_of_connections() -> None:
     async with paced(ttft_s=1.0) as server:
         port = int(server.address.rpartition(":")[2])
         running = asyncio.create_task(sent(server.address, even(300, 0.001), channels=3))
-        while server.under_way < 250:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.under_way >= 250, "250 streams")
         ends = [link for link in psutil.Process().net_connections("tcp") if link.raddr and link.raddr.port == port]
         assert len(ends) == 3
         run = await running
@@ -191,17 +188,16 @@ async def test_what_failures_say_is_read_when_nothing_is_under_way_any_more(monk
     """Reading one would delay what is stamped after it."""
     under_way: list[int] = []
     progress = Progress(0)
-    note = driver._note_failure
 
-    def noting(record: Record, error: grpc.aio.AioRpcError) -> None:
+    def reading(error: grpc.aio.AioRpcError) -> errors.BatonError:
         under_way.append(progress.sent - progress.ended)
-        note(record, error)
+        return from_rpc_error(error)
 
     def watch(now: Progress) -> None:
         nonlocal progress
         progress = now
 
-    monkeypatch.setattr(driver, "_note_failure", noting)
+    monkeypatch.setattr("baton.bench.sending.driver.from_rpc_error", reading)
     async with paced(ttft_s=60.0) as server:
         load = config(timeout_s=0.8)
         async with connect(server.address, load) as target:
