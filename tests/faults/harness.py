@@ -16,14 +16,15 @@ import psutil
 
 from baton.spec import ProcessRef, SequenceSpec
 from tests.faults.proxy import Proxy
-from tests.faults.worker_process import Plan, Report, Step, main
+from tests.faults.stopping import Plan, Step
+from tests.faults.worker_process import Report, main
 from tests.roles.counting import LAYOUT
 from tests.roles.node import Settings
 from tests.roles.scripted import ScriptedRouter
 from tests.rpc.waiting import WAIT_S, until
 
 KINDS = ("shm", "tcp")
-"""Another transport joins the matrix here; `Node._transport` has to know it."""
+"""Another transport joins the matrix here; `tests.roles.node.Node` has to know it."""
 LEASE_S, DEADLINE_S = 1.5, 2.0
 BLOCKS = 20
 PROMPT = 5 * LAYOUT.block_tokens + 8

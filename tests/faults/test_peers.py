@@ -8,7 +8,7 @@ import pytest
 
 from baton.v1 import worker_pb2 as wire
 from tests.faults.harness import KINDS, PROMPT_BLOCKS, workers
-from tests.faults.worker_process import Step
+from tests.faults.stopping import Step
 from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
 
