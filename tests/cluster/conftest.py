@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import psutil
+import pytest_asyncio
 
 from baton.client import Client
 from baton.client.types import ProcessStatus
@@ -54,6 +55,20 @@ async def running(*worker_flags: str, sink: Sink | None = None, **options: objec
         async with Client(cluster.address) as client:
             yield Running(cluster, client)
     assert not [pid for pid in pids if psutil.pid_exists(pid)], "a process outlived its cluster"
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def plain() -> AsyncIterator[Running]:
+    """One worker of each role as users start them, for all modules whose tests leave it as they find it."""
+    async with running(prefill=1, decode=1, chunk_tokens=128) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def exact_pairs() -> AsyncIterator[Running]:
+    """Two workers of each role that compute in float32: greedy output equals the reference's."""
+    async with running(prefill=2, decode=2, dtype="float32", chunk_tokens=128) as started:
+        yield started
 
 
 LIVE_NAMES = {

@@ -32,16 +32,18 @@ CHUNK = 256
 """Smaller than the longer prompts, so that they are computed, and handed over, in chunks."""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["shm", "tcp"])
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=["shm", pytest.param("tcp", marks=pytest.mark.nightly)]
+)
 async def cluster(request: pytest.FixtureRequest) -> AsyncIterator[Running]:
     flags = {"transport": request.param, "dtype": "float32", "chunk_tokens": CHUNK}
     async with running(prefill=1, decode=1, **flags) as started:
         yield started
 
 
-async def complete(cluster: Running, length: int) -> Completion:
+async def complete(cluster: Running, length: int, output: int = OUTPUT) -> Completion:
     return await cluster.client.complete(
-        token_ids=prompt_of(length), temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, timeout=240
+        token_ids=prompt_of(length), temperature=0.0, max_tokens=output, ignore_eos=True, timeout=240
     )
 
 
@@ -73,8 +75,9 @@ async def test_native_output_is_near_the_reference_and_that_of_one_process() -> 
         await asyncio.to_thread(assert_greedy, prompt_of(length), served.token_ids, NEAR_IN_BF16)
 
 
+@pytest.mark.parametrize("output", [OUTPUT // 4, pytest.param(OUTPUT, marks=pytest.mark.nightly)])
 async def test_without_a_compiler_workers_say_so_once_and_answer_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: int
 ) -> None:
     """No compiler in the path and nothing compiled in the cache: as on a machine that never had one."""
     model = resolve(EMBEDDED_MODEL).path
@@ -86,7 +89,7 @@ async def test_without_a_compiler_workers_say_so_once_and_answer_right(
     monkeypatch.delenv("CXX", raising=False)
     said: list[str] = []
     async with running(sink=said.append, dtype="bfloat16", chunk_tokens=CHUNK, log_format="json") as cluster:
-        found = await asyncio.gather(*(complete(cluster, length) for length in FEWER[1:5:2]))
+        found = await asyncio.gather(*(complete(cluster, length, output) for length in FEWER[1:5:2]))
         await settled(cluster)
     for length, served in zip(FEWER[1:5:2], found, strict=True):
         await asyncio.to_thread(assert_greedy, prompt_of(length), served.token_ids, NEAR_IN_BF16)

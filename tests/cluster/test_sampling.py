@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,7 +15,7 @@ from baton.engine.torch.engine import TorchEngine
 from baton.spec import Sampling
 from tests.cluster.conftest import Running, prompt_of, running, settled
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 OUTPUT = 32
 LENGTHS = (5, 40, 150, 300)
@@ -29,15 +27,16 @@ SAMPLINGS = (
 CASES = [(length, sampling) for length in LENGTHS for sampling in SAMPLINGS]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def clusters() -> AsyncIterator[dict[str, Running]]:
-    async with AsyncExitStack() as stack:
-        shapes = {"1+1": (1, 1), "2+2": (2, 2)}
-        flags: dict[str, Any] = {"dtype": "float32", "chunk_tokens": 128, "pool_tokens": 8192}
-        yield {
-            name: await stack.enter_async_context(running(prefill=prefill, decode=decode, **flags))
-            for name, (prefill, decode) in shapes.items()
-        }
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
+async def exact_pair() -> AsyncIterator[Running]:
+    async with running(dtype="float32", chunk_tokens=128) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=["exact_pairs", pytest.param("exact_pair", marks=pytest.mark.nightly)])
+def cluster(request: pytest.FixtureRequest) -> Running:
+    found: Running = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +65,14 @@ async def sampled(cluster: Running, length: int, sampling: Sampling) -> tuple[in
     return completion.token_ids
 
 
-@pytest.mark.parametrize("shape", ["1+1", "2+2"])
-async def test_same_seed_same_tokens(shape: str, clusters: dict[str, Running], alone: list[tuple[int, ...]]) -> None:
-    found = await asyncio.gather(*(sampled(clusters[shape], *case) for case in CASES))
+async def test_the_same_seed_draws_the_same_tokens_in_any_shape(cluster: Running, alone: list[tuple[int, ...]]) -> None:
+    found = await asyncio.gather(*(sampled(cluster, *case) for case in CASES))
     assert found == alone
-    await settled(clusters[shape])
+    await settled(cluster)
 
 
-async def test_a_minted_seed_repeats_the_output(clusters: dict[str, Running]) -> None:
-    client = clusters["1+1"].client
+async def test_a_minted_seed_repeats_the_output(cluster: Running) -> None:
+    client = cluster.client
     first = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True)
     again = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True, seed=first.accepted.seed)
     other = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True)

@@ -10,30 +10,27 @@ import pytest
 import pytest_asyncio
 
 from baton.client.types import Completion, FinishReason, Path, RequestOptions, Tokens
-from baton.engine.files.models import EMBEDDED_MODEL, resolve
-from tests.cluster.conftest import Running, idle_counts, no_growth, prompt_of, running, settled
+from tests.cluster.conftest import Running, idle_counts, no_growth, prompt_of, settled
 from tests.cluster.reference import assert_greedy
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 STREAMS = 64
 LENGTHS = (1, 7, 16, 33, 60, 90, 140, 220)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster() -> AsyncIterator[Running]:
-    resolve(EMBEDDED_MODEL)
-    async with running(prefill=2, decode=2, dtype="float32", chunk_tokens=128) as started:
-        yield started
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
+async def cluster(exact_pairs: Running) -> Running:
+    return exact_pairs
 
 
-@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+@pytest_asyncio.fixture(autouse=True, loop_scope="package")
 async def _empty_afterwards(cluster: Running) -> AsyncIterator[None]:
     yield
     await settled(cluster)
 
 
-async def test_64_streams_of_mixed_lengths(cluster: Running) -> None:
+async def test_64_streams_of_mixed_lengths_say_what_the_reference_says(cluster: Running) -> None:
     async def stream(number: int) -> Completion:
         return await cluster.client.complete(
             token_ids=prompt_of(LENGTHS[number % 8], number % 16),
@@ -43,22 +40,30 @@ async def test_64_streams_of_mixed_lengths(cluster: Running) -> None:
             timeout=180,
         )
 
-    async def fresh(number: int, seed: int) -> None:
-        prompt = prompt_of(20 + number, seed=seed)
-        await cluster.client.complete(token_ids=prompt, temperature=0.0, max_tokens=3, ignore_eos=True, timeout=180)
-
     completions = await asyncio.gather(*map(stream, range(STREAMS)))
     for number, completion in enumerate(completions):
         assert len(completion.token_ids) == 4 + number % 13
         assert completion.finished.reason is FinishReason.LENGTH
+    longest_first = sorted(enumerate(completions), key=lambda entry: -len(entry[1].token_ids))
+    for number, completion in longest_first:
         await asyncio.to_thread(assert_greedy, prompt_of(LENGTHS[number % 8], number % 16), completion.token_ids)
     used = {completion.finished.timeline.prefill_worker for completion in completions}
     used |= {completion.finished.timeline.decode_worker for completion in completions}
     assert used == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
-    # By now each pair has its control stream. Twice as many streams add nothing, but for the second thread of a prefill
-    # worker that has not written to both decode workers at once yet: one, however often it is asked.
+    counts = await idle_counts(cluster)
+    assert all(count["sessions"] == (4 if name == "router" else 1) for name, count in counts.items())
+
+
+@pytest.mark.nightly
+async def test_twice_as_many_streams_leave_no_more_behind(cluster: Running) -> None:
+    """As with workers that simulate, of which every run does the same (`test_simulated`)."""
+
+    async def fresh(number: int, seed: int) -> None:
+        prompt = prompt_of(20 + number, seed=seed)
+        await cluster.client.complete(token_ids=prompt, temperature=0.0, max_tokens=3, ignore_eos=True, timeout=180)
+
+    await asyncio.gather(*(fresh(number, 500) for number in range(STREAMS)))
     before = await idle_counts(cluster)
-    assert all(counts["sessions"] == (4 if name == "router" else 1) for name, counts in before.items())
     for seed in (1000, 2000):
         await asyncio.gather(*(fresh(number, seed) for number in range(STREAMS)))
     await no_growth(cluster, before, writers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import trustme
 
 from kvtransfer.blocks.layout import KvLayout
 from tests.cluster.conftest import prompt_of, running, settled
+from tests.cluster.reference import NEAR_IN_BF16, assert_greedy
 from tests.kvtransfer.conftest import needs_nixl
 
 BLOCK = KvLayout(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16").block_bytes
-PROMPT = 40 * 16 + 5
+PROMPT, OUTPUT = 40 * 16 + 5, 16
 
 
 def certificates(folder: Path) -> list[str]:
@@ -26,11 +28,17 @@ def certificates(folder: Path) -> list[str]:
 
 
 async def check(transport: str, *flags: str) -> None:
-    """Each block is sent once, and what the decode worker holds already is not sent again."""
+    """Each block is sent once, what the decode worker holds already is not sent again, and what is read from the blocks
+    is what was written."""
     async with running(*flags, transport=transport, dtype="bfloat16") as cluster:
-        first = await cluster.client.complete(token_ids=prompt_of(PROMPT), max_tokens=4, ignore_eos=True, timeout=60)
-        again = await cluster.client.complete(token_ids=prompt_of(PROMPT), max_tokens=4, ignore_eos=True, timeout=60)
+        first, again = [
+            await cluster.client.complete(
+                token_ids=prompt_of(PROMPT), temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, timeout=60
+            )
+            for _ in range(2)
+        ]
         for completion, sent in ((first, 41), (again, 1)):
+            await asyncio.to_thread(assert_greedy, prompt_of(PROMPT), completion.token_ids, NEAR_IN_BF16)
             timeline = completion.finished.timeline
             assert timeline.transport == transport
             assert (timeline.transfer_blocks, timeline.transfer_cached_blocks) == (sent, 41 - sent)

@@ -21,7 +21,7 @@ from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.engine import NativeEngine
 from baton.engine.stepper import Stepper
 from baton.engine.torch.engine import TorchEngine
-from benchmarks.quality.fidelity import reference_model
+from tests.reference import embedded_reference as reference_of_the_embedded_model
 
 VOCABULARY = 300
 CONTEXT = 512
@@ -193,7 +193,7 @@ def embedded() -> Iterator[ResolvedModel]:
 @pytest.fixture(scope="session")
 def embedded_reference(embedded: ResolvedModel) -> Any:
     """The embedded model in `transformers`, in float32."""
-    return reference_model(embedded)
+    return reference_of_the_embedded_model()
 
 
 @pytest.fixture(scope="session")
