@@ -120,10 +120,15 @@ def test_misuse_is_caught() -> None:
         BlockPool(0)
 
 
+class Careless(BlockPool):
+    def lose_holds(self, block: int) -> None:
+        self._holds[block] = 0
+
+
 def test_corruption_is_named() -> None:
-    pool = BlockPool(2)
+    pool = Careless(2)
     pool.allocate(1)
-    pool._holds[0] = 0
+    pool.lose_holds(0)
     with pytest.raises(PoolCorrupt):
         pool.check_integrity()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from baton.spec import HandoffKey
+from kvtransfer.handoffs.delivery import Delivery
 from kvtransfer.handoffs.grants import GrantLedger, _Entry
 from kvtransfer.handoffs.messages import RefusalReason
 from kvtransfer.handoffs.outcomes import Outcome
 from tests.kvtransfer.model.explorer import Explorer, Found
-from tests.kvtransfer.model.state import Attempt, Case
+from tests.kvtransfer.model.state import Case
 from tests.kvtransfer.model.world import World
 
 ONE = ((0, 2, 1, 0),)
@@ -110,6 +112,16 @@ class LosesGrowth(GrantLedger):
         return super().abort(key, reason, now, message)
 
 
+class ForgetsWrites(Delivery):
+    """Promises that nothing more is written while something is."""
+
+    def take_closed(self) -> list[HandoffKey]:
+        held, self._under_way = self._under_way, Counter()
+        ready = super().take_closed()
+        self._under_way = held
+        return ready
+
+
 class TimeIsProof(World):
     ledger_type = FreesOnExpiry
 
@@ -131,14 +143,7 @@ class WordIsProof(World):
 
 
 class ClosesTooEarly(World):
-    """Promises that nothing more is written while something is."""
-
-    def _advance(self, attempt: Attempt) -> None:
-        held, attempt.delivery._under_way = attempt.delivery._under_way, type(attempt.delivery._under_way)()
-        for key in attempt.delivery.take_closed():
-            self.send_close(attempt.writer, key)
-        attempt.delivery._under_way = held
-        super()._advance(attempt)
+    delivery_type = ForgetsWrites
 
 
 class LosesCloses(World):
