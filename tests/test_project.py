@@ -33,7 +33,7 @@ def files(*suffixes: str) -> Iterator[Path]:
         folders[:] = [name for name in folders if name not in NOT_OURS and not name.endswith(("_cache", ".egg-info"))]
         for name in names:
             path = Path(folder, name)
-            if not path.is_symlink() and (not suffixes or path.suffix in suffixes):
+            if name not in NOT_OURS and not path.is_symlink() and (not suffixes or path.suffix in suffixes):
                 yield path
 
 

@@ -176,7 +176,7 @@ def _fields(where: Progress) -> dict[str, int]:
     return {name: getattr(where, name) for name in Progress.__dataclass_fields__}
 
 
-async def test_nobody_there_and_an_unknown_model() -> None:
+async def test_an_absent_server_and_an_unknown_model_are_named() -> None:
     with pytest.raises(errors.Unavailable, match=r"cannot reach 127\.0\.0\.1:1"):
         await measure_once("127.0.0.1:1", config())
     async with paced() as server:

@@ -31,7 +31,7 @@ async def sampled(cluster: Running, prompt: list[int], seed: int) -> tuple[int, 
 
 
 @pytest.mark.parametrize(("others", "longest"), [(6, 60), pytest.param(20, 200, marks=pytest.mark.nightly)])
-async def test_company_changes_nothing(cluster: Running, others: int, longest: int) -> None:
+async def test_a_request_draws_the_same_tokens_in_any_company(cluster: Running, others: int, longest: int) -> None:
     """Alone, then amid others of other lengths, with a cached prefix."""
     wanted = await sampled(cluster, prompt_of(PROMPT), seed=7)
     company = [prompt_of(10 + index * longest // others, seed=others) for index in range(others)]

@@ -32,12 +32,12 @@ async def stream_until(cluster: Running, length: int, enough: Callable[[Event], 
 
 
 @pytest.mark.parametrize("length", [20, 1500])
-async def test_leaving_while_queued_or_computing(plain: Running, length: int) -> None:
+async def test_a_client_that_leaves_while_queued_or_computing_leaves_nothing(plain: Running, length: int) -> None:
     await stream_until(plain, length, lambda event: isinstance(event, Accepted))
     await settled(plain)
 
 
-async def test_leaving_while_computing_in_chunks(plain: Running) -> None:
+async def test_a_client_that_leaves_between_chunks_leaves_nothing(plain: Running) -> None:
     events = plain.client.generate(token_ids=prompt_of(3000, 1), max_tokens=400, timeout=60)
     async with aclosing(events):
         assert isinstance(await anext(events), Accepted)
@@ -47,12 +47,12 @@ async def test_leaving_while_computing_in_chunks(plain: Running) -> None:
     await settled(plain)
 
 
-async def test_leaving_after_the_first_token(plain: Running) -> None:
+async def test_a_client_that_leaves_after_the_first_token_leaves_nothing(plain: Running) -> None:
     await stream_until(plain, 200, lambda event: isinstance(event, Tokens))
     await settled(plain)
 
 
-async def test_leaving_while_decoding(plain: Running) -> None:
+async def test_a_client_that_leaves_while_decoding_leaves_nothing(plain: Running) -> None:
     await stream_until(plain, 40, lambda event: isinstance(event, Tokens) and event.position > 45)
     await settled(plain)
 

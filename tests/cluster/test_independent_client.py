@@ -77,7 +77,7 @@ async def test_the_router_is_small_and_has_no_torch(plain: Running) -> None:
     assert not [name for name in mapped if "torch" in name]
 
 
-async def test_health_and_reflection_on_every_process(plain: Running) -> None:
+async def test_every_process_has_health_and_reflection(plain: Running) -> None:
     import grpc
     from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 

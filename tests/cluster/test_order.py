@@ -120,7 +120,7 @@ async def test_an_urgent_prompt_behind_ten_long_ones_goes_first_and_is_in_time(p
     await an_urgent_one_goes_first(plain)
 
 
-async def test_and_so_it_does_where_prompts_are_computed_in_place(colocated: Running) -> None:
+async def test_an_urgent_prompt_goes_first_where_prompts_are_computed_in_place(colocated: Running) -> None:
     await an_urgent_one_goes_first(colocated)
 
 

@@ -127,7 +127,7 @@ async def test_a_stop_token_later_ends_on_the_decode_worker(cluster: Running) ->
     assert completion.finished.timeline.path is Path.DISAGGREGATED
 
 
-async def test_end_of_sequence(cluster: Running) -> None:
+async def test_the_end_of_the_sequence_ends_the_answer(cluster: Running) -> None:
     question = [("user", "What is the capital of France?")]
     completion = await cluster.client.complete(messages=question, temperature=0.0, timeout=60)
     assert completion.text == "The capital of France is Paris."
@@ -135,7 +135,7 @@ async def test_end_of_sequence(cluster: Running) -> None:
     assert completion.token_ids[-1] == 2
 
 
-async def test_end_of_sequence_as_first_token(cluster: Running) -> None:
+async def test_an_end_as_first_token_is_an_empty_answer(cluster: Running) -> None:
     """All that is left to say after a finished answer is that it is finished."""
     asked = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     completion = await cluster.client.complete(asked + "The capital of France is Paris.", temperature=0.0, timeout=60)
@@ -146,7 +146,7 @@ async def test_end_of_sequence_as_first_token(cluster: Running) -> None:
     assert completion.finished.timeline.path is Path.PREFILL_ONLY
 
 
-async def test_a_stop_string_across_tokens(cluster: Running) -> None:
+async def test_a_stop_string_across_tokens_ends_the_text_before_it(cluster: Running) -> None:
     free = await continuation(cluster, 12, ignore_eos=True)
     text = free.text
     stop = text[len(text) // 3 : len(text) // 3 + 6]
@@ -158,7 +158,7 @@ async def test_a_stop_string_across_tokens(cluster: Running) -> None:
     assert completion.finished.usage.output_tokens == len(completion.token_ids) <= 12
 
 
-async def test_a_stop_string_in_the_first_token(cluster: Running) -> None:
+async def test_a_stop_string_in_the_first_token_ends_the_text_before_it(cluster: Running) -> None:
     first = (await continuation(cluster, 1)).text
     completion = await continuation(cluster, 12, stop=[first.strip() or first])
     assert completion.text == first[: first.index(first.strip() or first)]

@@ -73,7 +73,7 @@ def go_on(w: Workers, step: Step) -> None:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("kill writer"))
-async def test_kill_the_writer(kind: str, step: Step) -> None:
+async def test_a_killed_writers_blocks_come_back_once_there_is_proof(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "p1")
         w["p0"].signal(signal.SIGKILL)
@@ -92,7 +92,7 @@ async def test_kill_the_writer(kind: str, step: Step) -> None:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("freeze writer"))
-async def test_freeze_the_writer(kind: str, step: Step) -> None:
+async def test_a_frozen_writer_that_wakes_up_writes_into_no_others_block(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "p1")
         w["p0"].signal(signal.SIGSTOP)
@@ -151,7 +151,7 @@ async def asked(w: Workers) -> SequenceSpec:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("kill receiver"))
-async def test_kill_the_receiver(kind: str, step: Step) -> None:
+async def test_a_killed_receivers_sequence_is_served_elsewhere(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "d1")
         w["d0"].signal(signal.SIGKILL)
@@ -166,7 +166,7 @@ async def test_kill_the_receiver(kind: str, step: Step) -> None:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("freeze receiver"))
-async def test_freeze_the_receiver(kind: str, step: Step) -> None:
+async def test_a_frozen_receivers_sequence_is_served_elsewhere(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "d1")
         w["d0"].signal(signal.SIGSTOP)

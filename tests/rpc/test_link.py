@@ -176,7 +176,7 @@ def test_a_gap_breaks_the_stream_and_a_duplicate_does_not() -> None:
     assert seen == [b"0", b"1", b"2", b"3"]
 
 
-def test_too_many_frames_without_an_acknowledgement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_frames_without_an_acknowledgement_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "UNACKNOWLEDGED_LIMIT", 10)
     router = router_side()
     router.attach(0)
@@ -228,7 +228,7 @@ class Reader:
             self.frames.append(frame)
 
 
-async def test_heartbeats_when_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_heartbeats_go_out_when_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "HEARTBEAT_S", 0.01)
     router = router_side()
     router.receive(wire.WorkerFrame(number=1, freed=wire.Freed()))
@@ -239,7 +239,7 @@ async def test_heartbeats_when_there_is_nothing_to_say(monkeypatch: pytest.Monke
     await reader.task
 
 
-async def test_acknowledges_early_when_much_came(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_acknowledgement_goes_out_early_when_much_came(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "HEARTBEAT_S", 1000.0)
     router = router_side()
     reader = Reader(router, router.attach(0))
@@ -281,7 +281,7 @@ async def test_a_stream_that_was_replaced_before_it_wrote_takes_no_frame() -> No
     await second.task
 
 
-async def test_a_silent_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_peer_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "SILENCE_S", 0.02)
 
     async def silent() -> object:

@@ -131,7 +131,7 @@ def test_a_refused_handoff_needs_no_closed() -> None:
     assert d.take_closed() == [KEY], "the receiver holds memory for a grant that nobody uses"
 
 
-def test_duplicate_and_unfit_grants() -> None:
+def test_a_duplicate_grant_changes_nothing_and_an_unfit_one_fails() -> None:
     d = delivery()
     assert d.granted(ticket()) is GrantAnswer.ACCEPTED
     assert d.granted(ticket()) is GrantAnswer.DUPLICATE

@@ -46,7 +46,7 @@ step = st.tuples(st.sampled_from("grdepn"), st.integers(0, 5), st.integers(1, 20
 
 @given(st.lists(step, max_size=120))
 @settings(deadline=None)
-def test_against_a_plain_dictionary(steps: list[tuple[str, int, int]]) -> None:
+def test_a_lease_table_does_what_a_plain_dictionary_would(steps: list[tuple[str, int, int]]) -> None:
     table: LeaseTable[int] = LeaseTable()
     model: dict[int, float] = {}
     now = 0.0
@@ -84,7 +84,7 @@ class Measured(LeaseTable[int]):
         return len(self._heap)
 
 
-def test_memory_stays_flat() -> None:
+def test_a_lease_tables_memory_stays_flat() -> None:
     table = Measured()
     rng = random.Random(1)
     for now in range(20_000):

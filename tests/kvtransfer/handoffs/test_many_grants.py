@@ -144,7 +144,7 @@ def allocated() -> int:
     return sys.getallocatedblocks()
 
 
-def test_a_hundred_thousand_grants() -> None:
+def test_a_hundred_thousand_grants_leave_nothing_behind() -> None:
     traffic, warm, turns = Traffic(7), 0, 0
     while traffic.granted < GRANTS:
         traffic.turn()

@@ -52,7 +52,7 @@ def explore(case: Case, limit: int = 1_000_000, world: type[World] = World) -> N
 
 
 @pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
-def test_small_worlds_in_full(closes_prove: bool) -> None:
+def test_in_small_worlds_no_block_is_reused_too_early_and_all_ends(closes_prove: bool) -> None:
     states = 0
     for attempts, budget in SMALL:
         handoffs = 1 if budget.keys() & {"break", "tick"} else 2
@@ -69,14 +69,16 @@ def test_small_worlds_in_full(closes_prove: bool) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
 @pytest.mark.parametrize(("attempts", "budget"), LARGE)
-def test_larger_worlds(attempts: Any, budget: dict[str, int], closes_prove: bool) -> None:
+def test_in_larger_worlds_no_block_is_reused_too_early_and_all_ends(
+    attempts: Any, budget: dict[str, int], closes_prove: bool
+) -> None:
     explore(Case(attempts, 3, closes_prove, budget), NIGHT_STATES)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
-def test_three_blocks_while_computing(closes_prove: bool) -> None:
+def test_the_same_holds_for_three_blocks_while_computing(closes_prove: bool) -> None:
     explore(Case(((0, 3, 0, 0),), 3, closes_prove, {"crash": 1, "tick": 1}, computed=False), NIGHT_STATES)
 
 
