@@ -66,7 +66,7 @@ def stubs(folder: Path) -> None:
 async def independent(
     address: str, folder: Path, count: int, every_s: float, tokens: int, first: int = 0
 ) -> list[list[float]]:
-    """TTFT, TPOT and all gaps of each request, in milliseconds, as somebody else's program sees them.
+    """TTFT, TPOT and all gaps of each request, in milliseconds, as a foreign program sees them.
 
     `first` sets its prompts off from those of another call.
     """

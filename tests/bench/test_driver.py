@@ -60,7 +60,7 @@ async def test_every_request_goes_out_as_planned() -> None:
     assert measured.summary.statuses == {"OK": len(plan.requests)}
 
 
-async def test_a_server_that_answers_nobody_does_not_slow_the_sending() -> None:
+async def test_a_server_that_never_answers_does_not_slow_the_sending() -> None:
     async with paced(ttft_s=60.0) as server:
         run = await sent(server.address, even(40, 0.01), timeout_s=0.6)
     assert len(server.requests) == 40

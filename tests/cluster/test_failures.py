@@ -1,4 +1,4 @@
-"""Clients that leave, workers that die: nothing stays behind, and everybody else goes on."""
+"""Clients that leave, workers that die: nothing stays behind, and all others go on."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def memory_of(pid: int, name: str) -> int:
 
 
 def largest_areas(pid: int, count: int = 30) -> str:
-    """What takes a process's memory, the largest first, for whoever has to find out why it is too much."""
+    """What takes a process's memory, the largest first: where to look when it is too much."""
     areas = sorted(psutil.Process(pid).memory_maps(), key=lambda area: area.rss, reverse=True)
     return "\n".join(
         f"{area.rss / 1e6:6.1f} MB, {area.private_dirty / 1e6:6.1f} own  {area.path}" for area in areas[:count]

@@ -1,4 +1,4 @@
-"""Somebody else's client: generated from `proto/` alone, in a process that can't import `baton`."""
+"""A foreign client: generated from `proto/` alone, in a process that can't import `baton`."""
 
 from __future__ import annotations
 

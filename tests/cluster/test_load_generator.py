@@ -47,7 +47,7 @@ async def test_a_mooncake_replay_shares_its_prefixes_and_agrees_with_the_timelin
     for record in run.records:
         assert record.finished is not None
         seen_ms = (record.stamps[0] - record.sent_s) * 1e3
-        assert seen_ms >= record.finished.timeline.ttft_ms - 1, "nobody sees a token before the router sends it"
+        assert seen_ms >= record.finished.timeline.ttft_ms - 1, "no client sees a token before the router sends it"
     await settled(plain)
 
 

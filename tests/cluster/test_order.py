@@ -1,5 +1,5 @@
-"""Who goes first on a worker that has more prompts than it can compute: the urgent, in the end everybody, and never
-those that nobody wants any more."""
+"""Which prompt goes first on a worker that has more than it can compute: the urgent, in the end each, and never one
+that was cancelled."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ async def test_ten_cancelled_long_prompts_cost_the_next_one_a_chunk_at_most(plai
         useful = await count_of(plain, "prompt_tokens")
         await longs.cancel()
         await first_token(plain, SHORT)
-        # What was computed for nobody, and with it what the short one waited for.
+        # What was computed for the cancelled, and with it what the short one waited for.
         assert await count_of(plain, "prompt_tokens_wasted") - wasted <= CHUNK
         assert await count_of(plain, "prompt_tokens") - useful <= CHUNK + SHORT
         assert await count_of(plain, "late_steps") == 0

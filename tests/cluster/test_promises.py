@@ -1,4 +1,4 @@
-"""Half as much again as a cluster can compute: who is refused, who is admitted, and what is left of it."""
+"""Half as much again as a cluster can compute: what is refused, what is admitted, and what is left of it."""
 
 from __future__ import annotations
 

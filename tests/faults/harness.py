@@ -56,7 +56,7 @@ class RemoteNode:
         self.process = await self._answer("its start")
 
     async def ask(self, verb: str, *arguments: Any) -> Any:
-        """See `worker_process`."""
+        """Sends one of the verbs of `worker_process`; its answer."""
         self._control.send((verb, arguments))
         return await self._answer(verb)
 

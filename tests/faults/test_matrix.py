@@ -3,7 +3,7 @@
 Whatever dies or freezes: the other side says so within its deadline, what was granted comes back once there is proof
 and not before, the sequence is served elsewhere or again, and every byte that a decode step reads is the right one:
 the counting engine compares all of a sequence's KV at each step, so an old writer that still wrote into a block that
-somebody else got would be seen.
+another sequence got would be seen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The simulated engine: its cost, its tokens, its KV, and that nobody can take it for a model."""
+"""The simulated engine: its cost, its tokens, its KV, and that it is not taken for a model."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_it_reads_what_another_one_wrote(memory: PoolMemory) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 2])
-def test_kv_of_somebody_else_is_noticed(memory: PoolMemory, block: int) -> None:
+def test_kv_of_another_sequence_is_noticed(memory: PoolMemory, block: int) -> None:
     given = sequence()
     generated(engine(memory), given, 1)
     memory.block(block)[-memory.layout.share_bytes] ^= 1

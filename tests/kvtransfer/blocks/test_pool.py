@@ -101,7 +101,7 @@ def test_quarantine_is_outside_capacity_and_spares_what_others_hold() -> None:
     assert pool.quarantine(blocks) == blocks[1:]
     assert pool.statistics().capacity == 2
     assert pool.available == 1
-    assert pool.peek(DIGESTS[1:2]) == 0, "nobody may find what somebody may still write"
+    assert pool.peek(DIGESTS[1:2]) == 0, "what may still be written is not found"
     pool.unquarantine(blocks[1:])
     assert pool.available == 3
 

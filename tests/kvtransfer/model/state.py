@@ -2,11 +2,11 @@
 
 The state machines are the real ones: `Delivery`, `GrantLedger` with its leases, writers and memory of attempts,
 `BlockPool`. What carries their messages is modelled: a control stream that loses, repeats and reorders, a transport
-that may still place bytes after everybody has given up, a router that binds again and cancels. The glue follows
+that may still place bytes after all have given up, a router that binds again and cancels. The glue follows
 `baton.worker.sending.sender` and `decode_worker.service`.
 
 An action is a tuple, its name first. Those of `FAIR` happen sooner or later once they are possible; the others are the
-adversary's, who has a budget of each.
+adversary's, which has a budget of each.
 """
 
 from __future__ import annotations

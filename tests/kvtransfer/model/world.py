@@ -110,7 +110,7 @@ class World(PrefillSide, DecodeSide):
                 raise Violation(f"{key} is resident, and block {block} may still be written")
             safe = self.pool.quarantined(block) if state is GrantState.ABORTING else self.pool.holds(block) == 1
             if not safe:
-                raise Violation(f"{key} may still write block {block}, which somebody else has")
+                raise Violation(f"{key} may still write block {block}, which another sequence has")
 
     def ended(self) -> bool:
         """Every transfer is over, and nothing is left of it."""
