@@ -7,11 +7,11 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
 from baton.client.types import Accepted, Completion, Event, Finished, Tokens
-from baton.config import EngineChoice
 from baton.errors import BatonError, DeadlineExceeded, Unavailable
 from tests.cluster.conftest import Running, prompt_of, running, settled
 
@@ -71,14 +71,19 @@ async def test_a_deadline_ends_the_stream_and_frees_everything(plain: Running) -
     await settled(plain)
 
 
-SIMULATED = pytest.mark.parametrize("engine", ["simulated", pytest.param("model", marks=pytest.mark.nightly)])
-"""Real processes, streams and transfers, and each step still reads all of its KV; only the arithmetic is left out."""
+Options = dict[str, Any]
+EITHER_ENGINE = pytest.mark.parametrize(
+    "options",
+    [{"engine": "simulated", "sim_speed": 4.0}, pytest.param({"engine": "model"}, marks=pytest.mark.nightly)],
+    ids=["simulated", "model"],
+)
+"""Simulated: real processes, streams and transfers, each step reads all of its KV; only the arithmetic is left out."""
 
 
-@SIMULATED
-async def test_a_full_decode_pool_is_waited_for(engine: EngineChoice) -> None:
+@EITHER_ENGINE
+async def test_a_full_decode_pool_is_waited_for(options: Options) -> None:
     """Two sequences that together exceed the decode pool: the second's grant is refused, and bound again later."""
-    async with running(prefill=1, decode=1, pool_tokens=1024, max_sequences=4, engine=engine, sim_speed=4) as small:
+    async with running(prefill=1, decode=1, pool_tokens=1024, max_sequences=4, **options) as small:
 
         async def one(seed: int) -> Completion:
             return await small.client.complete(
@@ -113,9 +118,9 @@ async def decoding(cluster: Running, streams: list[asyncio.Task[Completion | Bat
             await asyncio.sleep(0.02)
 
 
-@SIMULATED
-async def test_a_killed_decode_worker_ends_its_streams_and_no_other(engine: EngineChoice) -> None:
-    async with running(prefill=1, decode=2, engine=engine, sim_speed=4) as pair:
+@EITHER_ENGINE
+async def test_a_killed_decode_worker_ends_its_streams_and_no_other(options: Options) -> None:
+    async with running(prefill=1, decode=2, **options) as pair:
         streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(6)]
         await decoding(pair, streams)
         killed_at = asyncio.get_running_loop().time()
@@ -134,9 +139,9 @@ async def test_a_killed_decode_worker_ends_its_streams_and_no_other(engine: Engi
         assert isinstance(await outcome(pair, 9), Completion)
 
 
-@SIMULATED
-async def test_a_killed_prefill_worker_leaves_decoding_streams_alone(engine: EngineChoice) -> None:
-    async with running(prefill=2, decode=1, engine=engine, sim_speed=4) as pair:
+@EITHER_ENGINE
+async def test_a_killed_prefill_worker_leaves_decoding_streams_alone(options: Options) -> None:
+    async with running(prefill=2, decode=1, **options) as pair:
         streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(4)]
         await decoding(pair, streams)
         os.kill(pid_of(pair, "prefill-0"), signal.SIGKILL)
@@ -148,9 +153,9 @@ async def test_a_killed_prefill_worker_leaves_decoding_streams_alone(engine: Eng
         assert after.finished.timeline.prefill_worker == "prefill-1"
 
 
-@SIMULATED
-async def test_a_killed_prefill_worker_ends_what_it_computes(engine: EngineChoice) -> None:
-    async with running(prefill=1, decode=1, chunk_tokens=64, engine=engine, sim_speed=4) as pair:
+@EITHER_ENGINE
+async def test_a_killed_prefill_worker_ends_what_it_computes(options: Options) -> None:
+    async with running(prefill=1, decode=1, chunk_tokens=64, **options) as pair:
 
         async def long() -> Completion:
             return await pair.client.complete(token_ids=prompt_of(3000), max_tokens=10, timeout=60)
@@ -167,9 +172,9 @@ async def test_a_killed_prefill_worker_ends_what_it_computes(engine: EngineChoic
             await pair.client.complete(token_ids=prompt_of(5), max_tokens=1, timeout=10)
 
 
-@SIMULATED
-async def test_a_router_that_dies_frees_the_workers(engine: EngineChoice) -> None:
-    async with running(prefill=1, decode=1, engine=engine, sim_speed=4) as pair:
+@EITHER_ENGINE
+async def test_a_router_that_dies_frees_the_workers(options: Options) -> None:
+    async with running(prefill=1, decode=1, **options) as pair:
         stream = asyncio.create_task(outcome(pair, 1))
         await decoding(pair, [stream])
         os.kill(pid_of(pair, "router"), signal.SIGKILL)

@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from baton.client import Client
 from baton.client.types import Finished, Tokens
+from tests.cli.runner import baton
 from tests.cluster.conftest import Running, idle_counts, no_growth, prompt_of, running, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -84,6 +85,14 @@ async def test_twice_as_many_streams_leave_no_more_behind(pairs: Running) -> Non
     for seed in (1000, 2000):
         await all_at_once(pairs, seed)
     await no_growth(pairs, before, writers=1)
+
+
+async def test_a_second_worker_of_one_name_is_refused(pairs: Running) -> None:
+    flags = ("--engine", "simulated", "--model", "bytes", "--cost-model", "instant", "--pool-tokens", "64")
+    result = await baton("decode", "--router", pairs.cluster.address, *flags, "--name", "decode-0")
+    assert result.status == 2
+    assert "'decode-0' is the name of a live worker at" in result.err.splitlines()[-1]
+    assert len(await pairs.client.workers()) == 4
 
 
 async def all_at_once(cluster: Running, seed: int) -> None:
