@@ -34,12 +34,14 @@ def public_classes(path: Path) -> list[str]:
 
 def test_no_folder_has_more_modules_than_fit_in_one_glance() -> None:
     counts = Counter(path.parent for path in modules(*PACKAGES, "benchmarks") if path.name != "__init__.py")
-    assert {shown(folder): count for folder, count in counts.items() if count > MAX_MODULES} == {}
+    found = [f"{shown(folder)}: {count} modules" for folder, count in counts.items() if count > MAX_MODULES]
+    assert not found, "\n".join(found)
 
 
 def test_no_file_has_two_subjects() -> None:
     lengths = {path: path.read_text().count("\n") for path in modules(*PACKAGES, "benchmarks", "tests", "scripts")}
-    assert {shown(path): lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
+    found = [f"{shown(path)}: {lines} lines" for path, lines in lengths.items() if lines > MAX_LINES]
+    assert not found, "\n".join(found)
 
 
 def test_a_class_name_has_one_meaning() -> None:
@@ -48,4 +50,5 @@ def test_a_class_name_has_one_meaning() -> None:
         if not path.is_relative_to(CLIENT):
             for name in public_classes(path):
                 places[name].append(shown(path))
-    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+    found = [f"{name}: {', '.join(where)}" for name, where in places.items() if len(where) > 1]
+    assert not found, "\n".join(found)
