@@ -24,7 +24,7 @@ def test_a_slow_way_is_known_by_the_second() -> None:
 
 
 def test_a_fast_one_only_after_a_while() -> None:
-    """Nobody's promise hangs on too much being expected."""
+    """No promise hangs on too much being expected."""
     assert after(*[0.001] * 5) == HANDOFF_S
     assert after(*[0.001] * 20) == 0.001
 

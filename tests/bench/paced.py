@@ -1,6 +1,6 @@
 """A server whose pace is known: the tests' double of a cluster. As a program it prints its address and serves.
 
-python -m tests.bench_client.paced TTFT_MS GAP_MS
+python -m tests.bench.paced TTFT_MS GAP_MS
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def test_gaps_have_the_mean_and_the_burstiness_that_were_asked_for(burstiness: f
     assert gaps.var() / gaps.mean() ** 2 == pytest.approx(burstiness, rel=0.15)
 
 
-def test_burstiness_zero_is_even() -> None:
+def test_burstiness_zero_means_even_gaps() -> None:
     assert np.diff(times(50, burstiness=0.0, rate=4.0)) == pytest.approx(0.25)
 
 

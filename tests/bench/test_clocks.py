@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,8 @@ from baton.bench.schedule.plan import LoadPlan, Planned
 from baton.bench.sending.driver import connect, run_plan
 from tests.bench.builders import config
 from tests.bench.paced import pacing
+from tests.bench.stalls import Watched, stalled
+from tests.rpc.waiting import until
 
 PROTO = Path(__file__).parents[2] / "proto"
 INDEPENDENT = """
@@ -66,7 +65,7 @@ def stubs(folder: Path) -> None:
 async def independent(
     address: str, folder: Path, count: int, every_s: float, tokens: int, first: int = 0
 ) -> list[list[float]]:
-    """TTFT, TPOT and all gaps of each request, in milliseconds, as somebody else's program sees them.
+    """TTFT, TPOT and all gaps of each request, in milliseconds, as a foreign program sees them.
 
     `first` sets its prompts off from those of another call.
     """
@@ -120,23 +119,20 @@ async def test_its_numbers_agree_with_an_independent_client_within_2_percent(tmp
 async def test_a_stall_of_the_server_shows_at_its_true_length() -> None:
     """The server is stopped while streams run and requests fall due: gaps and waits are at least as long as that."""
     plan = LoadPlan(tuple(Planned(index, index * 0.1, 16, 60) for index in range(20)), 2.0)
+    watched = Watched()
     async with pacing(50, 20) as (address, pid), connect(address, config()) as target:
-        running = asyncio.create_task(run_plan(target, plan, config()))
-        await asyncio.sleep(0.8)
-        asked = time.perf_counter()
-        os.kill(pid, signal.SIGSTOP)
-        stopped = time.perf_counter()
-        await asyncio.sleep(0.7)
-        going = time.perf_counter()
-        os.kill(pid, signal.SIGCONT)
+        running = asyncio.create_task(run_plan(target, plan, config(), watched))
+        progress = await watched.until(lambda now: now.tokens > 20, "streams run")
+        async with stalled(pid) as stall:
+            due_then = progress.sent
+            await until(lambda: progress.sent >= due_then + 6, "requests fall due meanwhile")
         run = await running
     worst = max(gap for record in run.records for gap in record.gaps_ms)
-    stall_ms = (going - stopped) * 1e3
-    assert stall_ms - 5 <= worst, "the whole stall lies within one gap"
-    assert worst <= stall_ms + (stopped - asked) * 1e3 + 20 + 1000, "a gap, and what a busy machine adds"
-    due_meanwhile = [record for record in run.records if stopped < run.zero + record.planned.at_s < going]
+    assert stall.at_least_ms - 5 <= worst, "the whole stall lies within one gap"
+    assert worst <= stall.at_most_ms + 20 + 1000, "a gap, and what a busy machine adds"
+    due_meanwhile = [record for record in run.records if stall.stopped < run.zero + record.planned.at_s < stall.going]
     assert len(due_meanwhile) >= 5
     for record in due_meanwhile:
         assert record.ttft_ms is not None
-        left_ms = (going - run.zero - record.planned.at_s) * 1e3
+        left_ms = (stall.going - run.zero - record.planned.at_s) * 1e3
         assert record.ttft_ms >= left_ms, "it waited for the rest of the stall at least: nothing is left out"

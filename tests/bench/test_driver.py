@@ -15,12 +15,12 @@ from baton import errors
 from baton.bench.figures.metrics import summarize
 from baton.bench.measuring import measure_once
 from baton.bench.schedule.plan import LoadPlan, Planned, make_plan
-from baton.bench.sending import driver
 from baton.bench.sending.driver import LoadRun, Progress, connect, run_plan
-from baton.bench.sending.records import Record
+from baton.rpc.status import from_rpc_error
 from tests.bench.builders import config
 from tests.bench.paced import Paced
 from tests.client.double import serving
+from tests.rpc.waiting import until
 
 
 @asynccontextmanager
@@ -59,7 +59,7 @@ async def test_every_request_goes_out_as_planned() -> None:
     assert measured.summary.statuses == {"OK": len(plan.requests)}
 
 
-async def test_a_server_that_answers_nobody_does_not_slow_the_sending() -> None:
+async def test_a_server_that_never_answers_does_not_slow_the_sending() -> None:
     async with paced(ttft_s=60.0) as server:
         run = await sent(server.address, even(40, 0.01), timeout_s=0.6)
     assert len(server.requests) == 40
@@ -81,8 +81,7 @@ async def test_a_client_that_hangs_counts_that_against_itself() -> None:
     """The loop stands still for 0.3 s while ten requests are due: they are late, slow, and the run is invalid."""
 
     async def hang() -> None:
-        while len(server.requests) < 10:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(server.requests) >= 10, "ten requests")
         time.sleep(0.3)  # noqa: ASYNC251  the fault that is tested
 
     async with paced() as server:
@@ -98,8 +97,7 @@ async def test_a_client_that_hangs_counts_that_against_itself() -> None:
 
 async def test_refusals_have_their_answer_time_and_their_reason() -> None:
     async def serve_when_all_have_come() -> None:
-        while len(server.requests) < 10:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(server.requests) >= 10, "ten requests")
         for _ in range(10):
             server.slots.release()
 
@@ -147,8 +145,7 @@ async def test_many_streams_share_a_fixed_number_of_connections() -> None:
     async with paced(ttft_s=1.0) as server:
         port = int(server.address.rpartition(":")[2])
         running = asyncio.create_task(sent(server.address, even(300, 0.001), channels=3))
-        while server.under_way < 250:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.under_way >= 250, "250 streams")
         ends = [link for link in psutil.Process().net_connections("tcp") if link.raddr and link.raddr.port == port]
         assert len(ends) == 3
         run = await running
@@ -178,7 +175,7 @@ def _fields(where: Progress) -> dict[str, int]:
     return {name: getattr(where, name) for name in Progress.__dataclass_fields__}
 
 
-async def test_nobody_there_and_an_unknown_model() -> None:
+async def test_an_absent_server_and_an_unknown_model_are_named() -> None:
     with pytest.raises(errors.Unavailable, match=r"cannot reach 127\.0\.0\.1:1"):
         await measure_once("127.0.0.1:1", config())
     async with paced() as server:
@@ -190,17 +187,16 @@ async def test_what_failures_say_is_read_when_nothing_is_under_way_any_more(monk
     """Reading one would delay what is stamped after it."""
     under_way: list[int] = []
     progress = Progress(0)
-    note = driver._note_failure
 
-    def noting(record: Record, error: grpc.aio.AioRpcError) -> None:
+    def reading(error: grpc.aio.AioRpcError) -> errors.BatonError:
         under_way.append(progress.sent - progress.ended)
-        note(record, error)
+        return from_rpc_error(error)
 
     def watch(now: Progress) -> None:
         nonlocal progress
         progress = now
 
-    monkeypatch.setattr(driver, "_note_failure", noting)
+    monkeypatch.setattr("baton.bench.sending.driver.from_rpc_error", reading)
     async with paced(ttft_s=60.0) as server:
         load = config(timeout_s=0.8)
         async with connect(server.address, load) as target:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -116,18 +115,36 @@ def test_only_the_time_in_which_requests_are_due_counts_for_how_busy_the_client_
     assert not verdict(GOOD, client=client).valid
 
 
-async def test_a_loop_that_stood_still_was_late_for_every_timer_in_it() -> None:
+class StandingStill:
+    """In place of `time` and `asyncio` for a probe: a loop whose `still`-th timer comes so many seconds too late."""
+
+    def __init__(self, still: int, seconds: float, timers: int) -> None:
+        self._now, self._timers = 100.0, iter([0.0] * (still - 1) + [seconds] + [0.0] * (timers - still))
+
+    def perf_counter(self) -> float:
+        return self._now
+
+    thread_time = process_time = perf_counter
+
+    async def sleep(self, seconds: float) -> None:
+        """Cancelled after the last timer."""
+        late = next(self._timers, None)
+        if late is None:
+            raise asyncio.CancelledError
+        self._now += seconds + late
+
+
+async def test_a_loop_that_stood_still_was_late_for_every_timer_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of the time, in one piece: the 99th percentile has to show it."""
-    probe = Probe()
-    task = asyncio.create_task(probe.run())
-    await asyncio.sleep(0.8)
-    time.sleep(0.2)  # noqa: ASYNC251 (that is the subject)
-    await asyncio.sleep(0.1)
-    task.cancel()
-    await asyncio.wait([task])
-    lags = sorted(probe.load.lags_ms)
-    assert sum(lag > 50 for lag in lags) >= 5
-    assert lags[-1] >= 150
+    loop = StandingStill(still=40, seconds=0.2, timers=45)
+    for module in ("time", "asyncio"):
+        monkeypatch.setattr(f"baton.bench.sending.probe.{module}", loop)
+    made = Probe()
+    with pytest.raises(asyncio.CancelledError):
+        await made.run()
+    lags = sorted(made.load.lags_ms)
+    assert lags[-10:] == pytest.approx([20, 40, 60, 80, 100, 120, 140, 160, 180, 200])
+    assert lags[:-10] == pytest.approx([0.0] * 45, abs=1e-6)
 
 
 def test_clocks_that_do_not_agree_are_told() -> None:

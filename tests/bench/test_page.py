@@ -77,7 +77,7 @@ def test_an_empty_run_has_a_report_too() -> None:
     assert "UNAVAILABLE" in text
 
 
-def test_who_got_no_first_token_is_in_the_curve() -> None:
+def test_a_request_without_a_first_token_is_in_the_curve() -> None:
     """Half of them were refused: the curve of first tokens ends at 50 %."""
     records = [record(0.0, [0.05, 0.06]), record(0.0, status="RESOURCE_EXHAUSTED")] * 10
     charts = charts_of(measure(run_of(records), config(), "here:1", "tiny"), records)

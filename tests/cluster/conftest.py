@@ -7,9 +7,13 @@ import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import psutil
+import pytest
+import pytest_asyncio
+import trustme
 
 from baton.client import Client, ProcessStatus
 from baton.config import RoleName
@@ -61,6 +65,40 @@ async def running(
         async with Client(cluster.address) as client:
             yield Running(cluster, client)
     assert not [pid for pid in pids if psutil.pid_exists(pid)], "a process outlived its cluster"
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def plain() -> AsyncIterator[Running]:
+    """One worker of each role as users start them, for all modules whose tests leave it as they find it."""
+    async with running(prefill=1, decode=1, chunk_tokens=128) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def exact_pairs() -> AsyncIterator[Running]:
+    """Two workers of each role that compute in float32: greedy output equals the reference's."""
+    async with running(prefill=2, decode=2, dtype="float32", chunk_tokens=128) as started:
+        yield started
+
+
+def _certificates(folder: Path) -> list[str]:
+    authority = trustme.CA()
+    issued = authority.issue_cert("worker.test")
+    files = {name: str(folder / f"{name}.pem") for name in ("cert", "key", "ca")}
+    issued.cert_chain_pems[0].write_to_path(files["cert"])
+    issued.private_key_pem.write_to_path(files["key"])
+    authority.cert_pem.write_to_path(files["ca"])
+    return [word for name, path in files.items() for word in (f"--tcp-tls-{name}", path)]
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def native_over_tcp(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    """The native kernels in bf16, and tcp with all that it can do."""
+    flags = ("--checksums", "--tcp-connections", "3", "--tcp-listen", "[::1]:0")
+    files = _certificates(tmp_path_factory.mktemp("tls"))
+    native: dict[str, Any] = {"weights": "bf16", "kernels": "native", "dtype": "bfloat16", "chunk_tokens": 256}
+    async with running(*flags, *files, transport="tcp", **native) as started:
+        yield started
 
 
 LIVE_NAMES = {

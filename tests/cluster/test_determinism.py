@@ -30,19 +30,20 @@ async def sampled(cluster: Running, prompt: list[int], seed: int) -> tuple[int, 
     return completion.token_ids
 
 
-async def test_company_changes_nothing(cluster: Running) -> None:
-    """Alone with a cold cache, then amid 6 and amid 20 others of other lengths, with a cached prefix."""
+@pytest.mark.parametrize(("others", "longest"), [(6, 60), pytest.param(20, 200, marks=pytest.mark.nightly)])
+async def test_a_request_draws_the_same_tokens_in_any_company(cluster: Running, others: int, longest: int) -> None:
+    """Alone, then amid others of other lengths, with a cached prefix."""
     wanted = await sampled(cluster, prompt_of(PROMPT), seed=7)
-    for others, longest in ((6, 60), (20, 200)):
-        company = [prompt_of(10 + index * longest // others, seed=others) for index in range(others)]
-        tasks = [asyncio.create_task(sampled(cluster, prompt, seed=index)) for index, prompt in enumerate(company)]
-        found = await sampled(cluster, prompt_of(PROMPT), seed=7)
-        await asyncio.gather(*tasks)
-        assert found == wanted
+    company = [prompt_of(10 + index * longest // others, seed=others) for index in range(others)]
+    tasks = [asyncio.create_task(sampled(cluster, prompt, seed=index)) for index, prompt in enumerate(company)]
+    found = await sampled(cluster, prompt_of(PROMPT), seed=7)
+    await asyncio.gather(*tasks)
+    assert found == wanted
     assert await sampled(cluster, prompt_of(PROMPT), seed=8) != wanted
     await settled(cluster)
 
 
+@pytest.mark.nightly
 async def test_torch_is_refused_at_start_in_one_line() -> None:
     with pytest.raises(ConfigError, match="deterministic: needs the native kernels; torch") as caught:
         async with running(kernels="torch", deterministic=True):
@@ -50,13 +51,21 @@ async def test_torch_is_refused_at_start_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-async def test_a_worker_that_computes_otherwise_is_refused_by_name(cluster: Running) -> None:
-    flags = ("--router", cluster.cluster.address, "--dtype", "bfloat16", "--pool-tokens", "1024")
-    cases = {
-        ("--deterministic", "--weights", "bf16"): "model.weights: bf16 differs from auto",
-        (): "model.deterministic: false differs from true",
-    }
-    for more, message in cases.items():
-        done = await baton("decode", *flags, *more, "--log-level", "error")
-        assert done.status != 0
-        assert message in done.error_line
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "model.deterministic: false differs from true"),
+        pytest.param(
+            ("--deterministic", "--weights", "bf16"),
+            "model.weights: bf16 differs from auto",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+async def test_a_worker_that_computes_otherwise_is_refused_by_name(
+    cluster: Running, flags: tuple[str, ...], message: str
+) -> None:
+    always = ("--router", cluster.cluster.address, "--dtype", "bfloat16", "--pool-tokens", "1024")
+    done = await baton("decode", *always, *flags, "--log-level", "error")
+    assert done.status != 0
+    assert message in done.error_line

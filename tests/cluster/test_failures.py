@@ -1,30 +1,24 @@
-"""Clients that leave, workers that die: nothing stays behind, and everybody else goes on."""
+"""Clients that leave, workers that die: nothing stays behind, and all others go on."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import aclosing
+from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from baton.client.types import Accepted, Completion, Event, Finished, Tokens
 from baton.errors import BatonError, DeadlineExceeded, Unavailable
 from tests.cluster.conftest import Running, prompt_of, running, settled
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 OUTPUT = 300
 """Tokens of a stream that is to be interrupted: it lasts until the last of several prompts is computed."""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster() -> AsyncIterator[Running]:
-    async with running(prefill=1, decode=1, chunk_tokens=128) as started:
-        yield started
 
 
 async def stream_until(cluster: Running, length: int, enough: Callable[[Event], bool]) -> None:
@@ -38,48 +32,58 @@ async def stream_until(cluster: Running, length: int, enough: Callable[[Event], 
 
 
 @pytest.mark.parametrize("length", [20, 1500])
-async def test_leaving_while_queued_or_computing(cluster: Running, length: int) -> None:
-    await stream_until(cluster, length, lambda event: isinstance(event, Accepted))
-    await settled(cluster)
+async def test_a_client_that_leaves_while_queued_or_computing_leaves_nothing(plain: Running, length: int) -> None:
+    await stream_until(plain, length, lambda event: isinstance(event, Accepted))
+    await settled(plain)
 
 
-async def test_leaving_while_computing_in_chunks(cluster: Running) -> None:
-    events = cluster.client.generate(token_ids=prompt_of(3000, 1), max_tokens=400, timeout=60)
+async def test_a_client_that_leaves_between_chunks_leaves_nothing(plain: Running) -> None:
+    events = plain.client.generate(token_ids=prompt_of(3000, 1), max_tokens=400, timeout=60)
     async with aclosing(events):
         assert isinstance(await anext(events), Accepted)
         async with asyncio.timeout(30):
-            while not any(status.live.get("grants") for status in await cluster.statuses()):
+            while not any(status.live.get("grants") for status in await plain.statuses()):
                 await asyncio.sleep(0.02)  # the grant comes while the first chunks compute
-    await settled(cluster)
+    await settled(plain)
 
 
-async def test_leaving_after_the_first_token(cluster: Running) -> None:
-    await stream_until(cluster, 200, lambda event: isinstance(event, Tokens))
-    await settled(cluster)
+async def test_a_client_that_leaves_after_the_first_token_leaves_nothing(plain: Running) -> None:
+    await stream_until(plain, 200, lambda event: isinstance(event, Tokens))
+    await settled(plain)
 
 
-async def test_leaving_while_decoding(cluster: Running) -> None:
-    await stream_until(cluster, 40, lambda event: isinstance(event, Tokens) and event.position > 45)
-    await settled(cluster)
+async def test_a_client_that_leaves_while_decoding_leaves_nothing(plain: Running) -> None:
+    await stream_until(plain, 40, lambda event: isinstance(event, Tokens) and event.position > 45)
+    await settled(plain)
 
 
-async def test_many_leave_at_once_and_the_next_request_is_served(cluster: Running) -> None:
-    leaving = [stream_until(cluster, 1000, lambda event: isinstance(event, Accepted)) for _ in range(10)]
+async def test_many_leave_at_once_and_the_next_request_is_served(plain: Running) -> None:
+    leaving = [stream_until(plain, 1000, lambda event: isinstance(event, Accepted)) for _ in range(10)]
     await asyncio.gather(*leaving)
-    completion = await cluster.client.complete(token_ids=prompt_of(10), max_tokens=4, ignore_eos=True, timeout=30)
+    completion = await plain.client.complete(token_ids=prompt_of(10), max_tokens=4, ignore_eos=True, timeout=30)
     assert len(completion.token_ids) == 4
-    await settled(cluster)
+    await settled(plain)
 
 
-async def test_a_deadline_ends_the_stream_and_frees_everything(cluster: Running) -> None:
+async def test_a_deadline_ends_the_stream_and_frees_everything(plain: Running) -> None:
     with pytest.raises(DeadlineExceeded):
-        await cluster.client.complete(token_ids=prompt_of(3000, 2), max_tokens=400, ignore_eos=True, timeout=0.5)
-    await settled(cluster)
+        await plain.client.complete(token_ids=prompt_of(3000, 2), max_tokens=400, ignore_eos=True, timeout=0.5)
+    await settled(plain)
 
 
-async def test_a_full_decode_pool_is_waited_for() -> None:
+Options = dict[str, Any]
+EITHER_ENGINE = pytest.mark.parametrize(
+    "options",
+    [{"engine": "simulated", "sim_speed": 4.0}, pytest.param({"engine": "model"}, marks=pytest.mark.nightly)],
+    ids=["simulated", "model"],
+)
+"""Simulated: real processes, streams and transfers, each step reads all of its KV; only the arithmetic is left out."""
+
+
+@EITHER_ENGINE
+async def test_a_full_decode_pool_is_waited_for(options: Options) -> None:
     """Two sequences that together exceed the decode pool: the second's grant is refused, and bound again later."""
-    async with running(prefill=1, decode=1, pool_tokens=1024, max_sequences=4) as small:
+    async with running(prefill=1, decode=1, pool_tokens=1024, max_sequences=4, **options) as small:
 
         async def one(seed: int) -> Completion:
             return await small.client.complete(
@@ -114,8 +118,9 @@ async def decoding(cluster: Running, streams: list[asyncio.Task[Completion | Bat
             await asyncio.sleep(0.02)
 
 
-async def test_a_killed_decode_worker_ends_its_streams_and_no_other() -> None:
-    async with running(prefill=1, decode=2) as pair:
+@EITHER_ENGINE
+async def test_a_killed_decode_worker_ends_its_streams_and_no_other(options: Options) -> None:
+    async with running(prefill=1, decode=2, **options) as pair:
         streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(6)]
         await decoding(pair, streams)
         killed_at = asyncio.get_running_loop().time()
@@ -134,8 +139,9 @@ async def test_a_killed_decode_worker_ends_its_streams_and_no_other() -> None:
         assert isinstance(await outcome(pair, 9), Completion)
 
 
-async def test_a_killed_prefill_worker_leaves_decoding_streams_alone() -> None:
-    async with running(prefill=2, decode=1) as pair:
+@EITHER_ENGINE
+async def test_a_killed_prefill_worker_leaves_decoding_streams_alone(options: Options) -> None:
+    async with running(prefill=2, decode=1, **options) as pair:
         streams = [asyncio.create_task(outcome(pair, seed)) for seed in range(4)]
         await decoding(pair, streams)
         os.kill(pid_of(pair, "prefill-0"), signal.SIGKILL)
@@ -147,8 +153,9 @@ async def test_a_killed_prefill_worker_leaves_decoding_streams_alone() -> None:
         assert after.finished.timeline.prefill_worker == "prefill-1"
 
 
-async def test_a_killed_prefill_worker_ends_what_it_computes() -> None:
-    async with running(prefill=1, decode=1, chunk_tokens=64) as pair:
+@EITHER_ENGINE
+async def test_a_killed_prefill_worker_ends_what_it_computes(options: Options) -> None:
+    async with running(prefill=1, decode=1, chunk_tokens=64, **options) as pair:
 
         async def long() -> Completion:
             return await pair.client.complete(token_ids=prompt_of(3000), max_tokens=10, timeout=60)
@@ -165,8 +172,9 @@ async def test_a_killed_prefill_worker_ends_what_it_computes() -> None:
             await pair.client.complete(token_ids=prompt_of(5), max_tokens=1, timeout=10)
 
 
-async def test_a_router_that_dies_frees_the_workers() -> None:
-    async with running(prefill=1, decode=1) as pair:
+@EITHER_ENGINE
+async def test_a_router_that_dies_frees_the_workers(options: Options) -> None:
+    async with running(prefill=1, decode=1, **options) as pair:
         stream = asyncio.create_task(outcome(pair, 1))
         await decoding(pair, [stream])
         os.kill(pid_of(pair, "router"), signal.SIGKILL)
@@ -176,8 +184,8 @@ async def test_a_router_that_dies_frees_the_workers() -> None:
                 await asyncio.sleep(0.05)
 
 
-async def test_finished_is_the_last_event(cluster: Running) -> None:
-    events = [event async for event in cluster.client.generate(token_ids=prompt_of(9), max_tokens=5)]
+async def test_finished_is_the_last_event(plain: Running) -> None:
+    events = [event async for event in plain.client.generate(token_ids=prompt_of(9), max_tokens=5)]
     assert isinstance(events[0], Accepted)
     assert isinstance(events[-1], Finished)
     assert sum(isinstance(event, Finished) for event in events) == 1

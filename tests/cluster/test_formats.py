@@ -45,7 +45,7 @@ def memory_of(pid: int, name: str) -> int:
 
 
 def largest_areas(pid: int, count: int = 30) -> str:
-    """What takes a process's memory, the largest first, for whoever has to find out why it is too much."""
+    """What takes a process's memory, the largest first: where to look when it is too much."""
     areas = sorted(psutil.Process(pid).memory_maps(), key=lambda area: area.rss, reverse=True)
     return "\n".join(
         f"{area.rss / 1e6:6.1f} MB, {area.private_dirty / 1e6:6.1f} own  {area.path}" for area in areas[:count]
@@ -88,11 +88,3 @@ async def test_a_worker_with_other_kv_is_refused_by_name(cluster: Running) -> No
     assert result.status != 0
     last = result.err.splitlines()[-1]
     assert last.startswith("baton: model.kv_layout.dtype: bfloat16 differs from int8")
-
-
-async def test_a_second_worker_of_one_name_is_refused(cluster: Running) -> None:
-    flags = ("--router", cluster.cluster.address, "--pool-tokens", "64", "--kv-dtype", "int8", "--name", "decode-0")
-    result = await baton("decode", *flags)
-    assert result.status == 2
-    assert "'decode-0' is the name of a live worker at" in result.err.splitlines()[-1]
-    assert len(await cluster.client.workers()) == 2

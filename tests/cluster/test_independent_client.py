@@ -1,4 +1,4 @@
-"""Somebody else's client: generated from `proto/` alone, in a process that can't import `baton`."""
+"""A foreign client: generated from `proto/` alone, in a process that can't import `baton`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 import pytest
-import pytest_asyncio
 
-from tests.cluster.conftest import Running, running
+from tests.cluster.conftest import Running
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 PROTO = Path(__file__).parents[2] / "proto"
 CLIENT = """
@@ -46,12 +44,6 @@ print(json.dumps({"kinds": kinds, "text": text, "refusal": refusal}))
 """
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster() -> AsyncIterator[Running]:
-    async with running(prefill=1, decode=1) as started:
-        yield started
-
-
 def run(command: list[str], folder: Path) -> str:
     """Its output; an assertion with its errors when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, check=False)
@@ -59,14 +51,14 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-async def test_a_client_generated_from_proto_streams_a_completion(cluster: Running, tmp_path: Path) -> None:
+async def test_a_client_generated_from_proto_streams_a_completion(plain: Running, tmp_path: Path) -> None:
     sources = sorted(str(path.relative_to(PROTO)) for path in PROTO.rglob("*.proto"))
     generate = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", f"--python_out={tmp_path}"]
     await asyncio.to_thread(run, [*generate, f"--grpc_python_out={tmp_path}", *sources], tmp_path)
     # -S and -P: nothing of this project is importable; only the libraries that such a client needs are let in.
     libraries = [path for path in sys.path if path.endswith("site-packages")]
     only_libraries = "import sys; sys.path[:0] = " + repr(libraries)
-    command = [sys.executable, "-S", "-P", "-c", f"{only_libraries}\n{CLIENT}", cluster.cluster.address, str(tmp_path)]
+    command = [sys.executable, "-S", "-P", "-c", f"{only_libraries}\n{CLIENT}", plain.cluster.address, str(tmp_path)]
     result = json.loads(await asyncio.to_thread(run, command, tmp_path))
     assert result["text"] == "The capital of France is Paris."
     assert result["kinds"][0] == "accepted"
@@ -76,22 +68,22 @@ async def test_a_client_generated_from_proto_streams_a_completion(cluster: Runni
     assert "sampling.top_p" in result["refusal"][1]
 
 
-async def test_the_router_is_small_and_has_no_torch(cluster: Running) -> None:
-    await cluster.client.complete(prompt="Hello", max_tokens=2)
-    router = next(child for child in cluster.cluster.processes if child.role == "router")
+async def test_the_router_is_small_and_has_no_torch(plain: Running) -> None:
+    await plain.client.complete(prompt="Hello", max_tokens=2)
+    router = next(child for child in plain.cluster.processes if child.role == "router")
     process = psutil.Process(router.pid)
     assert process.memory_info().rss <= 200 * 2**20
     mapped = {Path(entry.path).name for entry in process.memory_maps()}
     assert not [name for name in mapped if "torch" in name]
 
 
-async def test_health_and_reflection_on_every_process(cluster: Running) -> None:
+async def test_every_process_has_health_and_reflection(plain: Running) -> None:
     import grpc
     from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
     from baton.client import Client
 
-    for child in cluster.cluster.processes:
+    for child in plain.cluster.processes:
         async with Client(child.address) as client:
             for name in ("", "liveness", "readiness"):
                 assert await client.health(name) == "serving", (child.name, name)

@@ -1,5 +1,5 @@
-"""Who goes first on a worker that has more prompts than it can compute: the urgent, in the end everybody, and never
-those that nobody wants any more."""
+"""Which prompt goes first on a worker that has more than it can compute: the urgent, in the end each, and never one
+that was cancelled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from baton.client.types import Accepted, Completion, RequestOptions, Tokens
 from baton.worker.prompt_queue import AGEING_S, PRIORITY_S
 from tests.cluster.conftest import Running, prompt_of, running, settled
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 CHUNK = 128
 LONG, MEDIUM, SHORT = 384, 64, 16
@@ -27,13 +27,7 @@ LIMIT_S = 60.0
 SEEDS = itertools.count()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster() -> AsyncIterator[Running]:
-    async with running(chunk_tokens=CHUNK) as started:
-        yield started
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
 async def colocated() -> AsyncIterator[Running]:
     async with running(colocated=1, engine="simulated", chunk_tokens=CHUNK) as started:
         yield started
@@ -122,11 +116,11 @@ async def an_urgent_one_goes_first(cluster: Running) -> None:
     assert overtaken_by <= 1, "only one whose last chunk was under way"
 
 
-async def test_an_urgent_prompt_behind_ten_long_ones_goes_first_and_is_in_time(cluster: Running) -> None:
-    await an_urgent_one_goes_first(cluster)
+async def test_an_urgent_prompt_behind_ten_long_ones_goes_first_and_is_in_time(plain: Running) -> None:
+    await an_urgent_one_goes_first(plain)
 
 
-async def test_and_so_it_does_where_prompts_are_computed_in_place(colocated: Running) -> None:
+async def test_an_urgent_prompt_goes_first_where_prompts_are_computed_in_place(colocated: Running) -> None:
     await an_urgent_one_goes_first(colocated)
 
 
@@ -151,9 +145,9 @@ class Flood:
             self.ended.append((sent_at, time.monotonic()))
 
 
-async def test_long_prompts_end_while_a_flood_of_urgent_ones_goes_on(cluster: Running) -> None:
-    alone_ms = await time_of_a_long_one(cluster)
-    flood = Flood(cluster, 2 * alone_ms)
+async def test_long_prompts_end_while_a_flood_of_urgent_ones_goes_on(plain: Running) -> None:
+    alone_ms = await time_of_a_long_one(plain)
+    flood = Flood(plain, 2 * alone_ms)
     flooding = asyncio.create_task(flood.run())
     steps = 8  # of priority: they stand for as many seconds of waiting, which a test has no time for
     try:
@@ -161,8 +155,8 @@ async def test_long_prompts_end_while_a_flood_of_urgent_ones_goes_on(cluster: Ru
             while len(flood.ended) < FLOOD:
                 await asyncio.sleep(0.01)
             due_at = time.monotonic() + AGEING_S - steps * PRIORITY_S
-            relaxed = asyncio.create_task(first_token(cluster, LONG, ttft_ms=5 * alone_ms))
-            await first_token(cluster, LONG, priority=steps)
+            relaxed = asyncio.create_task(first_token(plain, LONG, ttft_ms=5 * alone_ms))
+            await first_token(plain, LONG, priority=steps)
             ended_at = time.monotonic()
             await relaxed
             assert not flooding.done()
@@ -173,18 +167,18 @@ async def test_long_prompts_end_while_a_flood_of_urgent_ones_goes_on(cluster: Ru
     assert len(overtaking) > FLOOD, "the flood goes first for a while"
     later = [sent_at for sent_at, came_at in flood.ended if sent_at > due_at and came_at < ended_at]
     assert len(later) <= FLOOD, "those that shared its last chunk"
-    await settled(cluster)
+    await settled(plain)
 
 
-async def test_ten_cancelled_long_prompts_cost_the_next_one_a_chunk_at_most(cluster: Running) -> None:
-    wasted = await count_of(cluster, "prompt_tokens_wasted")
-    async with crowd(cluster) as longs:
+async def test_ten_cancelled_long_prompts_cost_the_next_one_a_chunk_at_most(plain: Running) -> None:
+    wasted = await count_of(plain, "prompt_tokens_wasted")
+    async with crowd(plain) as longs:
         await longs.send(QUEUE)
-        useful = await count_of(cluster, "prompt_tokens")
+        useful = await count_of(plain, "prompt_tokens")
         await longs.cancel()
-        await first_token(cluster, SHORT)
-        # What was computed for nobody, and with it what the short one waited for.
-        assert await count_of(cluster, "prompt_tokens_wasted") - wasted <= CHUNK
-        assert await count_of(cluster, "prompt_tokens") - useful <= CHUNK + SHORT
-        assert await count_of(cluster, "late_steps") == 0
+        await first_token(plain, SHORT)
+        # What was computed for the cancelled, and with it what the short one waited for.
+        assert await count_of(plain, "prompt_tokens_wasted") - wasted <= CHUNK
+        assert await count_of(plain, "prompt_tokens") - useful <= CHUNK + SHORT
+        assert await count_of(plain, "late_steps") == 0
         assert not longs.firsts

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,7 +16,7 @@ from baton.engine.torch.engine import TorchEngine
 from baton.spec import Sampling
 from tests.cluster.conftest import Running, prompt_of, running, settled
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 OUTPUT = 32
 LENGTHS = (5, 40, 150, 300)
@@ -26,25 +25,31 @@ SAMPLINGS = (
     Sampling(temperature=1.3, min_p=0.02, seed=12, presence_penalty=0.5, frequency_penalty=0.3),
     Sampling(temperature=0.7, seed=2**63 + 5, repetition_penalty=1.1, frequency_penalty=-0.2),
 )
-CASES = [(length, sampling) for length in LENGTHS for sampling in SAMPLINGS]
+Case = tuple[int, Sampling]
+FEW: list[Case] = list(zip(LENGTHS, itertools.cycle(SAMPLINGS), strict=False))
+ALL: list[Case] = list(itertools.product(LENGTHS, SAMPLINGS))
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def clusters() -> AsyncIterator[dict[str, Running]]:
-    async with AsyncExitStack() as stack:
-        shapes = {"1+1": (1, 1), "2+2": (2, 2)}
-        flags: dict[str, Any] = {"dtype": "float32", "chunk_tokens": 128, "pool_tokens": 8192}
-        yield {
-            name: await stack.enter_async_context(running(prefill=prefill, decode=decode, **flags))
-            for name, (prefill, decode) in shapes.items()
-        }
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
+async def exact_pair() -> AsyncIterator[Running]:
+    async with running(dtype="float32", chunk_tokens=128) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=["exact_pairs", pytest.param("exact_pair", marks=pytest.mark.nightly)])
+def cluster(request: pytest.FixtureRequest) -> Running:
+    found: Running = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[tuple[int, ...]]:
+def engine() -> TorchEngine:
+    return TorchEngine.load(describe(resolve(EMBEDDED_MODEL), "float32"), blocks=512)
+
+
+def alone(engine: TorchEngine, cases: list[Case]) -> list[tuple[int, ...]]:
     """One process, one engine, no handoff."""
-    engine = TorchEngine.load(describe(resolve(EMBEDDED_MODEL), "float32"), blocks=512)
-    prompts = [Prompt(tuple(prompt_of(length)), sampling, OUTPUT) for length, sampling in CASES]
+    prompts = [Prompt(tuple(prompt_of(length)), sampling, OUTPUT) for length, sampling in cases]
     return [tuple(completion.tokens) for completion in generate(engine, prompts, blocks=512, chunk_tokens=200)]
 
 
@@ -66,15 +71,18 @@ async def sampled(cluster: Running, length: int, sampling: Sampling) -> tuple[in
     return completion.token_ids
 
 
-@pytest.mark.parametrize("shape", ["1+1", "2+2"])
-async def test_same_seed_same_tokens(shape: str, clusters: dict[str, Running], alone: list[tuple[int, ...]]) -> None:
-    found = await asyncio.gather(*(sampled(clusters[shape], *case) for case in CASES))
-    assert found == alone
-    await settled(clusters[shape])
+@pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.nightly)], ids=["few", "all"])
+async def test_the_same_seed_draws_the_same_tokens_in_any_shape(
+    cluster: Running, engine: TorchEngine, cases: list[Case]
+) -> None:
+    wanted = await asyncio.to_thread(alone, engine, cases)
+    found = await asyncio.gather(*(sampled(cluster, *case) for case in cases))
+    assert found == wanted
+    await settled(cluster)
 
 
-async def test_a_minted_seed_repeats_the_output(clusters: dict[str, Running]) -> None:
-    client = clusters["1+1"].client
+async def test_a_minted_seed_repeats_the_output(cluster: Running) -> None:
+    client = cluster.client
     first = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True)
     again = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True, seed=first.accepted.seed)
     other = await client.complete(token_ids=prompt_of(20), max_tokens=24, ignore_eos=True)

@@ -9,12 +9,17 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 
 from baton.client import Client
 from baton.client.types import Finished, Tokens
-from tests.cluster.conftest import Running, idle_counts, no_growth, running, settled
+from tests.cli.runner import baton
+from tests.cluster.conftest import Running, idle_counts, no_growth, prompt_of, running, settled
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CONCURRENT = 128
 GROWTH_BYTES = 10_000_000
@@ -58,12 +63,46 @@ async def all_end(cluster: Running, count: int) -> None:
     assert not unexpected
 
 
-async def test_300_requests_all_end_and_nobody_takes_it_for_a_model() -> None:
-    async with running(engine="simulated", model="bytes", cost_model="instant") as cluster:
-        assert {worker.model for worker in await cluster.client.workers()} == {"simulated/bytes"}
-        await all_end(cluster, 300)
-        same = [await cluster.client.complete(token_ids=[1, 2, 3], seed=5, max_tokens=9) for _ in range(2)]
-        assert same[0].token_ids == same[1].token_ids
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pairs() -> AsyncIterator[Running]:
+    async with running(engine="simulated", model="bytes", cost_model="instant", prefill=2, decode=2) as started:
+        yield started
+
+
+async def test_300_requests_all_end_and_are_not_taken_for_a_models(pairs: Running) -> None:
+    assert {worker.model for worker in await pairs.client.workers()} == {"simulated/bytes"}
+    await all_end(pairs, 300)
+    same = [await pairs.client.complete(token_ids=[1, 2, 3], seed=5, max_tokens=9) for _ in range(2)]
+    assert same[0].token_ids == same[1].token_ids
+
+
+async def test_twice_as_many_streams_leave_no_more_behind(pairs: Running) -> None:
+    """Once each pair has its control stream, no task, thread or session is added, but for the second thread of a
+    prefill worker that has not written to both decode workers at once yet: one, however often it is asked."""
+    await all_at_once(pairs, 500)
+    before = await idle_counts(pairs)
+    assert all(counts["sessions"] == (4 if name == "router" else 1) for name, counts in before.items())
+    for seed in (1000, 2000):
+        await all_at_once(pairs, seed)
+    await no_growth(pairs, before, writers=1)
+
+
+async def test_a_second_worker_of_one_name_is_refused(pairs: Running) -> None:
+    flags = ("--engine", "simulated", "--model", "bytes", "--cost-model", "instant", "--pool-tokens", "64")
+    result = await baton("decode", "--router", pairs.cluster.address, *flags, "--name", "decode-0")
+    assert result.status == 2
+    assert "'decode-0' is the name of a live worker at" in result.err.splitlines()[-1]
+    assert len(await pairs.client.workers()) == 4
+
+
+async def all_at_once(cluster: Running, seed: int) -> None:
+    """64 prompts that share nothing."""
+
+    async def fresh(number: int) -> None:
+        prompt = [token % 256 for token in prompt_of(20 + number, seed)]
+        await cluster.client.complete(token_ids=prompt, max_tokens=3, ignore_eos=True, timeout=60)
+
+    await asyncio.gather(*map(fresh, range(64)))
 
 
 @pytest.mark.nightly

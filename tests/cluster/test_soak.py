@@ -77,7 +77,7 @@ class Soak:
             if self.draw.random() < 0.7:
                 prompt = (self.draw.choice(prefixes) + prompt)[: max(length, 17)]
             kind = self.draw.choices(("whole", "left", "cancelled", "refused"), (82, 6, 6, 6))[0]
-            await getattr(self, f"_{kind}")(prompt, self._options())
+            await getattr(self, kind)(prompt, self._options())
             self.outcomes[kind] = self.outcomes.get(kind, 0) + 1
             self.ended += 1
             if self.ended % (WINDOW // 2) == 0:
@@ -90,15 +90,15 @@ class Soak:
             options["tenant_salt"] = f"tenant {self.draw.randrange(5)}"
         return options | {"max_tokens": self.draw.randrange(1, 17), "ignore_eos": True, "timeout": 120}
 
-    async def _whole(self, prompt: list[int], options: dict[str, Any]) -> None:
+    async def whole(self, prompt: list[int], options: dict[str, Any]) -> None:
         completion = await self.cluster.client.complete(token_ids=prompt, **options)
         assert len(completion.token_ids) == options["max_tokens"]
 
-    async def _left(self, prompt: list[int], options: dict[str, Any]) -> None:
+    async def left(self, prompt: list[int], options: dict[str, Any]) -> None:
         """As soon as it is accepted."""
         await self._leave(prompt, options, Accepted)
 
-    async def _cancelled(self, prompt: list[int], options: dict[str, Any]) -> None:
+    async def cancelled(self, prompt: list[int], options: dict[str, Any]) -> None:
         """In the middle of its tokens."""
         await self._leave(prompt, options | {"max_tokens": 60}, Tokens)
 
@@ -109,7 +109,7 @@ class Soak:
                 break
         await events.aclose()
 
-    async def _refused(self, prompt: list[int], options: dict[str, Any]) -> None:
+    async def refused(self, prompt: list[int], options: dict[str, Any]) -> None:
         wrong = self.draw.choice(({"top_p": 2.0}, {"max_tokens": 100_000}, {"stop": [""]}))
         with pytest.raises(InvalidArgument):
             await self.cluster.client.complete(token_ids=prompt, **(options | wrong))
@@ -133,7 +133,7 @@ def _private(pid: int) -> int:
 async def test_memory_stays_flat_and_nothing_slows_down() -> None:
     async with running(prefill=1, decode=1) as cluster:
         soak = Soak(cluster)
-        await soak._whole(soak.tokens(40), {"max_tokens": 4, "ignore_eos": True, "timeout": 120})
+        await soak.whole(soak.tokens(40), {"max_tokens": 4, "ignore_eos": True, "timeout": 120})
         before = await idle_counts(cluster)
         await soak.run()
         show(soak)

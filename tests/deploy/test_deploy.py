@@ -69,7 +69,7 @@ def test_image_runs_as_an_ordinary_user_in_exec_form() -> None:
 
 
 def test_image_copies_every_package_and_its_ignore_file_lets_them_through() -> None:
-    wanted = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    wanted = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
     wanted |= {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
     copied = {
         name for word, rest in instructions() if word == "COPY" and "--from" not in rest for name in rest.split()[:-1]

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from baton.engine.files.card import ModelDescription, describe
 from baton.engine.files.models import EMBEDDED_MODEL, ResolvedModel, resolve
-from baton.engine.native import library
+from baton.engine.native import build, library
 from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.engine import NativeEngine
 from baton.engine.stepper import Stepper
 from baton.engine.torch.engine import TorchEngine
-from benchmarks.quality.fidelity import reference_model
+from tests.reference import embedded_reference as reference_of_the_embedded_model
 
 VOCABULARY = 300
 CONTEXT = 512
@@ -95,11 +95,17 @@ class Computing:
 
 @pytest.fixture(scope="session")
 def kernels() -> library.Library:
-    """The kernels of this machine, from the user's own cache: tests do not compile them each time."""
+    """The kernels of this machine."""
+    return kernels_without(set())
+
+
+def kernels_without(lacking: set[str]) -> library.Library:
+    """The kernels of a machine like this one whose processor lacks so many instructions; skips the test where there
+    are none. From the user's own cache: tests do not compile them each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BATON_CACHE", raising=False)
         try:
-            return library.load()
+            return library.load_for(build.target_for(build.cpu_flags() - lacking))
         except NativeUnavailable as error:
             pytest.skip(str(error))
 
@@ -193,7 +199,7 @@ def embedded() -> Iterator[ResolvedModel]:
 @pytest.fixture(scope="session")
 def embedded_reference(embedded: ResolvedModel) -> Any:
     """The embedded model in `transformers`, in float32."""
-    return reference_model(embedded)
+    return reference_of_the_embedded_model()
 
 
 @pytest.fixture(scope="session")

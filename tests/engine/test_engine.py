@@ -153,7 +153,7 @@ def test_our_own_mistakes_are_asserted(tiny: Callable[[str], Tiny]) -> None:
 
 
 @pytest.mark.parametrize(("name", "cause"), [("tpu", "must be cpu or cuda"), ("meta", "must be cpu or cuda")])
-def test_unknown_devices(name: str, cause: str) -> None:
+def test_an_unknown_device_is_refused_by_name(name: str, cause: str) -> None:
     with pytest.raises(ConfigError, match=cause):
         resolve_device(name)
 

@@ -22,7 +22,6 @@ class Watching:
         self.steps = 0
 
     def step(self, batch: list[Work]) -> list[Sampled | None]:
-        """See `Engine`."""
         self.steps += 1
         held = [block for work in batch for block in work.sequence.blocks]
         assert len(set(held)) == len(held), "no two sequences share a block"

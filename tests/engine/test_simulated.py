@@ -1,4 +1,4 @@
-"""The simulated engine: its cost, its tokens, its KV, and that nobody can take it for a model."""
+"""The simulated engine: its cost, its tokens, its KV, and that it is not taken for a model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_it_ends_by_itself_only_when_asked(memory: PoolMemory) -> None:
     assert generated(engine(memory, eos_after=5), sequence(), 5)[4] == eos
 
 
-def test_log_probabilities_where_asked(memory: PoolMemory) -> None:
+def test_log_probabilities_come_where_they_are_asked_for(memory: PoolMemory) -> None:
     given = sequence(sampling=Sampling(seed=1, logprobs=3))
     sampled = engine(memory).step([Work(given, 40)])[0]
     assert sampled is not None
@@ -103,7 +103,7 @@ def test_it_reads_what_another_one_wrote(memory: PoolMemory) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 2])
-def test_kv_of_somebody_else_is_noticed(memory: PoolMemory, block: int) -> None:
+def test_kv_of_another_sequence_is_noticed(memory: PoolMemory, block: int) -> None:
     given = sequence()
     generated(engine(memory), given, 1)
     memory.block(block)[-memory.layout.share_bytes] ^= 1
@@ -142,7 +142,7 @@ def config(**changes: object) -> WorkerConfig:
     return WorkerConfig(roles=frozenset({"decode"}), engine="simulated", **changes)  # type: ignore[arg-type]
 
 
-def test_its_card_is_no_models() -> None:
+def test_a_simulated_card_is_taken_for_no_models() -> None:
     made, shrunk = (
         simulated_card(config(model="bytes")),
         simulated_card(config(model="bytes", sim_kv_bytes_per_token=32)),

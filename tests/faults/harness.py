@@ -16,7 +16,8 @@ import psutil
 
 from baton.spec import ProcessRef, SequenceSpec
 from tests.faults.proxy import Proxy
-from tests.faults.worker_process import Plan, Report, Step, main
+from tests.faults.stopping import Plan, Step
+from tests.faults.worker_process import Report, main
 from tests.roles.counting import LAYOUT
 from tests.roles.node import Settings
 from tests.roles.scripted import ScriptedRouter
@@ -55,7 +56,7 @@ class RemoteNode:
         self.process = await self._answer("its start")
 
     async def ask(self, verb: str, *arguments: Any) -> Any:
-        """See `worker_process`."""
+        """Sends one of the verbs of `worker_process`; its answer."""
         self._control.send((verb, arguments))
         return await self._answer(verb)
 

@@ -39,7 +39,7 @@ class Cable:
         _ip("-n", self.names[0], "link", "set", self.links[0], "up")
 
     def pull(self) -> None:
-        """From now on nothing passes, and nobody is told."""
+        """From now on nothing passes, and neither side is told."""
         _ip("-n", self.names[0], "link", "set", self.links[0], "down")
 
     def lay(self) -> None:

@@ -3,7 +3,7 @@
 Whatever dies or freezes: the other side says so within its deadline, what was granted comes back once there is proof
 and not before, the sequence is served elsewhere or again, and every byte that a decode step reads is the right one:
 the counting engine compares all of a sequence's KV at each step, so an old writer that still wrote into a block that
-somebody else got would be seen.
+another sequence got would be seen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from baton.spec import SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from tests.faults.harness import BLOCKS, KINDS, PROMPT_BLOCKS, Workers, workers
-from tests.faults.worker_process import Step
+from tests.faults.stopping import Step
 from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
 
@@ -73,7 +73,7 @@ def go_on(w: Workers, step: Step) -> None:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("kill writer"))
-async def test_kill_the_writer(kind: str, step: Step) -> None:
+async def test_a_killed_writers_blocks_come_back_once_there_is_proof(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "p1")
         w["p0"].signal(signal.SIGKILL)
@@ -92,7 +92,7 @@ async def test_kill_the_writer(kind: str, step: Step) -> None:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("freeze writer"))
-async def test_freeze_the_writer(kind: str, step: Step) -> None:
+async def test_a_frozen_writer_that_wakes_up_writes_into_no_others_block(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "p1")
         w["p0"].signal(signal.SIGSTOP)
@@ -151,7 +151,7 @@ async def asked(w: Workers) -> SequenceSpec:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("kill receiver"))
-async def test_kill_the_receiver(kind: str, step: Step) -> None:
+async def test_a_killed_receivers_sequence_is_served_elsewhere(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "d1")
         w["d0"].signal(signal.SIGKILL)
@@ -166,7 +166,7 @@ async def test_kill_the_receiver(kind: str, step: Step) -> None:
 
 
 @pytest.mark.parametrize(("kind", "step"), cells("freeze receiver"))
-async def test_freeze_the_receiver(kind: str, step: Step) -> None:
+async def test_a_frozen_receivers_sequence_is_served_elsewhere(kind: str, step: Step) -> None:
     async with workers(kind) as w:
         spec = await stopped_at(w, step, "d1")
         w["d0"].signal(signal.SIGSTOP)

@@ -49,7 +49,7 @@ async def move_all(w: Workers, event: Callable[[int], Awaitable[object]]) -> int
     return handoffs
 
 
-async def test_delays_stalls_and_resets() -> None:
+async def test_no_sequence_is_lost_or_wrong_amid_delays_stalls_and_resets() -> None:
     async with workers("tcp") as w:
         w.add("p0", settings=ROOMY)
         w.add("d0", settings=ROOMY)
@@ -98,7 +98,7 @@ def drive(pipe: Connection, names: tuple[str, str], addresses: tuple[str, str]) 
         pipe.send(traceback.format_exc())
 
 
-async def test_between_two_network_namespaces() -> None:
+async def test_no_sequence_is_lost_or_wrong_while_the_cable_is_pulled() -> None:
     """The cable is pulled for a moment, now and then."""
     try:
         with cable() as made:

@@ -8,7 +8,7 @@ import pytest
 
 from baton.v1 import worker_pb2 as wire
 from tests.faults.harness import KINDS, PROMPT_BLOCKS, workers
-from tests.faults.worker_process import Step
+from tests.faults.stopping import Step
 from tests.roles.counting import LAYOUT
 from tests.rpc.waiting import until
 
@@ -17,7 +17,7 @@ PATIENT = {"lease_s": 20.0}
 """No handoff of these tests may fail for another reason."""
 
 
-async def test_torn_tcp_connection() -> None:
+async def test_a_torn_tcp_connection_fails_one_handoff_and_the_next_succeeds() -> None:
     async with workers("tcp") as w:
         w.add("p0")
         w.add("d0")
@@ -37,7 +37,7 @@ async def test_torn_tcp_connection() -> None:
         await w.whole_pool("p0", "d0")
 
 
-async def test_torn_shm_connection() -> None:
+async def test_a_torn_shm_connection_fails_one_handoff_and_the_next_succeeds() -> None:
     async with workers("shm") as w:
         w.add("p0", Step.AFTER_GRANT)
         w.add("d0")
@@ -56,7 +56,7 @@ async def test_torn_shm_connection() -> None:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("shm", marks=pytest.mark.nightly), "tcp"])
-async def test_an_answer_that_comes_late(kind: str) -> None:
+async def test_an_answer_that_comes_late_changes_nothing(kind: str) -> None:
     """The blocks have landed, but the writer hears of it after its deadline; the news changes nothing then."""
     async with workers(kind) as w:
         w.add("p0")
@@ -82,7 +82,7 @@ async def test_an_answer_that_comes_late(kind: str) -> None:
 @pytest.mark.parametrize(
     ("forged", "why"), [({"write_token": b"x" * 16}, "wrong write token"), ({"generation": 999}, "generation 999")]
 )
-async def test_the_wrong_papers(kind: str, forged: dict[str, Any], why: str) -> None:
+async def test_a_write_with_the_wrong_papers_places_no_byte(kind: str, forged: dict[str, Any], why: str) -> None:
     """No byte of it is placed; the connection stays, and the next handoff uses it."""
     async with workers(kind) as w:
         w.add("p0", forge=forged)
@@ -103,7 +103,7 @@ async def test_the_wrong_papers(kind: str, forged: dict[str, Any], why: str) -> 
         await w.whole_pool("p0", "d0")
 
 
-async def test_a_corrupted_byte() -> None:
+async def test_a_corrupted_byte_does_not_count_and_is_sent_again() -> None:
     """With checksums on: what was garbled does not count, and is sent again under a new handoff."""
     async with workers("tcp") as w:
         w.add("p0")

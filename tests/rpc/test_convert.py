@@ -54,7 +54,7 @@ SPECS = st.builds(
 
 
 @given(SPECS, st.none() | st.floats(0, 1e6))
-def test_specs(spec: SequenceSpec, deadline_s: float | None) -> None:
+def test_a_spec_comes_out_as_it_went_in(spec: SequenceSpec, deadline_s: float | None) -> None:
     message = wire.SequenceSpec.FromString(spec_to_wire(replace(spec, deadline_s=deadline_s)).SerializeToString())
     found = spec_from_wire(message)
     assert replace(found, deadline_s=None) == spec
@@ -62,11 +62,11 @@ def test_specs(spec: SequenceSpec, deadline_s: float | None) -> None:
 
 
 @given(PROCESS)
-def test_processes(process: ProcessRef) -> None:
+def test_a_process_comes_out_as_it_went_in(process: ProcessRef) -> None:
     assert process_from_wire(process_to_wire(process)) == process
 
 
-def test_logprobs() -> None:
+def test_logprobs_come_out_as_they_went_in() -> None:
     (third,) = struct.unpack("f", struct.pack("f", -1 / 3))
     logprobs = TokenLogprobs(third, ((5, third), (6, -2.0)))
     assert logprobs_from_wire(logprobs_to_wire(logprobs)) == logprobs
@@ -81,7 +81,7 @@ def test_logprobs() -> None:
         ({"max_tokens": 0}, "spec.max_tokens"),
     ],
 )
-def test_what_no_router_sends(changes: dict[str, object], field: str) -> None:
+def test_a_spec_that_no_router_sends_is_refused_by_field(changes: dict[str, object], field: str) -> None:
     fields: dict[str, object] = {"attempt": b"x" * 16, "prompt_tokens": [1], "max_tokens": 1}
     with pytest.raises(InvalidArgument) as caught:
         spec_from_wire(wire.SequenceSpec(**(fields | changes)))  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def test_the_pieces_at_hand_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 10, b"\x0a\x7fcut off"])
-def test_pieces_that_make_no_frame(data: bytes) -> None:
+def test_pieces_that_make_no_frame_are_refused(data: bytes) -> None:
     assembler = Assembler(worker_pb2.RouterFrame)
     assembler.add(worker_pb2.Fragment(message_id=7, data=data[:2]))
     with pytest.raises(InvalidArgument, match="message 7 are no RouterFrame") as caught:
@@ -76,7 +76,7 @@ def test_pieces_that_make_no_frame(data: bytes) -> None:
     assert caught.value.field == "fragment.data"
 
 
-def test_finished_messages_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_messages_do_not_count_against_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "ASSEMBLY_LIMIT_BYTES", 1000)
     data = worker_pb2.RouterFrame(cancel=worker_pb2.CancelCommand(reason="x" * 500)).SerializeToString()
     assembler = Assembler(worker_pb2.RouterFrame)

@@ -16,9 +16,18 @@ from baton.rpc.link import Session
 from baton.v1 import worker_pb2 as wire
 from tests.rpc.waiting import until
 
-RouterSide = Session[wire.RouterFrame, wire.WorkerFrame]
-WorkerSide = Session[wire.WorkerFrame, wire.RouterFrame]
 SMALL_FRAGMENT = 64
+
+
+class RouterSide(Session[wire.RouterFrame, wire.WorkerFrame]):
+    def take(self) -> wire.RouterFrame | None:
+        """What `outgoing` would yield next, without waiting."""
+        return self._take()
+
+
+class WorkerSide(Session[wire.WorkerFrame, wire.RouterFrame]):
+    def take(self) -> wire.WorkerFrame | None:
+        return self._take()
 
 
 def command(number: int, size: int = 0) -> wire.RouterFrame:
@@ -30,11 +39,11 @@ def answer(number: int, size: int = 0) -> wire.WorkerFrame:
 
 
 def router_side(on_frame: Callable[[wire.WorkerFrame], None] = lambda _frame: None) -> RouterSide:
-    return Session(wire.RouterFrame, wire.WorkerFrame, "router side", on_frame)
+    return RouterSide(wire.RouterFrame, wire.WorkerFrame, "router side", on_frame)
 
 
 def worker_side(on_frame: Callable[[wire.RouterFrame], None] = lambda _frame: None) -> WorkerSide:
-    return Session(wire.WorkerFrame, wire.RouterFrame, "worker side", on_frame)
+    return WorkerSide(wire.WorkerFrame, wire.RouterFrame, "worker side", on_frame)
 
 
 class World:
@@ -63,7 +72,7 @@ class World:
         source, way = (self.router, self.down) if side == "router" else (self.worker, self.up)
         wrote = False
         for _ in range(count):
-            if (frame := source._take()) is not None:
+            if (frame := source.take()) is not None:
                 way.append(frame.SerializeToString())
                 wrote = True
         return wrote
@@ -130,7 +139,7 @@ def test_each_frame_once_and_in_order_however_the_stream_breaks(acts: list[tuple
 
 def take_all(session: RouterSide) -> list[wire.RouterFrame]:
     frames = []
-    while (frame := session._take()) is not None:
+    while (frame := session.take()) is not None:
         frames.append(wire.RouterFrame.FromString(frame.SerializeToString()))
     return frames
 
@@ -139,7 +148,7 @@ def test_control_overtakes_fragments() -> None:
     router = router_side()
     router.attach(0)
     router.send(command(1, 300_000))
-    first = router._take()
+    first = router.take()
     assert first is not None
     assert first.WhichOneof("body") == "fragment"
     router.send(command(2))
@@ -167,7 +176,7 @@ def test_a_gap_breaks_the_stream_and_a_duplicate_does_not() -> None:
     assert seen == [b"0", b"1", b"2", b"3"]
 
 
-def test_too_many_frames_without_an_acknowledgement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_frames_without_an_acknowledgement_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "UNACKNOWLEDGED_LIMIT", 10)
     router = router_side()
     router.attach(0)
@@ -219,7 +228,7 @@ class Reader:
             self.frames.append(frame)
 
 
-async def test_heartbeats_when_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_heartbeats_go_out_when_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "HEARTBEAT_S", 0.01)
     router = router_side()
     router.receive(wire.WorkerFrame(number=1, freed=wire.Freed()))
@@ -230,7 +239,7 @@ async def test_heartbeats_when_there_is_nothing_to_say(monkeypatch: pytest.Monke
     await reader.task
 
 
-async def test_acknowledges_early_when_much_came(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_acknowledgement_goes_out_early_when_much_came(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "HEARTBEAT_S", 1000.0)
     router = router_side()
     reader = Reader(router, router.attach(0))
@@ -272,7 +281,7 @@ async def test_a_stream_that_was_replaced_before_it_wrote_takes_no_frame() -> No
     await second.task
 
 
-async def test_a_silent_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_peer_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "SILENCE_S", 0.02)
 
     async def silent() -> object:

@@ -22,13 +22,13 @@ from baton.rpc.net import format_address, listens, open_channel, parse_address, 
         ("a.b-c.example:65535", "a.b-c.example", 65535),
     ],
 )
-def test_addresses(text: str, host: str, port: int) -> None:
+def test_an_address_is_read_and_written_the_same(text: str, host: str, port: int) -> None:
     assert parse_address(text) == (host, port)
     assert format_address(host, port) == text
 
 
 @pytest.mark.parametrize("text", ["", "host", ":80", "h:", "h:-1", "h:x", "h:65536", "::1:80", "::1", "h:²"])
-def test_no_addresses(text: str) -> None:
+def test_what_is_no_address_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="router: expected HOST:PORT") as caught:
         parse_address(text, "router")
     assert "\n" not in str(caught.value)
@@ -49,13 +49,13 @@ async def test_an_occupied_port_is_one_line(host: str) -> None:
 
 
 @pytest.mark.parametrize("listen", ["192.0.2.1:0", "no-such-host.invalid:0", f"{'a' * 70}:0"])
-async def test_an_address_that_is_not_ours(listen: str) -> None:
+async def test_an_address_of_another_machine_is_refused_in_one_line(listen: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen on") as caught:
         await start_server(listen, [])
     assert "\n" not in str(caught.value)
 
 
-async def test_listens() -> None:
+async def test_a_peer_listens_until_its_server_stops() -> None:
     server = await start_server("127.0.0.1:0", [])
     assert await listens(server.address)
     await server.stop(0)

@@ -82,7 +82,7 @@ SAMPLES: list[errors.BatonError] = [
 
 
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
-async def test_round_trip(error: errors.BatonError) -> None:
+async def test_an_error_comes_out_as_it_went_in(error: errors.BatonError) -> None:
     found = await through(error)
     assert type(found) is type(error)
     assert str(found) == str(error)
@@ -98,7 +98,7 @@ async def test_round_trip(error: errors.BatonError) -> None:
         assert (found.field, found.ours, found.theirs) == (error.field, error.theirs, error.ours)
 
 
-def test_every_class_is_covered() -> None:
+def test_every_error_class_has_a_sample_and_a_code() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.BatonError)}
     kinds -= {errors.BatonError, errors.FieldError, errors.Retryable}
     assert kinds == {type(error) for error in SAMPLES}
@@ -106,7 +106,7 @@ def test_every_class_is_covered() -> None:
     assert code_of(errors.BatonError("?")) is grpc.StatusCode.INTERNAL
 
 
-async def test_details_for_clients_that_do_not_know_us() -> None:
+async def test_foreign_clients_get_the_standard_details() -> None:
     status = rpc_status.from_call(await raised(errors.InvalidArgument("prompt", "is empty")))
     assert status is not None
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
@@ -122,13 +122,13 @@ async def test_what_is_not_ours_is_not_shown() -> None:
     assert "secret" not in str(found)
 
 
-async def test_a_plain_grpc_failure() -> None:
+async def test_a_peer_that_is_not_there_is_unavailable() -> None:
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(errors.Unavailable):
             await call(RegistryStub(channel).Register(wire.RegisterRequest()), 20)
 
 
-async def test_no_answer_in_time() -> None:
+async def test_no_answer_in_time_is_deadline_exceeded() -> None:
     server = await start_server("127.0.0.1:0", [service(add_RegistryServicer_to_server, Failing(), "Registry")])
     async with open_channel(server.address) as channel:
         with pytest.raises(errors.DeadlineExceeded, match=r"within 0\.05 s"):

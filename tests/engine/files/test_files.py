@@ -111,7 +111,7 @@ def gguf_path(tiny: Callable[[str], Tiny], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.0001, 0.001, 0.005, 0.01, 0.02, 0.3, 0.999])
-def test_truncated_gguf(gguf_path: Path, share: float) -> None:
+def test_a_truncated_gguf_is_refused_in_one_line(gguf_path: Path, share: float) -> None:
     data = gguf_path.read_bytes()
     gguf_path.write_bytes(data[: int(len(data) * share)])
     assert_one_line(gguf_path, "truncated|empty")
@@ -132,7 +132,7 @@ def test_corrupt_gguf_header_never_escapes_as_another_error(gguf_path: Path, see
     assert not message or str(gguf_path) in message  # what was hit may also have been without effect
 
 
-def test_not_a_gguf(tmp_path: Path) -> None:
+def test_what_is_no_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"PK\x03\x04" + bytes(1000))
     assert_one_line(path, "not a GGUF file")
@@ -154,18 +154,18 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_truncated_safetensors(folder: Path) -> None:
+def test_a_truncated_safetensors_is_refused_in_one_line(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert_one_line(folder, "not a whole safetensors file")
 
 
-def test_missing_tensor(folder: Path) -> None:
+def test_a_missing_tensor_is_named(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=4)
     assert_one_line(folder, r"tensor model\.layers\.3\.\S+ is missing")
 
 
-def test_wrong_shape(folder: Path) -> None:
+def test_a_tensor_of_another_shape_is_named(folder: Path) -> None:
     edit(folder / "config.json", intermediate_size=64)
     assert_one_line(folder, r"gate_proj\.weight has shape \[128, 96\], the config asks for \[64, 96\]")
 
@@ -184,20 +184,22 @@ def test_wrong_shape(folder: Path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
 )
-def test_configs_that_can_not_be_computed(folder: Path, changes: dict[str, object], cause: str) -> None:
+def test_a_config_that_can_not_be_computed_is_refused_by_field(
+    folder: Path, changes: dict[str, object], cause: str
+) -> None:
     edit(folder / "config.json", **changes)
     assert_one_line(folder, cause)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_broken_or_missing_json(folder: Path, name: str) -> None:
+def test_broken_or_missing_json_is_refused_in_one_line(folder: Path, name: str) -> None:
     (folder / name).write_text('{"half": ')
     assert_one_line(folder, "not valid JSON|not a tokeniser")
     (folder / name).unlink()
     assert_one_line(folder, "No such file|has no config.json")
 
 
-def test_missing_weights(folder: Path) -> None:
+def test_a_folder_without_weights_is_refused_in_one_line(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert_one_line(folder, "has neither model.safetensors nor")
 

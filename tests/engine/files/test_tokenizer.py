@@ -76,7 +76,7 @@ def test_special_tokens_are_single_and_skipped(ours: Tokenizer) -> None:
     assert ours.decode(ids) == "a"
 
 
-def test_the_embedded_card(description: ModelDescription) -> None:
+def test_the_embedded_models_card_has_its_name_and_sizes(description: ModelDescription) -> None:
     card = description.card
     assert (card.name, card.context_tokens, card.vocabulary_size) == ("smollm2-135m", 8192, 49152)
     assert card.eos_token_ids == (2,)

@@ -29,7 +29,7 @@ from baton.engine.native.library import Format, Slot
 from baton.engine.torch.engine import TorchEngine
 from baton.errors import ConfigError
 from baton.spec import Sampling
-from tests.engine.conftest import VARIANTS, Tiny, make_tiny, tokens_for
+from tests.engine.conftest import VARIANTS, Tiny, kernels_without, make_tiny, tokens_for
 from tests.engine.files.test_files import write_gguf
 from tests.engine.torch.test_model import last_logits, sequence
 
@@ -116,7 +116,7 @@ def test_gate_and_up_may_differ_in_format(
     ("hidden", "heads", "kv_heads", "dim"),
     [(96, 6, 2, 16), (96, 4, 4, 24), (90, 9, 3, 64), (96, 8, 1, 64), (96, 2, 1, 128), (96, 3, 3, 80)],
 )
-def test_shapes_of_heads(
+def test_heads_of_any_shape_stay_near_the_reference(
     kernels: library.Library, tmp_path: Path, hidden: int, heads: int, kv_heads: int, dim: int,
     kv_dtype: str, times: float,
 ) -> None:  # fmt: skip
@@ -224,7 +224,7 @@ def test_calibration_computes_what_the_model_does(tiny: Callable[[str], Tiny], v
 def test_lesser_processors_compute_the_same(
     kernels: library.Library, tiny: Callable[[str], Tiny], lacking: set[str]
 ) -> None:
-    lesser = library.load_for(build.target_for(build.cpu_flags() - lacking))
+    lesser = kernels_without(lacking)
     model, tokens = tiny("qwen3"), tokens_for(90)
     for weights in ("bf16", "int8"):
         found = last_logits(native(model, weights, of=lesser), sequence(tokens, list(range(6))), [33, 30, 1, 26])
@@ -255,7 +255,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tiny
     assert "\n" not in str(caught.value)
 
 
-def test_which_engine_serves(kernels: library.Library, tiny: Callable[[str], Tiny]) -> None:
+def test_dtype_and_kernels_decide_which_engine_serves(kernels: library.Library, tiny: Callable[[str], Tiny]) -> None:
     folder = resolve(str(tiny("llama").folder))
     assert isinstance(load_engine(describe(folder, "bfloat16"), blocks=4), NativeEngine)
     assert isinstance(load_engine(describe(folder, "bfloat16"), blocks=4, kernels="torch"), TorchEngine)

@@ -1,4 +1,4 @@
-"""Logits against `transformers` in float32, however a sequence is cut into steps and whoever shares them."""
+"""Logits against `transformers` in float32, however a sequence is cut into steps and whatever shares its steps."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ VECTORS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("prefix_vect
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))
-def test_vectors(vector: dict[str, Any]) -> None:
+def test_digests_are_those_of_the_published_vectors(vector: dict[str, Any]) -> None:
     digests = block_digests(vector["tokens"], vector["block_tokens"], vector["salt"], vector["fingerprint"])
     assert [digest.hex() for digest in digests] == vector["digests"]
 

@@ -127,10 +127,10 @@ def test_a_refused_handoff_needs_no_closed() -> None:
     assert d.take_closed() == []
     assert d.rebind(NEXT)
     assert d.granted(ticket(KEY)) is GrantAnswer.STALE
-    assert d.take_closed() == [KEY], "the receiver holds memory for a grant that nobody uses"
+    assert d.take_closed() == [KEY], "the receiver holds memory for a grant that is not used"
 
 
-def test_duplicate_and_unfit_grants() -> None:
+def test_a_duplicate_grant_changes_nothing_and_an_unfit_one_fails() -> None:
     d = delivery()
     assert d.granted(ticket()) is GrantAnswer.ACCEPTED
     assert d.granted(ticket()) is GrantAnswer.DUPLICATE

@@ -1,6 +1,6 @@
 """Random histories of the ledger, with duplicated, late and reordered messages.
 
-Throughout: no block that a writer may still write is free, cached or granted to anybody else, and the books add up.
+Throughout: no block that a writer may still write is free, cached or granted to another, and the books add up.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.check_integrity()
 
     @invariant()
-    def nobody_gets_what_may_still_be_written(self) -> None:
+    def what_may_still_be_written_is_granted_to_no_other(self) -> None:
         taken: set[int] = set()
         for key, ticket in self.writable.items():
             blocks = set(ticket.blocks[ticket.cached_blocks :])

@@ -1,6 +1,6 @@
 """100,000 grants with random aborts, restarts, lease extensions, late proofs and repeated messages.
 
-Throughout: the books balance, and no block is granted that somebody may still write. Afterwards: nothing is left, and
+Throughout: the books balance, and no block is granted that a writer may still write. Afterwards: nothing is left, and
 the ledger is no bigger than it was after the first tenth.
 """
 
@@ -36,7 +36,7 @@ class Traffic:
         self.live: list[Grant] = []
         self.residents: list[HandoffKey] = []
         self.unproven: list[Grant] = []
-        self.writers_of: dict[int, HandoffKey] = {}  # by block: who may write it
+        self.writers_of: dict[int, HandoffKey] = {}  # by block: the handoff that may write it
         self.granted = self.resident = 0
 
     def writer(self, number: int) -> str:
@@ -69,7 +69,7 @@ class Traffic:
             return
         assert self.ledger.open(key, self.writer(number), digests, prompt, prompt + 1, self.now) is answer
         for block in answer.table[answer.ticket.cached_blocks :]:
-            assert block not in self.writers_of, "granted while somebody may write it"
+            assert block not in self.writers_of, "granted while a writer may write it"
         self.writers_of |= dict.fromkeys(answer.written, key)
         self.live.append(answer)
         self.granted += 1
@@ -144,7 +144,7 @@ def allocated() -> int:
     return sys.getallocatedblocks()
 
 
-def test_a_hundred_thousand_grants() -> None:
+def test_a_hundred_thousand_grants_leave_nothing_behind() -> None:
     traffic, warm, turns = Traffic(7), 0, 0
     while traffic.granted < GRANTS:
         traffic.turn()

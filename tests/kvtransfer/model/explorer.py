@@ -170,7 +170,7 @@ def _copy(value: Any, known: dict[int, Any]) -> Any:
 
 
 def canonical(world: World) -> object:
-    """What tells this state from others."""
+    """What tells this state from others: all of it, so this alone reads what the machines keep to themselves."""
     ledger, pool, wires = world.ledger, world.pool, world.wires
     entries = [
         (

@@ -22,6 +22,7 @@ class PrefillSide(State):
         ticket = delivery.ticket
         assert ticket is not None
         (move,) = delivery.take_moves(1)
+        self.attempts[number].taken = move.index + 1
         if self.admitted.get(ticket.key) == ticket:
             self.claimed.add(ticket.key)
         elif not (self.case.closes_prove and ticket.key in self.claimed):  # a claim is asked for once
@@ -104,8 +105,12 @@ class PrefillSide(State):
         attempt = self.of(key)
         if attempt.delivery.state in OVER:
             self._not_here(attempt, key)
-        elif attempt.delivery.granted(ticket) is GrantAnswer.INVALID:
-            raise Violation(f"{key}: an invalid grant")
+        else:
+            answer = attempt.delivery.granted(ticket)
+            if answer is GrantAnswer.INVALID:
+                raise Violation(f"{key}: an invalid grant")
+            if answer is GrantAnswer.ACCEPTED:
+                attempt.taken = ticket.cached_blocks
 
     def on_refused(self, key: HandoffKey) -> None:
         delivery = self.of(key).delivery

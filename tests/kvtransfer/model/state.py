@@ -2,11 +2,11 @@
 
 The state machines are the real ones: `Delivery`, `GrantLedger` with its leases, writers and memory of attempts,
 `BlockPool`. What carries their messages is modelled: a control stream that loses, repeats and reorders, a transport
-that may still place bytes after everybody has given up, a router that binds again and cancels. The glue follows
+that may still place bytes after all have given up, a router that binds again and cancels. The glue follows
 `baton.worker.sending.sender` and `decode_worker.service`.
 
 An action is a tuple, its name first. Those of `FAIR` happen sooner or later once they are possible; the others are the
-adversary's, who has a budget of each.
+adversary's, which has a budget of each.
 """
 
 from __future__ import annotations
@@ -63,10 +63,18 @@ class Attempt:
     delivery: Delivery
     growth: int
     cancelled: bool = False
+    taken: int = 0
+    """Leading blocks that the accepted grant found in the cache or that were handed to the transport since."""
 
 
 def no_token() -> bytes:
     return bytes(16)
+
+
+class SortedPool(BlockPool):
+    def sort(self) -> None:
+        """Which of the free blocks is next does not matter: states that differ in that are the same."""
+        self._free.sort(reverse=True)
 
 
 class Violation(AssertionError):
@@ -86,15 +94,16 @@ class Channels:
 
 
 class State:
-    """One state, and what both sides do. `ledger_type` is there to be broken by mutants."""
+    """One state, and what both sides do. The types are there to be broken by mutants."""
 
     ledger_type = GrantLedger
+    delivery_type = Delivery
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.now = 0.0
         self.left = Counter(case.budget)
-        self.pool = BlockPool(case.blocks)
+        self.pool = SortedPool(case.blocks)
         limits = LedgerLimits(lease_s=LEASE_S, handoff_s=HANDOFF_S, tombstone_s=FOR_EVER)
         self.ledger = self.ledger_type(self.pool, limits, self.on_abort, no_token)
         self.admitted: dict[HandoffKey, Ticket] = {}
@@ -106,7 +115,7 @@ class State:
         self.attempts: list[Attempt] = []
         for number, (writer, blocks, growth, family) in enumerate(case.attempts):
             key = HandoffKey(bytes([number + 1]) * 16, 1)
-            delivery = Delivery(key, range(blocks), tokens=blocks, block_tokens=1)
+            delivery = self.delivery_type(key, range(blocks), tokens=blocks, block_tokens=1)
             self.attempts.append(Attempt(writer, family, delivery, growth))
             if case.computed:
                 delivery.computed(blocks)
@@ -117,7 +126,10 @@ class State:
         return self.attempts[key.attempt[0] - 1]
 
     def ledger_keys(self, state: GrantState | None = None) -> list[HandoffKey]:
-        return [key for key, entry in self.ledger._entries.items() if state in (None, entry.state)]
+        bound = [attempt.delivery.key for attempt in self.attempts]
+        opened = [HandoffKey(last.attempt, number) for last in bound for number in range(1, last.handoff + 1)]
+        states = ((key, self.ledger.state(key)) for key in opened)
+        return [key for key, found in states if found is not None and state in (None, found)]
 
     def send_close(self, writer: int, key: HandoffKey) -> None:
         if writer in self.wires.down:

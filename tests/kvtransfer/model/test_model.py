@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from baton.spec import HandoffKey, RefusalReason
+from kvtransfer.handoffs.delivery import Delivery
 from kvtransfer.handoffs.grants import GrantLedger, _Entry
 from kvtransfer.handoffs.outcomes import Outcome
 from tests.kvtransfer.model.explorer import Explorer, Found
-from tests.kvtransfer.model.state import Attempt, Case
+from tests.kvtransfer.model.state import Case
 from tests.kvtransfer.model.world import World
 
 ONE = ((0, 2, 1, 0),)
@@ -49,7 +51,7 @@ def explore(case: Case, limit: int = 1_000_000, world: type[World] = World) -> N
 
 
 @pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
-def test_small_worlds_in_full(closes_prove: bool) -> None:
+def test_in_small_worlds_no_block_is_reused_too_early_and_all_ends(closes_prove: bool) -> None:
     states = 0
     for attempts, budget in SMALL:
         handoffs = 1 if budget.keys() & {"break", "tick"} else 2
@@ -66,14 +68,16 @@ def test_small_worlds_in_full(closes_prove: bool) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
 @pytest.mark.parametrize(("attempts", "budget"), LARGE)
-def test_larger_worlds(attempts: Any, budget: dict[str, int], closes_prove: bool) -> None:
+def test_in_larger_worlds_no_block_is_reused_too_early_and_all_ends(
+    attempts: Any, budget: dict[str, int], closes_prove: bool
+) -> None:
     explore(Case(attempts, 3, closes_prove, budget), NIGHT_STATES)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
-def test_three_blocks_while_computing(closes_prove: bool) -> None:
+def test_the_same_holds_for_three_blocks_while_computing(closes_prove: bool) -> None:
     explore(Case(((0, 3, 0, 0),), 3, closes_prove, {"crash": 1, "tick": 1}, computed=False), NIGHT_STATES)
 
 
@@ -109,6 +113,16 @@ class LosesGrowth(GrantLedger):
         return super().abort(key, reason, now, message)
 
 
+class ForgetsWrites(Delivery):
+    """Promises that nothing more is written while something is."""
+
+    def take_closed(self) -> list[HandoffKey]:
+        held, self._under_way = self._under_way, Counter()
+        ready = super().take_closed()
+        self._under_way = held
+        return ready
+
+
 class TimeIsProof(World):
     ledger_type = FreesOnExpiry
 
@@ -130,14 +144,7 @@ class WordIsProof(World):
 
 
 class ClosesTooEarly(World):
-    """Promises that nothing more is written while something is."""
-
-    def _advance(self, attempt: Attempt) -> None:
-        held, attempt.delivery._under_way = attempt.delivery._under_way, type(attempt.delivery._under_way)()
-        for key in attempt.delivery.take_closed():
-            self.send_close(attempt.writer, key)
-        attempt.delivery._under_way = held
-        super()._advance(attempt)
+    delivery_type = ForgetsWrites
 
 
 class LosesCloses(World):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtransfer.handoffs.delivery import Delivery, DeliveryState
+from kvtransfer.handoffs.delivery import DeliveryState
 from kvtransfer.handoffs.outcomes import GrantState
 from tests.kvtransfer.model.decode_side import DecodeSide
 from tests.kvtransfer.model.prefill_side import PrefillSide
@@ -37,8 +37,8 @@ class World(PrefillSide, DecodeSide):
                 found.append(("renew", writer))
         if self.left["tick"]:
             found.append(("tick",))
-        leases = len(self.ledger._handoffs) + len(self.ledger._writers)
-        if leases and not any(action[0] in FAIR for action in found):
+        held = self.ledger.statistics()
+        if held.writers + held.granted + held.receiving and not any(action[0] in FAIR for action in found):
             found.append(("pass",))
         return found
 
@@ -52,7 +52,7 @@ class World(PrefillSide, DecodeSide):
             return found
         if delivery.complete_blocks < len(delivery.source):
             found.append(("compute", number))
-        if up and delivery.ticket is not None and delivery.state is DeliveryState.DELIVERING and self._ready(delivery):
+        if up and delivery.ticket is not None and delivery.state is DeliveryState.DELIVERING and self._ready(attempt):
             found.append(("write", number))
         again = delivery.key.handoff < self.case.handoffs and not attempt.cancelled
         if delivery.state is DeliveryState.FAILED and again:
@@ -64,8 +64,8 @@ class World(PrefillSide, DecodeSide):
         return found
 
     @staticmethod
-    def _ready(delivery: Delivery) -> bool:
-        return delivery._next < delivery.complete_blocks
+    def _ready(attempt: Attempt) -> bool:
+        return attempt.taken < attempt.delivery.complete_blocks
 
     def act(self, action: Action) -> None:
         """Does it, and what follows from it at once."""
@@ -76,7 +76,7 @@ class World(PrefillSide, DecodeSide):
         for attempt in self.attempts:
             if attempt.writer in self.alive:
                 self._advance(attempt)
-        self.pool._free.sort(reverse=True)  # which of the free ones is next does not matter
+        self.pool.sort()
 
     def _advance(self, attempt: Attempt) -> None:
         delivery, up = attempt.delivery, attempt.writer not in self.wires.down
@@ -110,7 +110,7 @@ class World(PrefillSide, DecodeSide):
                 raise Violation(f"{key} is resident, and block {block} may still be written")
             safe = self.pool.quarantined(block) if state is GrantState.ABORTING else self.pool.holds(block) == 1
             if not safe:
-                raise Violation(f"{key} may still write block {block}, which somebody else has")
+                raise Violation(f"{key} may still write block {block}, which another sequence has")
 
     def ended(self) -> bool:
         """Every transfer is over, and nothing is left of it."""

@@ -1,35 +1,30 @@
-"""A real cluster under load: the figures hold together, shared prefixes are shared, and a stopped worker shows."""
+"""The load generator on a real cluster: its figures hold together, prefixes are shared, and a stopped worker shows."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from baton.bench.measuring import measure_once
 from baton.bench.schedule.plan import LoadPlan, Planned
 from baton.bench.sending.driver import connect, run_plan
 from tests.bench.builders import config
-from tests.cluster.conftest import Running, running, settled
+from tests.bench.stalls import Watched, stalled
+from tests.cluster.conftest import Running, settled
+from tests.rpc.waiting import until
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster() -> AsyncIterator[Running]:
-    async with running(prefill=1, decode=1) as started:
-        yield started
+STALL_S = 1.0
+"""Far longer than any gap between two tokens of a cluster that runs."""
 
 
 async def test_a_mooncake_replay_shares_its_prefixes_and_agrees_with_the_timelines(
-    cluster: Running, tmp_path: Path
+    plain: Running, tmp_path: Path
 ) -> None:
     """Six prompts of 128 tokens that share their first 96, one after the other at 2 a second."""
     rows = [
@@ -39,7 +34,7 @@ async def test_a_mooncake_replay_shares_its_prefixes_and_agrees_with_the_timelin
     trace = tmp_path / "trace.jsonl"
     trace.write_text("\n".join(map(json.dumps, rows)))
     load = config(trace=trace, length_scale=1 / 16, slo="ttft_ms=60000,tpot_ms=60000")
-    measured, run = await measure_once(cluster.cluster.address, load)
+    measured, run = await measure_once(plain.cluster.address, load)
     summary = measured.summary
     assert summary.statuses == {"OK": 6}
     assert (summary.attainment, summary.cross_check.disagreements) == (1.0, 0)
@@ -51,29 +46,23 @@ async def test_a_mooncake_replay_shares_its_prefixes_and_agrees_with_the_timelin
     for record in run.records:
         assert record.finished is not None
         seen_ms = (record.stamps[0] - record.sent_s) * 1e3
-        assert seen_ms >= record.finished.timeline.ttft_ms - 1, "nobody sees a token before the router sends it"
-    await settled(cluster)
+        assert seen_ms >= record.finished.timeline.ttft_ms - 1, "no client sees a token before the router sends it"
+    await settled(plain)
 
 
-async def test_a_stopped_decode_worker_shows_in_every_stream_at_its_true_length(cluster: Running) -> None:
-    worker = next(child for child in cluster.cluster.processes if child.role == "decode")
+async def test_a_stopped_decode_worker_shows_in_every_stream_at_its_true_length(plain: Running) -> None:
+    worker = next(child for child in plain.cluster.processes if child.role == "decode")
     plan = LoadPlan(tuple(Planned(index, 0.0, 32, 250) for index in range(4)), 1.0)
     load = config(timeout_s=60.0)
-    async with connect(cluster.cluster.address, load) as target:
-        seen = asyncio.Event()
-        running_load = asyncio.create_task(
-            run_plan(target, plan, load, lambda where: seen.set() if where.tokens > 40 else None)
-        )
-        await asyncio.wait_for(seen.wait(), 30)
-        os.kill(worker.pid, signal.SIGSTOP)
-        stopped = time.perf_counter()
-        await asyncio.sleep(1.0)
-        going = time.perf_counter()
-        os.kill(worker.pid, signal.SIGCONT)
+    watched = Watched()
+    async with connect(plain.cluster.address, load) as target:
+        running_load = asyncio.create_task(run_plan(target, plan, load, watched))
+        await watched.until(lambda now: now.tokens > 40, "all streams run")
+        async with stalled(worker.pid) as stall:
+            await until(lambda: time.perf_counter() >= stall.stopped + STALL_S, "the stall is that long")
         run = await running_load
-    stall_ms = (going - stopped) * 1e3
     for record in run.records:
         assert record.status == "OK"
-        assert record.stamps[-1] + run.zero > going, "it was under way during the stall"
-        assert stall_ms - 20 <= max(record.gaps_ms) <= stall_ms + 1500
-    await settled(cluster)
+        assert record.stamps[-1] + run.zero > stall.going, "it was under way during the stall"
+        assert stall.at_least_ms - 20 <= max(record.gaps_ms) <= stall.at_least_ms + 1500
+    await settled(plain)
