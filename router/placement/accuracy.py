@@ -1,4 +1,4 @@
-"""How well predictions were kept, and what a promise adds to a prediction so that most of them will be."""
+"""How well predictions were kept, and the factor that makes a prediction a promise that is mostly kept."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections import deque
 
 WINDOW = 64
 TOLERANCE = 1.2
-"""A promise is kept when no more than so many times as long was needed."""
+"""A promise is kept when the first token took at most this factor longer."""
 KEPT_SHARE = 0.97
-"""Of the last `WINDOW` prompts, those whose time a promise covers. The load of the next ones is another: in simulated
-time at 3.2 and 4.5/s 90.4 and 89.2 % were kept with 0.95, 91.7 and 90.4 % with this, at 1.18 times what was taken."""
+"""The share of the last `WINDOW` prompts whose time a promise covers. The load of the next ones differs: in simulated
+time at 3.2 and 4.5/s 90.4 and 89.2 % were kept with 0.95, 91.7 and 90.4 % with this, at 1.18 times the time needed."""
 EARLY_SHARE = 0.95
-"""The same until there are so many: one of twenty that was disturbed does not decide."""
+"""The same with fewer than `WINDOW`, so that one disturbed prompt of twenty does not decide."""
 MEDIAN_LIMIT = 1.2
-"""A promise is at most so many times what is usual."""
+"""A promise is at most this factor above the median."""
 MOST = 5.0
 PRIOR = (1.0,) * 8
-"""What a worker begins with: one short prompt that something disturbed says nothing of a long one."""
+"""A worker's first ratios: one disturbed short prompt says nothing about a long one."""
 
 
 class Accuracy:
@@ -26,14 +26,11 @@ class Accuracy:
     def __init__(self) -> None:
         self._ratios: deque[float] = deque(maxlen=WINDOW)
         self.factor = 1.0
-        """What a predicted time is multiplied with to be a promise that is kept."""
+        """Promise / prediction."""
         self.promised = self.kept = 0
         """Promises made, and those that came within `TOLERANCE`."""
         self.observed_at = -math.inf
         """When the last first token came, on the router's clock."""
-
-    def __len__(self) -> int:
-        return len(self._ratios)
 
     @property
     def error(self) -> float | None:
@@ -41,14 +38,14 @@ class Accuracy:
         return sorted(abs(ratio - 1) for ratio in self._ratios)[len(self._ratios) // 2] if self._ratios else None
 
     def forget(self) -> None:
-        """Begins anew: what was observed may be true no more."""
+        """Drops observations that may be out of date."""
         self._ratios.clear()
         self.factor = 1.0
 
     def observe(
         self, predicted_s: float, achieved_s: float, promised_s: float | None = None, now: float = -math.inf
     ) -> None:
-        """A prediction (before any factor), what became of it at `now`, and what was promised."""
+        """A prediction (before any factor), the time it really took, and the promise. `now` is when it came."""
         self.observed_at = max(self.observed_at, now)
         if predicted_s <= 0 or achieved_s <= 0:
             return

@@ -1,7 +1,4 @@
-"""What each worker could do for a request, and what that would cost whom: the offers that placement chooses from.
-
-Pure functions of a snapshot, as all of placement.
-"""
+"""What each worker could do for a request, and at which cost to others: the offers that placement chooses from."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from router.placement.prediction import Forecast
 from router.placement.snapshot import Ask, DecodeLoad, Demand, PrefillLoad
 
 LIGHT_TOKENS = 64
-"""A prompt of at most so many tokens that are not cached is light work."""
+"""A prompt with at most this many tokens not cached is light work."""
 
 
 class Way(Enum):
@@ -25,9 +22,9 @@ class Way(Enum):
 
 
 class Candidate(NamedTuple):
-    """One worker that was looked at. `load` in tokens (prefill) or as a share of the pool (decode); times in seconds
+    """One worker that was considered. `load` in tokens (prefill) or as a share of the pool (decode); times in seconds
     where they can be predicted. `miss` is the factor by which the worst objective would be missed, at most 1 where all
-    are kept, `breaks` where others would miss theirs; `light` work may be done in place although both pools keep the
+    are kept; `breaks` where others would miss theirs. `light` work may be done in place although both pools keep the
     objectives too."""
 
     name: str
@@ -44,30 +41,28 @@ class Candidate(NamedTuple):
 
 
 class Landing(NamedTuple):
-    """How a sequence would fare on a decode worker: seconds per token, and whether there is `room`, and whether it
-    `breaks` the objective of somebody who is there."""
+    """A sequence on a decode worker: seconds per token, whether there is `room`, and whether it `breaks` the objective
+    of a sequence there."""
 
     tpot_s: float
     room: bool
     breaks: bool
 
     def misses(self, tpot_s: float | None) -> bool:
-        """Anything, with this objective."""
         return not self.room or self.breaks or (tpot_s is not None and self.tpot_s > tpot_s)
 
 
 def has_room(worker: DecodeLoad, demand: Demand) -> bool:
-    """Whether the whole sequence would fit at once."""
+    """For the whole sequence at once."""
     return worker.free_blocks >= demand.blocks and worker.sequences < worker.max_sequences
 
 
 def land(worker: DecodeLoad, ask: Ask) -> Landing:
-    """Of a worker whose costs are known."""
     return Landing(prediction.step(worker, ask), has_room(worker, ask.demand), prediction.breaks_tpot(worker, ask))
 
 
 def best_landing(ask: Ask, workers: Sequence[DecodeLoad], landings: Sequence[Landing]) -> Landing | None:
-    """On the decode worker that will suit best, handed over. `landings` are as if the sequence were there already."""
+    """On the decode worker that suits best after a handoff. `landings` are as if the sequence were there already."""
     handed = [
         Landing(prediction.handed_over(worker, ask, landing.tpot_s), landing.room, landing.breaks)
         for worker, landing in zip(workers, landings, strict=True)
@@ -76,30 +71,25 @@ def best_landing(ask: Ask, workers: Sequence[DecodeLoad], landings: Sequence[Lan
 
 
 def over_both(ask: Ask, worker: PrefillLoad, landing: Landing | None) -> tuple[Candidate, Forecast]:
-    """The prompt on a prefill worker, handed over to where `landing` is from."""
+    """The prompt on a prefill worker, then the handoff to the decode worker of `landing`."""
     forecast = prediction.prefill(worker, ask)
     landing = None if ask.single_token else landing
     return _offer(ask, worker, Way.PREFILL, worker.queued_tokens, forecast, landing, light=False), forecast
 
 
 def in_place(ask: Ask, worker: DecodeLoad, landing: Landing) -> tuple[Candidate, Forecast]:
-    """The prompt and all that follows on a decode worker."""
+    """The prompt and the rest of the sequence on a decode worker."""
     forecast = prediction.direct(worker, ask)
-    idle = not worker.sequences and not ask.unbound  # who is on the way would wait for its chunks
+    idle = not worker.sequences and not ask.unbound  # a sequence on its way would wait for the prompt's chunks
     light = idle or ask.tokens - worker.cached_tokens <= LIGHT_TOKENS
     load = worker.tokens / worker.capacity_blocks
     return _offer(ask, worker, Way.DIRECT, load, forecast, landing, light), forecast
 
 
 def _offer(
-    ask: Ask,
-    worker: PrefillLoad | DecodeLoad,
-    way: Way,
-    load: float,
-    forecast: Forecast,
-    landing: Landing | None,
+    ask: Ask, worker: PrefillLoad | DecodeLoad, way: Way, load: float, forecast: Forecast, landing: Landing | None,
     light: bool,
-) -> Candidate:
+) -> Candidate:  # fmt: skip
     ttft = forecast.ttft_s / max(ask.ttft_s, 1e-3) if ask.ttft_s is not None else 0.0
     tpot_s = None if landing is None else landing.tpot_s
     tpot = tpot_s / ask.tpot_s if ask.tpot_s is not None and tpot_s is not None else 0.0
@@ -113,16 +103,5 @@ def _offer(
         note = "tpot"
     elif breaks:
         note = "others"
-    return Candidate(
-        worker.name,
-        load,
-        not note,
-        note,
-        way,
-        forecast.ttft_s,
-        tpot_s,
-        max(ttft, tpot),
-        light,
-        breaks,
-        worker.chosen_at,
-    )
+    seconds, miss = (forecast.ttft_s, tpot_s), max(ttft, tpot)
+    return Candidate(worker.name, load, not note, note, way, *seconds, miss, light, breaks, worker.chosen_at)

@@ -1,4 +1,4 @@
-"""What placement sees: the workers at one moment, and what a request asks. Plain values; times in seconds."""
+"""The input of placement: the workers at one moment, and a request's needs. Plain values; times in seconds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from baton.cost import HANDOFF_S, StepCost
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a sequence will hold on a decode worker: blocks for its whole length, and the tokens known now."""
+    """A sequence's needs on a decode worker: blocks for its whole length, and the tokens known now."""
 
     blocks: int
     tokens: int
 
 
 class Queued(NamedTuple):
-    """A prompt at a worker: its place in the order (`rank`), and the work that is left of it. `due_at` is when its
-    first token is due, on the router's clock, and None where that can't be missed any more or there is no objective.
-    `chunk_s` is how long a more urgent prompt may have to wait for it: one chunk, or what is left of the one under way;
-    0 while it waits itself."""
+    """A prompt at a worker: its place in the order (`rank`), and the seconds of work left of it. `due_at` is when its
+    first token is due, on the router's clock; None where it is late already or has no objective. `chunk_s` is how long
+    a more urgent prompt may have to wait for it: one chunk, or the rest of the one under way; 0 while it waits."""
 
     rank: float
     seconds: float
@@ -32,8 +31,8 @@ class Queued(NamedTuple):
 class PrefillLoad(NamedTuple):
     """A prefill worker in a snapshot. `queued_tokens` are prompt tokens that it has still to compute.
 
-    `queue` is in order of rank; `cached_tokens` are those of the request in question; `promise` is what a predicted
-    time is multiplied with to be kept; `chosen_at` is when a prompt last went there. Without a `cost` no time can be
+    `queue` is in order of rank; `cached_tokens` are those of the request to be placed; `promise` is the factor from a
+    predicted time to a promised one; `chosen_at` is when a prompt last went there. Without a `cost` no time can be
     predicted.
     """
 
@@ -49,11 +48,11 @@ class PrefillLoad(NamedTuple):
 
 
 class DecodeLoad(NamedTuple):
-    """A decode worker in a snapshot. `free_blocks` is what nobody holds and nobody was promised.
+    """A decode worker in a snapshot. `free_blocks` are neither held nor promised to a sequence.
 
     `strictest_s` is the least objective per token among the sequences bound to it, of those that could be kept then;
-    None without any. `queue` are prompts that it computes itself, `mean_tokens` what its sequences hold or will.
-    `handoff_s` is how long after its first token a sequence that comes in is there.
+    None without any. `queue` are prompts that it computes itself, `mean_tokens` the mean length of its sequences.
+    `handoff_s` is the time from a sequence's first token to its arrival.
     """
 
     name: str
@@ -74,10 +73,10 @@ class DecodeLoad(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A request that is to be placed at `now`. Objectives are None where there are none; `ttft_s` is what is left.
+    """A request to be placed at `now`. Objectives are None where there are none; `ttft_s` is the time left.
 
-    `unbound` are sequences admitted before that no decode worker has yet, with their tokens: the share of one worker,
-    which need not be whole. `gaps` are those between the tokens that it asks for at the most.
+    `unbound` is one worker's share of the sequences that are admitted and not bound to a decode worker yet,
+    `unbound_tokens` that of their tokens; a share need not be whole. `gaps` is the most tokens it asks for, less one.
     """
 
     now: float
@@ -92,5 +91,4 @@ class Ask(NamedTuple):
 
     @property
     def single_token(self) -> bool:
-        """There is nothing to decode."""
         return self.gaps == 0

@@ -55,4 +55,4 @@ def test_the_first_prompts_do_not_decide_alone() -> None:
 def test_what_can_not_be_compared_is_left_out() -> None:
     accuracy = Accuracy()
     accuracy.observe(0.0, 1.0)
-    assert len(accuracy) == 0
+    assert accuracy.error is None
