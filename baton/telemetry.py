@@ -1,10 +1,12 @@
-"""Logs, one line per event, and counts of events."""
+"""Logs, one line per event, counts of events, and memory."""
 
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 from collections import Counter
+from pathlib import Path
 
 import structlog
 
@@ -45,3 +47,9 @@ class Counts:
 
     def snapshot(self) -> dict[str, int]:
         return dict(self._counts)
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

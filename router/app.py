@@ -1,4 +1,4 @@
-"""The router process: composes its parts, serves, and leaves in order."""
+"""The router process: composes its parts, serves, and stops in order."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from router.workers.registry import NOBODY_RETRY_S, Registry
 from router.workers.service import RegistryService
 
 STOP_GRACE_S = 2.0
-"""How long calls may take to end once their requests have."""
+"""How long calls may take to end once their requests have ended."""
 FREED_S = 1.0
-"""How long the workers may take to free what the ended requests held there."""
+"""How long the workers may take to free the blocks of the ended requests."""
 TOKENISER_THREADS = 2
 log = structlog.get_logger(__name__)
 
@@ -42,44 +42,39 @@ class Router:
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
         self.placer = Placer(config.path, Prefixes(config.prefix_index_blocks, self.counts), self.counts)
         self.requests = Requests(config.max_requests, self.placer, self.counts)
+        self._changed = asyncio.Event()
         self.registry = Registry(
             self.process,
             config.lease_s,
             self.executor,
             self.counts,
-            on_joined=self.requests.on_joined,
+            on_joined=self.placer.prefixes.on_joined,
             on_event=self.requests.on_event,
             on_lost=self.requests.on_lost,
-            on_change=self._on_change,
+            on_change=self._changed.set,
         )
-        self._changed = asyncio.Event()
         self._stopped = False
         self._readiness: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
-        """Some model has a worker of each role that is needed."""
+        """Whether some model has a worker of each needed role."""
         return any(all(map(model.usable, self.placer.roles)) for model in self.registry.models.values())
 
     async def start(self) -> None:
-        """Serves from here on; ready once workers have joined."""
+        """Serves at once; ready when workers have joined."""
         generation = GenerationService(self.config, self.process, self.registry, self.requests, self.executor)
-        registry = RegistryService(self.registry, self.process)
-        admin = AdminService(self.process, self.registry, self.requests, self.counts, self.placer.explanations)
-        await self._server.start(
-            [
-                net.service(add_generation, generation, "Generation"),
-                net.service(add_RegistryServicer_to_server, registry, "Registry"),
-                net.service(add_AdminServicer_to_server, admin, "Admin"),
-            ]
-        )
-        self._readiness = asyncio.create_task(self._follow_readiness(self._server), name="readiness")
+        admin = AdminService(self.process, self.registry, self.requests, self.counts)
+        services = [
+            net.service(add_generation, generation, "Generation"),
+            net.service(add_RegistryServicer_to_server, RegistryService(self.registry, self.process), "Registry"),
+            net.service(add_AdminServicer_to_server, admin, "Admin"),
+        ]
+        await self._server.start(services)
+        self._readiness = asyncio.create_task(self._follow_readiness(), name="readiness")
 
     async def stop(self) -> None:
-        """Refuses new calls, ends running streams with UNAVAILABLE, leaves the workers, gives everything back.
-
-        Idempotent.
-        """
+        """Refuses new calls, ends running streams with UNAVAILABLE, leaves the workers, stops serving. Idempotent."""
         assert self._readiness is not None, "started before"
         if self._stopped:
             return
@@ -93,10 +88,7 @@ class Router:
         await self._server.stop(STOP_GRACE_S)
         self.executor.shutdown(wait=False, cancel_futures=True)
 
-    def _on_change(self) -> None:
-        self._changed.set()
-
-    async def _follow_readiness(self, server: net.Server) -> None:
+    async def _follow_readiness(self) -> None:
         shown = False
         while True:
             await self._changed.wait()
@@ -104,11 +96,11 @@ class Router:
             if self.ready != shown:
                 shown = self.ready
                 log.info("ready" if shown else "not ready: no model has workers of both roles")
-                await server.set_ready(shown)
+                await self._server.set_ready(shown)
 
 
 async def run(config: RouterConfig, *, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
-    """Serves until `stop` is set. `on_ready` gets the address as soon as it answers, before any worker has joined."""
+    """Serves until `stop` is set. `on_ready` gets the address as soon as it answers, before a worker has joined."""
     router = Router(config)
     await router.start()
     collector.settle()

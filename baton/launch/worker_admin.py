@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from baton import errors
@@ -15,7 +13,7 @@ from baton.config import RoleName
 from baton.rpc.convert import ROLES, process_to_wire
 from baton.rpc.status import abort
 from baton.spec import ProcessRef
-from baton.telemetry import Counts
+from baton.telemetry import Counts, resident_bytes
 from baton.v1 import admin_pb2 as wire
 from baton.v1.admin_pb2_grpc import AdminServicer
 from baton.worker.sending.senders import Senders
@@ -81,12 +79,6 @@ class WorkerAdmin(AdminServicer):
                 for sender in ([] if self._senders is None else self._senders.connected())
             ],
         )
-
-
-def resident_bytes() -> int:
-    """Of this process, now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def _integrity_error(check_books: Callable[[], None]) -> str:
