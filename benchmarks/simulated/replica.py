@@ -23,7 +23,8 @@ from baton.cost import HANDOFF_S, CostModel, StepCost, StepShape
 from baton.engine import api
 from baton.engine.api import Work, shape_of
 from baton.engine.simulated import typical_steps
-from baton.spec import AttemptKey, HandoffKey, Objectives, ProcessRef, RequestSpec, Sampling, SequenceSpec
+from baton.messages import Command
+from baton.spec import AttemptKey, Objectives, ProcessRef, RequestSpec, Sampling
 from baton.telemetry import Counts
 from baton.worker.prompt_queue import PromptQueue
 from benchmarks.simulated.served import Served
@@ -31,10 +32,9 @@ from decode_worker.scheduler import DecodeScheduler, Expected
 from kvtransfer.blocks.layout import KvLayout
 from prefill_worker.scheduler import PrefillScheduler
 from router.placement.snapshot import Demand
-from router.requests.admitted import Admitted
 from router.requests.attempt import Attempt
 from router.requests.commands import Commands
-from router.requests.placer import Placer
+from router.requests.placer import Admitted, Placer
 from router.text.detokenisation import OutputText
 from router.workers.ledger import Reported
 from router.workers.link import WorkerLink
@@ -65,9 +65,7 @@ class Machine:
 class Unsent(Commands):
     """Commands take their time in the simulation; nothing is sent."""
 
-    def prompt(self, worker: Worker, spec: SequenceSpec, *, direct: bool) -> None: ...
-
-    def bind(self, worker: Worker, key: HandoffKey, decode: Worker) -> None: ...
+    def send(self, worker: Worker, command: Command) -> None: ...
 
 
 class ReplicaWorker:

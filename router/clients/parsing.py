@@ -1,14 +1,14 @@
-"""Parsing what clients send, so that bytes which are no valid message still get an answer that names the field.
+"""Parsing requests, so that bytes which are no valid message still get an answer that names the field.
 
 protobuf refuses a whole message for one string that is not UTF-8, before any handler runs and without saying which.
-So the deserialisers here never raise: on failure they return `Unreadable`, which carries the error to the handler.
-The field is found by parsing the same bytes again with every string declared as bytes.
+So the deserialisers here never raise: they return the error, for the handler to raise. The field is found by parsing
+the same bytes again with every string declared as bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -23,29 +23,18 @@ REQUEST_LIMIT_BYTES = 4 * 1024 * 1024
 M = TypeVar("M", bound=Message)
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands for a request that could not be read."""
+def parser(kind: type[M]) -> Callable[[bytes], M | InvalidArgument]:
+    """A deserialiser for requests of this kind; it returns the error for bytes that are none."""
 
-    error: InvalidArgument
-
-
-def parser(kind: type[M]) -> Callable[[bytes], M | Unreadable]:
-    """A deserialiser for requests of this kind that never raises."""
-
-    def parse(data: bytes) -> M | Unreadable:
+    def parse(data: bytes) -> M | InvalidArgument:
         try:
             message = kind.FromString(data)
         except DecodeError:
-            return Unreadable(explain(kind, data))
+            return explain(kind, data)
         if len(data) > REQUEST_LIMIT_BYTES:
             field, size = largest_field(message)
-            return Unreadable(
-                InvalidArgument(
-                    field,
-                    f"takes {size} of {len(data)} bytes; a request has at most {REQUEST_LIMIT_BYTES}",
-                )
-            )
+            error = f"takes {size} of {len(data)} bytes; a request has at most {REQUEST_LIMIT_BYTES}"
+            return InvalidArgument(field, error)
         return message
 
     return parse
@@ -54,30 +43,19 @@ def parser(kind: type[M]) -> Callable[[bytes], M | Unreadable]:
 def explain(kind: type[Message], data: bytes) -> InvalidArgument:
     """Why these bytes are no message of this kind."""
     shadow = _shadow_class(kind.DESCRIPTOR.full_name)()
-    try:
+    with contextlib.suppress(DecodeError):
         shadow.ParseFromString(data)
-    except DecodeError:
-        return InvalidArgument("", f"the request is not a valid {kind.DESCRIPTOR.name} message")
-    for path, value in _text_fields(shadow, kind.DESCRIPTOR):
-        try:
-            value.decode()
-        except UnicodeDecodeError as error:
-            return InvalidArgument(path, f"is not valid UTF-8 at byte {error.start}")
+        for path, value in _text_fields(shadow, kind.DESCRIPTOR):
+            try:
+                value.decode()
+            except UnicodeDecodeError as error:
+                return InvalidArgument(path, f"is not valid UTF-8 at byte {error.start}")
     return InvalidArgument("", f"the request is not a valid {kind.DESCRIPTOR.name} message")
 
 
 def largest_field(message: Message) -> tuple[str, int]:
-    """The path of the top-level field, or of the field in it, that takes most bytes, and how many."""
-    sizes = []
-    for field, value in message.ListFields():
-        alone = type(message)()
-        if field.is_repeated:
-            getattr(alone, field.name).MergeFrom(value)
-        elif field.message_type is not None:
-            getattr(alone, field.name).CopyFrom(value)
-        else:
-            setattr(alone, field.name, value)
-        sizes.append((alone.ByteSize(), field, value))
+    """The path of the top-level field, or of the field in it, that takes the most bytes, and their number."""
+    sizes = [(type(message)(**{field.name: value}).ByteSize(), field, value) for field, value in message.ListFields()]
     size, field, value = max(sizes, key=lambda entry: entry[0])
     if field.message_type is not None and not field.is_repeated and value.ListFields():
         inner, size = largest_field(value)
@@ -99,7 +77,7 @@ def _shadow_class(full_name: str) -> type[Message]:
 
 
 def _text_fields(shadow: Message, real: Any, prefix: str = "") -> Iterator[tuple[str, bytes]]:
-    """Every string of a shadow message with its path; `real` is the true message's descriptor."""
+    """Every string of a shadow message with its path; `real` is the descriptor of the message that it shadows."""
     for field, value in shadow.ListFields():
         true = real.fields_by_name[field.name]
         values = list(value) if field.is_repeated else [value]

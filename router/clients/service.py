@@ -1,9 +1,9 @@
-"""What clients call: `baton.v1.Generation`."""
+"""`baton.v1.Generation`, the service for clients."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -11,111 +11,92 @@ import grpc
 from google.protobuf.message import Message
 
 from baton.config import RouterConfig
-from baton.errors import BatonError, DeadlineExceeded, ResourceExhausted, Unavailable
+from baton.errors import BatonError, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from baton.objectives import Defaults
 from baton.rpc.status import abort
 from baton.spec import ProcessRef, RequestSpec
 from baton.v1 import generation_pb2 as gen
 from router.clients.events import accepted, finished, tokens
-from router.clients.parsing import Unreadable, parser
-from router.clients.validation import Checked, Input, check_ids, check_input, check_length, check_request
+from router.clients.parsing import parser
+from router.clients.validation import Checked, check_ids, check_input, check_length, check_request
 from router.placement.snapshot import Demand
-from router.requests.admitted import Admitted
+from router.requests.placer import Admitted
 from router.requests.request import Request
-from router.requests.stream import ClientStream, Piece
+from router.requests.stream import ClientStream
 from router.requests.table import Requests
-from router.text.tokenisation import tokenise
+from router.text.tokenisation import Input, tokenise
 from router.workers.prefixes import digests_of
 from router.workers.registry import NOBODY_RETRY_S, Registry, ServedModel
 
 ABORT_S = 2.0
-"""How long a client that does not read may take to notice its error."""
+"""How long a client that does not read may take to receive its error."""
 TOKENISE_LIMIT = 256
 """Tokenize calls at once; each may hold a message of some megabytes."""
+_IN_CARD = ("name", "context_tokens", "vocabulary_size", "fingerprint")
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 
 class GenerationService:
-    """Generate, Tokenize and ListModels over a registry and a table of requests."""
+    """Its handlers get the error instead of a request that can't be read, and raise it."""
 
     def __init__(
-        self,
-        config: RouterConfig,
-        router: ProcessRef,
-        registry: Registry,
-        requests: Requests,
-        executor: Executor,
+        self, config: RouterConfig, router: ProcessRef, registry: Registry, requests: Requests, executor: Executor
     ) -> None:
         self._config, self._router = config, router
         self._registry, self._requests, self._executor = registry, requests, executor
         self._defaults = Defaults(config.slo)
         self._tokenising = 0
 
-    async def Generate(self, request: gen.GenerateRequest | Unreadable, context: Any) -> None:
-        """Streams Accepted, Tokens and Finished; ends with a status that says what went wrong."""
+    async def Generate(self, request: gen.GenerateRequest | InvalidArgument, context: Any) -> None:
+        """Streams Accepted, Tokens and Finished, or ends with an error's status."""
         arrived = asyncio.get_running_loop().time()
         await _answer(self._generate(request, context, arrived), context)
 
-    async def Tokenize(self, request: gen.TokenizeRequest | Unreadable, context: Any) -> gen.TokenizeResponse:
+    async def Tokenize(self, request: gen.TokenizeRequest | InvalidArgument, context: Any) -> gen.TokenizeResponse:
         """The ids that Generate would use."""
+        return await _answer(self._tokenised(request, context), context)
 
-        async def work() -> gen.TokenizeResponse:
-            message = _readable(request)
-            given = check_input(message)
-            if self._tokenising >= TOKENISE_LIMIT:
-                raise ResourceExhausted(f"{TOKENISE_LIMIT} texts are being tokenised", 0.1, "tokenise")
-            self._tokenising += 1
-            try:
-                model = self._registry.find_model(message.model)
-                ids, text = await self._tokenise(model, given, _time_left(context, 60.0))
-            finally:
-                self._tokenising -= 1
-            return gen.TokenizeResponse(ids=ids, text=text)
-
-        return await _answer(work(), context)
-
-    async def ListModels(self, request: gen.ListModelsRequest | Unreadable, context: Any) -> gen.ListModelsResponse:
+    async def ListModels(
+        self, request: gen.ListModelsRequest | InvalidArgument, context: Any
+    ) -> gen.ListModelsResponse:
         """Every model that some worker serves, usable yet or not."""
         models = [
             gen.ModelInfo(
-                name=model.card.name,
-                context_tokens=model.card.context_tokens,
-                vocabulary_size=model.card.vocabulary_size,
-                fingerprint=model.card.fingerprint,
                 prefill_workers=len(model.usable("prefill")),
                 decode_workers=len(model.usable("decode")),
+                **{name: getattr(model.card, name) for name in _IN_CARD},
             )
             for _, model in sorted(self._registry.models.items())
         ]
         return gen.ListModelsResponse(models=models)
 
-    async def _generate(self, message: gen.GenerateRequest | Unreadable, context: Any, arrived: float) -> None:
-        checked = check_request(_readable(message))
+    async def _tokenised(self, request: gen.TokenizeRequest | InvalidArgument, context: Any) -> gen.TokenizeResponse:
+        message = _readable(request)
+        given = check_input(message)
+        if self._tokenising >= TOKENISE_LIMIT:
+            raise ResourceExhausted(f"{TOKENISE_LIMIT} texts are being tokenised", 0.1, "tokenise")
+        self._tokenising += 1
+        try:
+            model = self._registry.find_model(message.model)
+            ids, text = await self._tokenise(model, given, _time_left(context, 60.0))
+        finally:
+            self._tokenising -= 1
+        return gen.TokenizeResponse(ids=ids, text=text)
+
+    async def _generate(self, request: gen.GenerateRequest | InvalidArgument, context: Any, arrived: float) -> None:
+        checked = check_request(_readable(request))
         with self._requests.slot(checked.tenant_salt, checked.request_id) as label:
             left = _time_left(context, self._config.request_limit_s)
             model = self._registry.find_model(checked.model)
             ids, _ = await self._tokenise(model, checked.input, left)
-            spec = self._spec(checked, label, model, ids)
-            assert model.language is not None, "it has just tokenised the prompt"
-            admitted = Admitted(
-                spec=spec,
-                model=model,
-                text=model.language.output_text(checked.stop, spec.stop_token_ids | spec.eos_token_ids),
-                demand=Demand(model.card.kv_layout.blocks_for(spec.kv_tokens), len(ids)),
-                digests=digests_of(model.card, ids, spec.tenant_salt),
-                arrived=arrived,
-                deadline=arrived + left,
-                handoff_wait_s=self._config.handoff_wait_s,
-                refuses=checked.refuses,
-            )
-            _check_room(admitted.demand, model)
+            admitted = self._admit(checked, label, model, ids, arrived, arrived + left)
             stream = ClientStream(self._config.client_buffer_tokens)
-            with self._requests.running(admitted, stream) as request:
-                await _deliver(request, model.card.name, stream, context)
+            with self._requests.running(admitted, stream) as running:
+                await _deliver(running, model.card.name, stream, context)
 
     async def _tokenise(self, model: ServedModel, given: Input, left_s: float) -> tuple[tuple[int, ...], str]:
-        """Bounded by the request's own deadline."""
+        """Raises DeadlineExceeded after `left_s`."""
         if model.language is None:
             raise Unavailable(f"{model.card.name} is being set up", NOBODY_RETRY_S, "workers")
         try:
@@ -126,18 +107,20 @@ class GenerationService:
         check_ids("token_ids.ids", ids, model.card.vocabulary_size)
         return ids, text
 
-    def _spec(self, checked: Checked, label: str, model: ServedModel, ids: tuple[int, ...]) -> RequestSpec:
+    def _admit(
+        self, checked: Checked, label: str, model: ServedModel, ids: tuple[int, ...], arrived: float, deadline: float
+    ) -> Admitted:
+        """Raises InvalidArgument for a length or an id that the model can't take; ResourceExhausted for a sequence that
+        no decode worker could hold, however empty."""
         card = model.card
         check_ids("stopping.stop_token_ids", checked.stop_token_ids, card.vocabulary_size)
-        largest = _largest_pool(model)
+        largest = max((worker.registration.blocks for worker in model.usable("decode")), default=None)
         capacity = card.context_tokens if largest is None else largest * card.kv_layout.block_tokens + 1
-        return RequestSpec(
+        spec = RequestSpec(
             request_id=label,
             prompt=ids,
             sampling=checked.sampling,
-            max_tokens=check_length(
-                checked.input.field, len(ids), checked.max_tokens, card.name, card.context_tokens, capacity
-            ),
+            max_tokens=check_length(checked, len(ids), card.name, card.context_tokens, capacity),
             router=self._router,
             stop_token_ids=frozenset(checked.stop_token_ids),
             eos_token_ids=frozenset() if checked.ignore_eos else card.eos_token_ids,
@@ -145,33 +128,39 @@ class GenerationService:
             priority=checked.priority,
             tenant_salt=checked.tenant_salt,
         )
+        blocks = card.kv_layout.blocks_for(spec.kv_tokens)
+        if largest is not None and blocks > largest:
+            found = f"prompt and stopping.max_tokens need {blocks} KV blocks; the largest decode worker has {largest}"
+            raise ResourceExhausted(found, constraint="decode_blocks")
+        assert model.language is not None, "it has just tokenised the prompt"
+        return Admitted(
+            spec=spec,
+            model=model,
+            text=model.language.output_text(checked.stop, spec.stop_token_ids | spec.eos_token_ids),
+            demand=Demand(blocks, len(ids)),
+            digests=digests_of(card, ids, spec.tenant_salt),
+            arrived=arrived,
+            deadline=deadline,
+            handoff_wait_s=self._config.handoff_wait_s,
+            refuses=checked.refuses,
+        )
 
 
 def add_generation(servicer: Any, server: Any) -> None:
-    """Adds the service to a grpc.aio server, with deserialisers that let the handlers answer what can't be read."""
+    """Adds the service to a grpc.aio server. The deserialisers are `parser`'s; the events are bytes already."""
+    unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+    models = gen.ListModelsResponse.SerializeToString
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Generate": grpc.unary_stream_rpc_method_handler(
-            servicer.Generate,
-            request_deserializer=parser(gen.GenerateRequest),
-            response_serializer=None,  # the events are bytes already
-        ),
-        "Tokenize": grpc.unary_unary_rpc_method_handler(
-            servicer.Tokenize,
-            request_deserializer=parser(gen.TokenizeRequest),
-            response_serializer=gen.TokenizeResponse.SerializeToString,
-        ),
-        "ListModels": grpc.unary_unary_rpc_method_handler(
-            servicer.ListModels,
-            request_deserializer=parser(gen.ListModelsRequest),
-            response_serializer=gen.ListModelsResponse.SerializeToString,
-        ),
+        "Generate": stream(servicer.Generate, parser(gen.GenerateRequest), None),
+        "Tokenize": unary(servicer.Tokenize, parser(gen.TokenizeRequest), gen.TokenizeResponse.SerializeToString),
+        "ListModels": unary(servicer.ListModels, parser(gen.ListModelsRequest), models),
     }
     name = gen.DESCRIPTOR.services_by_name["Generation"].full_name
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
 async def _deliver(request: Request, model: str, stream: ClientStream, context: Any) -> None:
-    """Writes the stream to the client until it ends; raises the error that ended it."""
+    """Writes the stream to the client until its end. Raises the error that ended it."""
     task = asyncio.current_task()
     assert task is not None
     cut = False
@@ -181,34 +170,28 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
         cut = True
         task.cancel()
 
-    def send(piece: Piece) -> Coroutine[Any, None, None]:
-        write: Coroutine[Any, None, None] = context.write(tokens(piece))
-        return write
-
     stream.interrupt = interrupt
     try:
-        # A client that reads nothing must not keep its place, nor what is buffered for it, for ever.
+        # A client that reads nothing must not keep its slot and its buffer for ever.
         async with asyncio.timeout_at(request.admitted.deadline + ABORT_S):
             await context.write(accepted(request.admitted.spec, model, request.attempt.plan))
-            outcome = await stream.deliver(send)
+            outcome = await stream.deliver(lambda piece: context.write(tokens(piece)))
             await context.write(finished(outcome))
     except TimeoutError:
         raise DeadlineExceeded("the client did not read its answer before the deadline") from None
     except asyncio.CancelledError:
         if not cut or task.uncancel() > 0:
             raise
-        assert stream.error is not None, "that is what cut it off"
+        assert stream.error is not None, "only an error cuts it off"
         raise stream.error from None
     finally:
         stream.interrupt = None
 
 
 async def _answer(work: Awaitable[T], context: Any) -> T:
-    """The handlers' boundary: whatever is raised becomes a status; a client that does not read gets it in time."""
+    """The handlers' boundary: every exception becomes a status. A client that does not read it is given up."""
     try:
         return await work
-    except asyncio.CancelledError:
-        raise
     except Exception as error:
         if not isinstance(error, BatonError) and context.done():
             raise asyncio.CancelledError("the client went away while it was written to") from error
@@ -216,27 +199,13 @@ async def _answer(work: Awaitable[T], context: Any) -> T:
             await abort(context, error)
 
 
-def _readable(message: M | Unreadable) -> M:
-    if isinstance(message, Unreadable):
-        raise message.error
+def _readable(message: M | InvalidArgument) -> M:
+    if isinstance(message, InvalidArgument):
+        raise message
     return message
 
 
 def _time_left(context: Any, otherwise_s: float) -> float:
-    """Until the call's deadline; `otherwise_s` where the client set none."""
+    """Seconds until the call's deadline; `otherwise_s` where the client set none."""
     remaining = context.time_remaining()
     return otherwise_s if remaining is None else float(remaining)
-
-
-def _largest_pool(model: ServedModel) -> int | None:
-    return max((worker.registration.blocks for worker in model.usable("decode")), default=None)
-
-
-def _check_room(demand: Demand, model: ServedModel) -> None:
-    """Raises ResourceExhausted for a sequence that no decode worker could hold, however empty."""
-    largest = _largest_pool(model)
-    if largest is not None and demand.blocks > largest:
-        raise ResourceExhausted(
-            f"prompt and stopping.max_tokens need {demand.blocks} KV blocks; the largest decode worker has {largest}",
-            constraint="decode_blocks",
-        )

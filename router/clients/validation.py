@@ -1,7 +1,6 @@
-"""What a client may ask for: turns a GenerateRequest into plain data, or names the field that is wrong.
+"""Turns a GenerateRequest into plain data, or names the field that is wrong.
 
-Checked in two steps, because the second needs the model: `check_request` looks at the message alone,
-`check_length` at the tokenised prompt and the model's context.
+`check_request` checks the message alone; `check_ids` and `check_length`, which need the model, the tokenised prompt.
 """
 
 from __future__ import annotations
@@ -9,42 +8,24 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from baton.errors import InvalidArgument, Unimplemented
 from baton.objectives import LEAST_MS, MOST_MS
 from baton.spec import Objectives, Sampling
 from baton.v1 import generation_pb2 as gen
+from router.text.tokenisation import Input, Message
 
 LABEL_BYTES = 128
 STOP_STRINGS, STOP_BYTES, STOP_TOKEN_IDS = 16, 256, 64
 LOGPROBS, PRIORITY = 20, 100
 ROLES = ("system", "user", "assistant")
-InputField = Literal["prompt", "token_ids", "chat"]
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One chat message."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """What is to be completed; `field` says which of the other three is set."""
-
-    field: InputField
-    prompt: str = ""
-    token_ids: tuple[int, ...] = ()
-    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A request that is valid as far as it can be known without the model. `max_tokens` None: as many as fit."""
+    """A request that is valid as far as the message alone shows. `max_tokens` None: as many as fit."""
 
     request_id: str
     tenant_salt: str
@@ -61,17 +42,14 @@ class Checked:
 
 
 def check_request(message: gen.GenerateRequest) -> Checked:
-    """Raises InvalidArgument, or Unimplemented for a known option that does not work yet. Mints a missing seed."""
-    check_label("request_id", message.request_id)
-    check_label("tenant_salt", message.tenant_salt)
+    """Mints a missing seed. Raises InvalidArgument, or Unimplemented for a known option that does not work yet."""
+    for label in ("request_id", "tenant_salt"):
+        _at_most(label, LABEL_BYTES, len(getattr(message, label).encode()), " bytes")
     _check_policies(message)
     stopping = message.stopping
     if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
         raise InvalidArgument("stopping.max_tokens", "must be at least 1")
-    if len(stopping.stop_token_ids) > STOP_TOKEN_IDS:
-        raise InvalidArgument(
-            "stopping.stop_token_ids", f"at most {STOP_TOKEN_IDS}, not {len(stopping.stop_token_ids)}"
-        )
+    _at_most("stopping.stop_token_ids", STOP_TOKEN_IDS, len(stopping.stop_token_ids))
     return Checked(
         request_id=message.request_id,
         tenant_salt=message.tenant_salt,
@@ -89,12 +67,9 @@ def check_request(message: gen.GenerateRequest) -> Checked:
 
 
 def check_input(message: gen.GenerateRequest | gen.TokenizeRequest) -> Input:
-    """Exactly one of the inputs that the message has, and that one not empty."""
-    fields = {"prompt": message.HasField("prompt"), "chat": message.HasField("chat")}
-    if isinstance(message, gen.GenerateRequest):
-        fields["token_ids"] = message.HasField("token_ids")
-    names = sorted(fields, key=("prompt", "token_ids", "chat").index)
-    present = [name for name in names if fields[name]]
+    """The only input that is set. Raises InvalidArgument unless there is exactly one, and not empty."""
+    names = [name for name in ("prompt", "token_ids", "chat") if name in message.DESCRIPTOR.fields_by_name]
+    present = [name for name in names if message.HasField(name)]  # type: ignore[arg-type]
     if not present:
         raise InvalidArgument(names[0], f"one of {', '.join(names)} must be set")
     if len(present) > 1:
@@ -112,42 +87,30 @@ def check_input(message: gen.GenerateRequest | gen.TokenizeRequest) -> Input:
 
 
 def check_ids(field: str, ids: Sequence[int], vocabulary: int) -> None:
-    """Every id is one of the model's."""
+    """Raises InvalidArgument for an id that the model's vocabulary lacks."""
     if ids and max(ids) >= vocabulary:
         index = next(index for index, token in enumerate(ids) if token >= vocabulary)
         raise InvalidArgument(f"{field}[{index}]", f"{ids[index]} is not a token; the vocabulary has {vocabulary}")
 
 
-def check_length(
-    field: InputField, prompt_tokens: int, max_tokens: int | None, model: str, context: int, capacity: int
-) -> int:
-    """The effective limit on output tokens.
+def check_length(checked: Checked, prompt_tokens: int, model: str, context: int, capacity: int) -> int:
+    """The effective limit on output tokens. Raises InvalidArgument where prompt or output exceed the `context`.
 
-    `context` is the model's; `capacity` the longest sequence that some decode worker could ever hold. It shortens
-    only a limit that the client left open; a limit that it set is kept or refused.
+    `capacity` is the longest sequence that some decode worker could ever hold. It shortens only a limit that the client
+    left open.
     """
-    where = "token_ids.ids" if field == "token_ids" else field
+    where = "token_ids.ids" if checked.input.field == "token_ids" else checked.input.field
     if prompt_tokens < 1:
         raise InvalidArgument(where, "has no tokens")
     if prompt_tokens >= context:
-        raise InvalidArgument(
-            where, f"has {prompt_tokens} tokens; the context of {model} is {context}, one of them for the output"
-        )
-    if max_tokens is None:
+        found = f"has {prompt_tokens} tokens; the context of {model} is {context}, one of them for the output"
+        raise InvalidArgument(where, found)
+    if checked.max_tokens is None:
         return max(1, min(context, capacity) - prompt_tokens)
-    if prompt_tokens + max_tokens > context:
-        raise InvalidArgument(
-            "stopping.max_tokens",
-            f"{max_tokens} output tokens after {prompt_tokens} prompt tokens exceed the context of {model}, {context};"
-            f" at most {context - prompt_tokens} fit",
-        )
-    return max_tokens
-
-
-def check_label(field: str, text: str) -> None:
-    """A short string of the client's own choice."""
-    if len(text.encode()) > LABEL_BYTES:
-        raise InvalidArgument(field, f"at most {LABEL_BYTES} bytes, not {len(text.encode())}")
+    if prompt_tokens + checked.max_tokens > context:
+        found = f"{checked.max_tokens} output tokens after {prompt_tokens} prompt tokens exceed the context of {model}"
+        raise InvalidArgument("stopping.max_tokens", f"{found}, {context}; at most {context - prompt_tokens} fit")
+    return checked.max_tokens
 
 
 def _check_chat(chat: gen.Chat) -> tuple[Message, ...]:
@@ -155,33 +118,27 @@ def _check_chat(chat: gen.Chat) -> tuple[Message, ...]:
         raise InvalidArgument("chat.messages", "must not be empty")
     for index, message in enumerate(chat.messages):
         if message.role not in ROLES:
-            raise InvalidArgument(
-                f"chat.messages[{index}].role", f"must be one of {', '.join(ROLES)}, not {message.role[:64]!r}"
-            )
+            found = f"must be one of {', '.join(ROLES)}, not {message.role[:64]!r}"
+            raise InvalidArgument(f"chat.messages[{index}].role", found)
     return tuple(Message(message.role, message.content) for message in chat.messages)
 
 
 def _check_sampling(message: gen.GenerateRequest) -> Sampling:
-    given, default = message.sampling, Sampling()
+    given: dict[str, Any] = asdict(Sampling(seed=secrets.randbits(64))) | _present(message.sampling)
 
     def number(name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:
-        if not given.HasField(name):  # type: ignore[arg-type]
-            return float(getattr(default, name))
-        value = float(getattr(given, name))
+        value = float(given[name])
         if not math.isfinite(value) or value > high or (value <= low if above else value < low):
-            bounds = f"{'above' if above else 'at least'} {low:g}"
-            raise InvalidArgument(
-                f"sampling.{name}",
-                f"must be {bounds}" + (f" and at most {high:g}" if high < math.inf else "") + f", not {value:g}",
-            )
+            least, most = "above" if above else "at least", f" and at most {high:g}" if high < math.inf else ""
+            raise InvalidArgument(f"sampling.{name}", f"must be {least} {low:g}{most}, not {value:g}")
         return value
 
     return Sampling(
         temperature=number("temperature", 0),
-        top_k=given.top_k if given.HasField("top_k") else default.top_k,
+        top_k=given["top_k"],
         top_p=number("top_p", 0, 1, above=True),
         min_p=number("min_p", 0, 1),
-        seed=given.seed if given.HasField("seed") else secrets.randbits(64),
+        seed=given["seed"],
         repetition_penalty=number("repetition_penalty", 0, above=True),
         presence_penalty=number("presence_penalty", -2, 2),
         frequency_penalty=number("frequency_penalty", -2, 2),
@@ -190,28 +147,25 @@ def _check_sampling(message: gen.GenerateRequest) -> Sampling:
 
 
 def _check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    if len(stop) > STOP_STRINGS:
-        raise InvalidArgument("stopping.stop", f"at most {STOP_STRINGS} strings, not {len(stop)}")
-    for index, text in enumerate(stop):
-        if not 1 <= len(text.encode()) <= STOP_BYTES:
-            raise InvalidArgument(
-                f"stopping.stop[{index}]", f"must have 1 to {STOP_BYTES} bytes, not {len(text.encode())}"
-            )
+    _at_most("stopping.stop", STOP_STRINGS, len(stop), " strings")
+    for index, size in enumerate(len(text.encode()) for text in stop):
+        if not 1 <= size <= STOP_BYTES:
+            raise InvalidArgument(f"stopping.stop[{index}]", f"must have 1 to {STOP_BYTES} bytes, not {size}")
     return tuple(dict.fromkeys(stop))
 
 
 def _check_objectives(slo: gen.Slo) -> Objectives:
-    for name, present, value in (
-        ("ttft_ms", slo.HasField("ttft_ms"), slo.ttft_ms),
-        ("tpot_ms", slo.HasField("tpot_ms"), slo.tpot_ms),
-    ):
-        if present and not LEAST_MS <= value <= MOST_MS:  # also what is not a number
-            raise InvalidArgument(
-                f"slo.{name}", f"must be from {LEAST_MS:g} to {MOST_MS:g} milliseconds, not {value:g}"
-            )
-    return Objectives(
-        slo.ttft_ms if slo.HasField("ttft_ms") else None, slo.tpot_ms if slo.HasField("tpot_ms") else None
-    )
+    given = _present(slo)
+    for name, value in given.items():
+        if not LEAST_MS <= value <= MOST_MS:  # refuses NaN too
+            limits = f"must be from {LEAST_MS:g} to {MOST_MS:g} milliseconds"
+            raise InvalidArgument(f"slo.{name}", f"{limits}, not {value:g}")
+    return Objectives(**given)
+
+
+def _present(message: gen.Sampling | gen.Slo) -> dict[str, Any]:
+    """The fields that the client has set; all of these messages' fields have presence."""
+    return {field.name: value for field, value in message.ListFields()}
 
 
 def _check_policies(message: gen.GenerateRequest) -> None:
@@ -221,6 +175,11 @@ def _check_policies(message: gen.GenerateRequest) -> None:
         raise InvalidArgument("on_disconnect", f"{message.on_disconnect} is not a known choice")
     if message.on_disconnect == gen.ON_DISCONNECT_LINGER:
         raise Unimplemented("on_disconnect", "lingering is not implemented; use CANCEL")
+
+
+def _at_most(field: str, limit: int, given: int, unit: str = "") -> None:
+    if given > limit:
+        raise InvalidArgument(field, f"at most {limit}{unit}, not {given}")
 
 
 def _in_range(field: str, value: int, low: int, high: int) -> int:

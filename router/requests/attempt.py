@@ -4,18 +4,18 @@
        |                    |  \\--first token, computed in place----------------> |
        +--------------------+---------------------------+-------------------------+--> OVER
 
-| state       | what it holds                               | what moves it on                                       |
+| state       | holds                                       | ends with                                              |
 |-------------|---------------------------------------------|--------------------------------------------------------|
 | QUEUED      | a place in the prefill worker's queue       | Started                                                |
 | PREFILLING  | blocks there; after a bind perhaps a grant  | the first token                                        |
 | HANDING_OFF | blocks on both sides                        | the decode worker's HandoffDone, or its first token    |
 | DECODING    | blocks on the decode worker                 | Ended                                                  |
 
-The workers own the blocks. `holding` are the workers that may hold something: those that a cancel must reach.
+The workers own the blocks. A cancel must reach the workers that may hold some: `holding`.
 
-The first token never waits for a handoff. A refusal for want of room is tried elsewhere, or again after a pause; a
-worker that can't take the sequence at all is not asked twice. An attempt that moves on from a worker that may hold
-something of it has it cancelled there, which leaves a tombstone: so that worker is not asked again either.
+The first token never waits for a handoff. After a refusal for want of room the attempt is bound elsewhere, or again
+after a pause. A worker that can't take the sequence at all is not asked twice. Nor is one that may hold blocks and was
+left for another: the attempt is cancelled there, which leaves a tombstone.
 """
 
 from __future__ import annotations
@@ -26,24 +26,21 @@ import structlog
 
 from baton.errors import BatonError, ResourceExhausted, Unavailable
 from baton.identity import mint_attempt
-from baton.messages import HandoffFailed, PrefillReport
+from baton.messages import BindCommand, DirectCommand, HandoffFailed, PrefillCommand, PrefillReport
 from baton.spec import AttemptKey, HandoffKey, RefusalReason
 from baton.telemetry import Counts
 from router.placement.offers import Way
 from router.placement.policy import Plan
-from router.requests.admitted import Admitted
 from router.requests.commands import Commands
-from router.requests.placer import Placer
+from router.requests.placer import Admitted, Placer
 from router.workers.worker import Worker
 
 BACKOFF_S, BACKOFF_LIMIT_S = 0.02, 0.5
 RETRY_AFTER_LIMIT_S = 5.0
-FINAL = frozenset(
-    {RefusalReason.CANCELLED, RefusalReason.MISMATCH, RefusalReason.DRAINING, RefusalReason.TOO_LARGE}
-)  # fmt: skip
-"""The worker will not take this attempt, however often it is asked."""
-UNCERTAIN = frozenset({RefusalReason.UNSPECIFIED, RefusalReason.UNREACHABLE, RefusalReason.EXPIRED})
-"""The worker may hold something of the attempt."""
+FINAL = {RefusalReason.CANCELLED, RefusalReason.MISMATCH, RefusalReason.DRAINING, RefusalReason.TOO_LARGE}
+"""The worker will never take this attempt."""
+UNCERTAIN = {RefusalReason.UNSPECIFIED, RefusalReason.UNREACHABLE, RefusalReason.EXPIRED}
+"""The worker may hold blocks of the attempt."""
 log = structlog.get_logger(__name__)
 
 
@@ -56,8 +53,7 @@ class AttemptState(Enum):
 
 
 class Attempt:
-    """Lives on the event loop; never waits. Workers go by incarnation: one that has started again has refused
-    nothing."""
+    """Lives on the event loop; never waits. A worker that has restarted is another: it has refused nothing."""
 
     def __init__(
         self,
@@ -69,8 +65,7 @@ class Attempt:
         counts: Counts,
         key: AttemptKey | None = None,
     ) -> None:
-        """`prefill` is the worker that `plan` chose; it decodes too where the plan is direct. A missing `key` is
-        minted."""
+        """`prefill` is the worker that `plan` chose; it decodes too where the plan is direct."""
         self.key, self.plan = key or mint_attempt(), plan
         self.state = AttemptState.QUEUED
         self.prefill = prefill
@@ -78,7 +73,7 @@ class Attempt:
         self.holding = {prefill}
         self.handoffs = 0
         self.report: PrefillReport | None = None
-        """With it the prefill worker has freed its blocks, unless it decodes too."""
+        """Once it is set, the prefill worker has freed its blocks, unless it decodes too."""
         self._admitted, self._placer, self._commands, self._counts = admitted, placer, commands, counts
         self._clock = placer.clock
         self._excluded: set[str] = set()
@@ -93,11 +88,11 @@ class Attempt:
 
     @property
     def hands_over(self) -> bool:
-        """Whether it needs a decode worker, in the end."""
+        """Whether it will need a decode worker."""
         return not self.direct and self._admitted.spec.max_tokens > 1
 
     def start(self) -> None:
-        """Sends the prompt on its way."""
+        """Sends the prompt to its worker."""
         spec, now = self._admitted.spec, self._clock()
         self.prefill.prefill.place(self.key, len(spec.prompt), self.plan.queued)
         if self.direct:
@@ -107,20 +102,20 @@ class Attempt:
         self._counts.add("path_direct" if self.direct else "path_disaggregated")
         left_s = max(self._admitted.deadline - now, 0.0)
         sequence = spec.attempted(self.key, (), left_s, self._admitted.ttft_left_s(now))
-        self._commands.prompt(self.prefill, sequence, direct=self.direct)
+        self._commands.send(self.prefill, DirectCommand(sequence) if self.direct else PrefillCommand(sequence))
 
     def started(self, worker: Worker) -> bool:
-        """The worker begins to compute the prompt; False where that is old news."""
+        """The worker begins to compute the prompt. False where that is not news."""
         if worker is not self.prefill or self.state is not AttemptState.QUEUED:
             return False
         self.state = AttemptState.PREFILLING
         worker.prefill.started(self.key, self._clock())
         if self.direct:
-            worker.decode.resident(self.key)  # its blocks are held from now on
+            worker.decode.resident(self.key)
         return True
 
     def computed(self, *, last: bool) -> None:
-        """The first token is out; `last`: it ends the sequence."""
+        """The first token has come; `last`: it ends the sequence."""
         self.prefill.prefill.release(self.key, self._clock())
         if self.state is AttemptState.PREFILLING:
             if self.direct:
@@ -128,37 +123,24 @@ class Attempt:
             elif not last:
                 self.state = AttemptState.HANDING_OFF
 
-    def bind(self, avoid: str = "") -> None:
-        """The next handoff goes to the best decode worker, another than `avoid` if there is one. Raises the error that
-        ends the attempt when no worker may be asked any more."""
-        choice = self._placer.choose_decode(self._admitted, self._excluded, avoid)
-        if choice is None:
-            raise self.refusal()
-        self._bind_to(choice.worker)
+    def bind(self) -> None:
+        """The next handoff goes to the best decode worker. Raises the error that ends the attempt when none is left."""
+        self._bind_to(self._choose()[0])
 
     def handoff_failed(self, worker: Worker, failure: HandoffFailed) -> float | None:
-        """A handoff came to nothing. Returns the seconds to wait before the next `bind`; None where none is due. Raises
-        the error that ends the attempt."""
-        decode = self.decode
-        if worker is not self.prefill or failure.key.handoff != self.handoffs:
-            late(self._counts, "handoff_failed")
-            return None
-        if self.state is AttemptState.DECODING:  # the sequence did arrive; only the news of it got lost
+        """A handoff failed. Returns the seconds to wait before the next `bind`; None where none is due. Raises the
+        error that ends the attempt."""
+        decode, current = self.decode, worker is self.prefill and failure.key.handoff == self.handoffs
+        if current and self.state is AttemptState.DECODING:  # only the report of that was lost
             self._commands.cancel([worker], self.key, "the handoff succeeded")
             return None
-        if decode is None:
+        if not current or decode is None:
             late(self._counts, "handoff_failed")
             return None
         reason = failure.reason.name
         self._counts.add(f"handoffs_failed_{reason.lower()}")
-        log.info(
-            "handoff failed",
-            request_id=self._admitted.spec.request_id,
-            handoff=str(failure.key),
-            worker=decode.name,
-            reason=reason,
-            message=failure.message,
-        )
+        told = {"handoff": str(failure.key), "worker": decode.name, "reason": reason, "message": failure.message}
+        log.info("handoff failed", request_id=self._admitted.spec.request_id, **told)
         self._give_place_back()
         if failure.reason in UNCERTAIN:
             self._uncertain = decode
@@ -169,38 +151,36 @@ class Attempt:
         self._last_failure = failure
         if self.report is not None:
             raise self.refusal()  # the prefill worker has freed the blocks
-        choice = self._placer.choose_decode(self._admitted, self._excluded, decode.name)
-        if choice is None:
-            raise self.refusal()
-        if choice.has_room and choice.worker is not decode:
-            self._bind_to(choice.worker)
+        best, has_room = self._choose(decode.name)
+        if has_room and best is not decode:
+            self._bind_to(best)
             return None
         if failure.retry_after_s is not None:
             return min(max(failure.retry_after_s, BACKOFF_S), RETRY_AFTER_LIMIT_S)
         return min(BACKOFF_S * 2.0 ** min(self._failures - 1, 10), BACKOFF_LIMIT_S)
 
     def handed_over(self, worker: Worker, handoff: int, first_token: float | None) -> bool:
-        """The decode worker owns the sequence; False where that is old news. `first_token` is when it came, from which
-        the time of a handoff is learned."""
+        """The decode worker owns the sequence; False where that is not news. The time of a handoff is learned from when
+        the `first_token` came."""
         if handoff > self.handoffs:
             return False
         if self.decode is None and worker is self._uncertain:
             self._uncertain = None
             self._take_place_at(worker)
-            self._counts.add("handoffs_readopted")  # the news of its failure overtook that of its success
+            self._counts.add("handoffs_readopted")  # a report of failure overtook that of success
         elif worker is not self.decode:
             return False
         self.decodes(first_token)
         return True
 
     def decodes(self, first_token: float | None) -> None:
-        """What the decode worker says shows that it has the sequence. Idempotent."""
+        """The decode worker's messages show that it has the sequence. Idempotent."""
         if self.state not in (AttemptState.PREFILLING, AttemptState.HANDING_OFF):
             return
         now = self._clock()
-        self.prefill.prefill.release(self.key, now)  # also where this overtook the first token
+        self.prefill.prefill.release(self.key, now)  # also where the first token comes later
         self._decoding()
-        if self.decode is not None and self.handoffs == 1:  # a later one waited for room, too
+        if self.decode is not None and self.handoffs == 1:  # a later one waited for room too
             self.decode.handoffs.observe(0.0 if first_token is None else now - first_token)
 
     def ended(self, worker: Worker) -> bool:
@@ -212,8 +192,7 @@ class Attempt:
         return False
 
     def lost(self, worker: Worker, reason: str) -> None:
-        """A worker is gone, with all that it held. Raises the error that ends the attempt, if its only copy was
-        there."""
+        """A worker is lost with its blocks. Raises the error that ends the attempt, if its only copy was there."""
         self.holding.discard(worker)
         decoding = self.state is AttemptState.DECODING
         if worker is self.prefill and not decoding:
@@ -228,7 +207,7 @@ class Attempt:
         self.bind()
 
     def refusal(self, waited_s: float | None = None) -> BatonError:
-        """Why the handoffs are given up: after a wait, or because no worker is left to ask."""
+        """The error that ends the handoffs: after a wait, or because no worker is left to ask."""
         last = self._last_failure
         if last is None:
             return Unavailable("no decode worker is left", 1.0, "decode_workers")
@@ -240,16 +219,22 @@ class Attempt:
         return Unavailable(f"{lead}; the last said {said}", last.retry_after_s or 1.0, "decode_workers")
 
     def cancel(self, reason: str) -> None:
-        """Makes every worker that may hold something forget the attempt."""
+        """Makes the workers that hold blocks forget the attempt."""
         self._commands.cancel(self.holding, self.key, reason)
 
     def close(self) -> None:
-        """The attempt is over: it counts for no worker any more."""
+        """Takes the attempt out of all ledgers."""
         self.prefill.prefill.release(self.key, self._clock())
         if self.decode is not None:
             self.decode.decode.release(self.key)
         self._placer.settled(self.key)
         self.state = AttemptState.OVER
+
+    def _choose(self, avoid: str = "") -> tuple[Worker, bool]:
+        choice = self._placer.choose_decode(self._admitted, self._excluded, avoid)
+        if choice is None:
+            raise self.refusal()
+        return choice
 
     def _bind_to(self, worker: Worker) -> None:
         self._give_place_back()
@@ -262,10 +247,10 @@ class Attempt:
             self._commands.cancel([left], self.key, "bound elsewhere")
         self._counts.add("handoffs")
         self._placer.settled(self.key)
-        self._commands.bind(self.prefill, HandoffKey(self.key, self.handoffs), worker)
+        self._commands.send(self.prefill, BindCommand(HandoffKey(self.key, self.handoffs), worker.process))
 
     def _decoding(self) -> None:
-        assert self.decode is not None, "it decodes where it was bound"
+        assert self.decode is not None, "bound before"
         self.state = AttemptState.DECODING
         self.decode.decode.resident(self.key)
 

@@ -1,7 +1,7 @@
 """From live workers to a snapshot, and from a plan back to a worker.
 
 Predicting takes some microseconds a worker, so the `FIRST_LOOK` least-loaded workers of each role are considered first,
-and up to `SECOND_LOOK` where none of those will do.
+and up to `SECOND_LOOK` where none of those meets the objectives.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted, Unavailable
-from baton.spec import AttemptKey
+from baton.spec import AttemptKey, RequestSpec
 from baton.telemetry import Counts
+from kvtransfer.blocks.prefix import Digests
 from router.placement.explanations import Explanations
 from router.placement.policy import Plan, pick_decode, plan
-from router.placement.snapshot import Ask
-from router.requests.admitted import Admitted
+from router.placement.snapshot import Ask, Demand
+from router.text.detokenisation import OutputText
 from router.workers.prefixes import Prefixes
 from router.workers.registry import NOBODY_RETRY_S, ServedModel
 from router.workers.worker import Worker
@@ -29,32 +30,40 @@ COMPUTE_PROMPTS: dict[PathChoice, tuple[RoleName, ...]] = {
 }  # fmt: skip
 PROBE_S, PROBE_MOST = 10.0, 3.0
 """After PROBE_S without a first token, stop trusting an idle worker's prediction and admit one request whose objective
-it misses by at most the factor PROBE_MOST: predictions are learned from what is served, so a slow minute would have the
-worker refuse for ever."""
+it misses by at most the factor PROBE_MOST: predictions are learned from served requests, so a slow minute would have
+the worker refuse for ever."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A decode worker, and whether it seems to have room."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A request before any attempt at it. Times in seconds on the event loop's clock.
 
-    worker: Worker
-    has_room: bool
+    `digests` are those of the prompt's blocks. `refuses`: end it at once where its objectives can't be met.
+    """
 
+    spec: RequestSpec
+    model: ServedModel
+    text: OutputText
+    demand: Demand
+    digests: Digests
+    arrived: float
+    deadline: float
+    handoff_wait_s: float
+    refuses: bool = False
 
-@dataclass(slots=True)
-class Unbound:
-    """Sequences of one model that are admitted and not bound to a decode worker yet."""
+    def ttft_left_s(self, now: float) -> float | None:
+        """Until the first token is due; None without such an objective."""
+        limit = self.spec.objectives.ttft_ms
+        return None if limit is None else limit / 1e3 - (now - self.arrived)
 
-    sequences: int = 0
-    tokens: int = 0
-
-    def add(self, sequences: int, tokens: int) -> None:
-        self.sequences += sequences
-        self.tokens += tokens
+    @property
+    def tpot_s(self) -> float | None:
+        limit = self.spec.objectives.tpot_ms
+        return None if limit is None else limit / 1e3
 
 
 class Placer:
-    """Plans requests and binds them. `path` fixes the way; adaptive lets each request have its own."""
+    """Plans requests and binds them. `path` fixes the way; with adaptive, each request has its own."""
 
     def __init__(
         self, path: PathChoice, prefixes: Prefixes, counts: Counts, clock: Callable[[], float] | None = None
@@ -64,24 +73,24 @@ class Placer:
         self._path, self._counts = path, counts
         self.clock = clock or (lambda: asyncio.get_running_loop().time())
         self._unbound: dict[AttemptKey, tuple[str, int]] = {}  # -> model, tokens
-        self._on_the_way: dict[str, Unbound] = {}
+        self._on_the_way: dict[str, tuple[int, int]] = {}  # by model, how many these are, and their tokens
         self.explanations = Explanations()
 
     @property
     def unbound(self) -> int:
-        """Requests that are placed and not bound to a decode worker yet."""
+        """Attempts that are placed and not bound to a decode worker yet."""
         return len(self._unbound)
 
     @property
     def roles(self) -> tuple[RoleName, ...]:
-        """Workers of these roles are needed to serve anything."""
+        """The roles without whose workers no request can be served."""
         return ("decode",) if self._path == "direct" else ("prefill", "decode")
 
     def place(self, request: Admitted) -> tuple[Worker, Plan]:
         """The worker that computes the prompt.
 
         Raises Unavailable without workers; ResourceExhausted without a pool that is large enough, or where the
-        objectives can't be met and the request wants to be refused then.
+        objectives can't be met and the request refuses that.
         """
         model, cached = request.model, self._cached(request)
         workers = {role: model.usable(role) for role in self.roles}
@@ -90,9 +99,10 @@ class Placer:
                 raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
         now = self.clock()
         blocks = model.card.kv_layout.blocks_for(len(request.spec.prompt))
-        found, seen = self._plan(request, now, model, blocks, cached)
+        needed: dict[RoleName, int] = {"prefill": blocks, "decode": request.demand.blocks}
+        found, seen = self._plan(request, now, needed, cached)
         if found is None:
-            raise _too_large(blocks, request.demand.blocks, workers)
+            raise _too_large(needed, workers)
         chosen, refused = seen[found.chosen], request.refuses and not found.meets
         if refused and _may_probe(chosen, found, now):
             chosen.probed_at, refused = now, False
@@ -113,22 +123,18 @@ class Placer:
 
     def placed(self, model: ServedModel, attempt: AttemptKey, tokens: int) -> None:
         """The attempt will need a decode worker."""
-        name = model.card.name
-        self._unbound[attempt] = name, tokens
-        self._on_the_way.setdefault(name, Unbound()).add(1, tokens)
+        self._unbound[attempt] = model.card.name, tokens
+        self._count(model.card.name, 1, tokens)
 
     def settled(self, attempt: AttemptKey) -> None:
-        """It is bound to one, or over. Idempotent."""
+        """The attempt is bound to one, or over. Idempotent."""
         name, tokens = self._unbound.pop(attempt, ("", 0))
         if name:
-            waiting = self._on_the_way[name]
-            waiting.add(-1, -tokens)
-            if not waiting.sequences:
-                del self._on_the_way[name]
+            self._count(name, -1, -tokens)
 
-    def choose_decode(self, request: Admitted, refused_by: Set[str], avoid: str) -> Choice | None:
-        """The decode worker to bind, none of the incarnations in `refused_by`, and not the one named `avoid` if there
-        is another. None when no worker is left."""
+    def choose_decode(self, request: Admitted, refused_by: Set[str], avoid: str) -> tuple[Worker, bool] | None:
+        """The decode worker to bind, and whether it seems to have room. No incarnation in `refused_by`, and not the
+        worker named `avoid` if there is another. None when no worker is left."""
         workers, now = request.model.ranking("decode"), self.clock()
         cached = self._cached(request) if len(workers) > 1 else {}
 
@@ -150,65 +156,56 @@ class Placer:
         unseen = len(workers) - len(decision.candidates)
         self.explanations.decode(request.spec.tenant_salt, request.spec.request_id, decision, now, unseen)
         room = any(candidate.name == decision.chosen and candidate.feasible for candidate in decision.candidates)
-        return Choice(next(worker for worker in some if worker.name == decision.chosen), room)
+        return next(worker for worker in some if worker.name == decision.chosen), room
+
+    def _count(self, model: str, sequences: int, tokens: int) -> None:
+        before = self._on_the_way.pop(model, (0, 0))
+        if before[0] + sequences:
+            self._on_the_way[model] = before[0] + sequences, before[1] + tokens
 
     def _cached(self, request: Admitted) -> dict[Worker, int]:
-        """Tokens of the prompt that workers hold already."""
+        """Tokens of the prompt that each worker holds already."""
         return self.prefixes.cached_tokens(request.model.card, len(request.spec.prompt), request.digests)
 
     def _plan(
-        self, request: Admitted, now: float, model: ServedModel, blocks: int, cached: Mapping[Worker, int]
+        self, request: Admitted, now: float, needed: Mapping[RoleName, int], cached: Mapping[Worker, int]
     ) -> tuple[Plan | None, dict[str, Worker]]:
-        """The plan, and the workers that were considered, by name."""
-        rankings = {role: model.ranking(role) for role in self.roles}
-        ask = self._ask(request, now, model.card.name, len(rankings["decode"]))
+        """The plan, and the workers that were considered, by name. `needed` is the least pool, in blocks, by role."""
+        rankings = {role: request.model.ranking(role) for role in self.roles}
+        ask = self._ask(request, now, len(rankings["decode"]))
+
+        def least(role: RoleName, count: int) -> list[Worker]:
+            if role not in rankings:
+                return []
+            return rankings[role].least(count, cached, lambda worker: worker.registration.blocks >= needed[role])
+
         for width in (FIRST_LOOK, SECOND_LOOK):
-            some = []
-            if "prefill" in rankings:
-                some = rankings["prefill"].least(width, cached, lambda worker: worker.registration.blocks >= blocks)
-            others = rankings["decode"].least(
-                width, cached, lambda worker: worker.registration.blocks >= request.demand.blocks
-            )
-            found = plan(
-                ask,
-                [worker.prefill_load(now, cached.get(worker, 0)) for worker in some],
-                [worker.decode_load(now, cached.get(worker, 0)) for worker in others],
-                blocks,
-                direct=self._path != "disaggregated",
-            )
+            some, others = least("prefill", width), least("decode", width)
+            prefills = [worker.prefill_load(now, cached.get(worker, 0)) for worker in some]
+            decodes = [worker.decode_load(now, cached.get(worker, 0)) for worker in others]
+            found = plan(ask, prefills, decodes, needed["prefill"], direct=self._path != "disaggregated")
             if (found is not None and found.meets) or max(map(len, rankings.values())) <= width:
                 break
         return found, {worker.name: worker for worker in (*some, *others)}
 
-    def _ask(self, request: Admitted, now: float, model: str, decodes: int) -> Ask:
+    def _ask(self, request: Admitted, now: float, decodes: int) -> Ask:
         spec, share = request.spec, max(decodes, 1)
-        waiting = self._on_the_way.get(model) or Unbound()
-        return Ask(
-            now,
-            len(spec.prompt),
-            request.demand,
-            request.ttft_left_s(now),
-            request.tpot_s,
-            spec.priority,
-            waiting.sequences / share,
-            waiting.tokens / share,
-            spec.max_tokens - 1,
-        )
+        waiting, tokens = self._on_the_way.get(request.model.card.name, (0, 0))
+        objectives, unbound = (request.ttft_left_s(now), request.tpot_s), (waiting / share, tokens / share)
+        return Ask(now, len(spec.prompt), request.demand, *objectives, spec.priority, *unbound, spec.max_tokens - 1)
 
 
 def _may_probe(worker: Worker, found: Plan, now: float) -> bool:
-    """Whether what is known of an idle worker is so old that it may be wrong, and the request one to find out with."""
+    """Whether an idle worker's measurements are too old to trust, and the request misses its objective by little."""
     if found.constraint not in ("ttft", "tpot") or len(worker.prefill) or len(worker.decode):
         return False
     if worker.probed_at is None:
-        worker.probed_at = now  # what it measured when it started is fresh
+        worker.probed_at = now  # its measurements from its start are fresh
     miss = next(offer.miss for offer in found.candidates if offer.name == found.chosen and offer.way is found.way)
     return miss <= PROBE_MOST and now - max(worker.accuracy.observed_at, worker.probed_at) >= PROBE_S
 
 
-def _too_large(prompt: int, whole: int, workers: Mapping[RoleName, Sequence[Worker]]) -> ResourceExhausted:
-    """Why no pool will do: the prompt's blocks on a prefill worker, those of the whole sequence on a decode worker."""
-    needed: dict[RoleName, int] = {"prefill": prompt, "decode": whole}
+def _too_large(needed: Mapping[RoleName, int], workers: Mapping[RoleName, Sequence[Worker]]) -> ResourceExhausted:
     for role, there in workers.items():
         if all(worker.registration.blocks < needed[role] for worker in there):
             return ResourceExhausted(f"no {role} worker's pool has {needed[role]} blocks", constraint=f"{role}_blocks")
@@ -216,17 +213,11 @@ def _too_large(prompt: int, whole: int, workers: Mapping[RoleName, Sequence[Work
 
 
 def _refusal(request: Admitted, found: Plan) -> str:
-    asked, spec = [], request.spec.objectives
-    if spec.ttft_ms is not None:
-        asked.append(f"ttft {spec.ttft_ms:g} ms")
-    if spec.tpot_ms is not None:
-        asked.append(f"tpot {spec.tpot_ms:g} ms")
-    times = [
-        f"{name} {seconds * 1e3:.0f} ms"
-        for name, seconds in (("ttft", found.ttft_s), ("tpot", found.tpot_s))
-        if seconds is not None
-    ]
     if found.constraint == "decode_room":
         return f"no decode worker has {request.demand.blocks} blocks and a sequence slot free now"
+    spec = request.spec.objectives
+    limits, times = {"ttft": spec.ttft_ms, "tpot": spec.tpot_ms}, {"ttft": found.ttft_s, "tpot": found.tpot_s}
+    asked = " and ".join(f"{name} {ms:g} ms" for name, ms in limits.items() if ms is not None)
+    expected = " and ".join(f"{name} {s * 1e3:.0f} ms" for name, s in times.items() if s is not None)
     what = "others' objectives" if found.constraint == "others" else f"its objective for {found.constraint}"
-    return f"{what} can't be kept now: asked {' and '.join(asked) or 'nothing'}, expected {' and '.join(times)}"
+    return f"{what} can't be kept now: asked {asked or 'nothing'}, expected {expected}"

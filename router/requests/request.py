@@ -1,11 +1,10 @@
-"""What belongs to the client of one request: its text, its tokens by position, its deadline and its times.
+"""The client's side of one request: its text, its tokens by position, its deadline and its times.
 
     OPEN --all tokens are out--> FINISHING --the prefill worker's report, or REPORT_WAIT_S--> OVER
       \\--error, cancel, deadline--------------------------------------------------------------/
 
-Workers, handoffs and ledgers belong to the attempt (`router.requests.attempt`), which the request drives: calls go
-down, and an error that ends the attempt comes back as an exception. What a worker says that the attempt does not
-expect of it is dropped and counted.
+The request drives its attempt, which has the workers, handoffs and ledgers: calls go down, and an error that ends the
+attempt comes back as an exception. Messages that the attempt does not expect are dropped and counted.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ from baton.errors import BatonError, Cancelled, DeadlineExceeded, Internal, Reso
 from baton.messages import Ended, HandoffDone, HandoffFailed, PrefillReport, Started, TokenRun
 from baton.spec import FinishReason
 from baton.telemetry import Counts
-from router.requests.admitted import Admitted
 from router.requests.attempt import Attempt, AttemptState, late
-from router.requests.output import Output
-from router.requests.stream import ClientStream, Piece
+from router.requests.placer import Admitted
+from router.requests.stream import ClientStream, Output, Piece
 from router.requests.timeline import Marks, Outcome, Path
 from router.workers.worker import Worker
 
 REPORT_WAIT_S = 0.25
-"""How long the end waits for the prefill worker's report, which completes the timeline."""
+"""How long FINISHING waits for the prefill worker's report, which completes the timeline."""
 MISSING_WAIT_S = 2.0
-"""How long the end waits for tokens that were counted but have not come."""
+"""How long OPEN waits for the last tokens after Ended."""
 log = structlog.get_logger(__name__)
 
 
@@ -41,7 +39,7 @@ class RequestState(Enum):
 
 
 class Request:
-    """Driven by messages, timers and the client; lives on one event loop; never waits."""
+    """Driven by messages, timers and the client. Lives on one event loop; never waits."""
 
     def __init__(self, admitted: Admitted, attempt: Attempt, stream: ClientStream, counts: Counts) -> None:
         self.admitted, self.attempt, self.stream = admitted, attempt, stream
@@ -57,27 +55,27 @@ class Request:
     # From the service.
 
     def start(self) -> None:
-        """Sends the prompt on its way."""
         now = self._loop.time()
-        self._arm("deadline", max(self.admitted.deadline - now, 0.0), self._on_deadline)
+        left_s, passed = max(self.admitted.deadline - now, 0.0), "the request's deadline has passed"
+        self._arm("deadline", left_s, lambda: self.fail(DeadlineExceeded(passed), cut=True))
         self.attempt.start()
         self.marks.commanded = now
 
     def cancel(self, reason: str) -> None:
-        """The client wants it no more. Nothing once the request is over."""
+        """No effect once the request is over."""
         self._abort("cancelled", Cancelled(reason))
 
     def fail(self, error: BatonError, *, cut: bool = False) -> None:
-        """Ends with an error, behind the tokens or (`cut`) instead of them. Nothing once the request is over."""
+        """Ends with an error, behind the tokens or (`cut`) instead of them. No effect once the request is over."""
         if self.state is RequestState.FINISHING and not cut:
-            self._complete()  # all tokens are out: only the timeline would have been fuller
+            self._complete()  # all tokens are out; only the timeline lacks a report
         else:
             self._abort("failed", error, cut=cut)
 
-    # From the workers, while the request is not over. A BatonError that is raised here ends the request.
+    # From the workers, while the request is not over. A BatonError raised here ends the request.
 
     def on_started(self, worker: Worker, message: Started) -> None:
-        """The prompt is about to be computed: time to bind a decode worker, unless one token is all."""
+        """The prompt is about to be computed: binds a decode worker if one is needed."""
         if self.state is not RequestState.OPEN or not self.attempt.started(worker):
             return late(self._counts, "started")
         self.marks.queue_ms, self.marks.cached_tokens = message.queue_ms, message.cached_tokens
@@ -86,7 +84,6 @@ class Request:
         return None
 
     def on_tokens(self, worker: Worker, run: TokenRun) -> None:
-        """New tokens, or some that came before."""
         attempt = self.attempt
         if self.state is not RequestState.OPEN or (worker is not attempt.prefill and worker is not attempt.decode):
             return late(self._counts, "tokens")
@@ -112,21 +109,18 @@ class Request:
         return None
 
     def on_handed_over(self, worker: Worker, message: HandoffDone) -> None:
-        """The decode worker owns the sequence now."""
         number, first_token = message.key.handoff, self.marks.first_token
         if self.state is not RequestState.OPEN or not self.attempt.handed_over(worker, number, first_token):
             return late(self._counts, "resident")
         return self._disarm("handoff", "rebind")
 
     def on_prefill_report(self, worker: Worker, report: PrefillReport) -> None:
-        """The prefill worker is done."""
         if worker is not self.attempt.prefill or self.attempt.report is not None:
             return late(self._counts, "prefill_report")
         self.attempt.report = report
         return None if self.attempt.direct else self.on_freed(worker)
 
     def on_ended(self, worker: Worker, ended: Ended) -> None:
-        """The sequence is over on that worker."""
         if self.state is not RequestState.OPEN or self._ended is not None or not self.attempt.ended(worker):
             return late(self._counts, "ended")
         if ended.error is not None:
@@ -137,22 +131,19 @@ class Request:
         return self._check_end(ended)
 
     def on_freed(self, worker: Worker) -> None:
-        """The attempt holds nothing there any more."""
+        """The attempt holds no blocks there any more."""
         self.attempt.holding.discard(worker)
         if self.state is RequestState.FINISHING and worker is self.attempt.prefill:
             self._complete()
 
     def on_lost(self, worker: Worker, reason: str) -> None:
-        """A worker is gone, with all that it held."""
         if self.state is RequestState.FINISHING:
             self.on_freed(worker)
         else:
             self.attempt.lost(worker, reason)
 
-    # What follows from them.
-
     def _push(self, piece: Piece) -> bool:
-        """Whether the client could take the tokens; the request is over where it could not."""
+        """False where the client is too far behind to take the tokens; the request is over then."""
         self.marks.token(self._loop.time())
         try:
             self.stream.push(piece)
@@ -193,7 +184,7 @@ class Request:
         return self._finish(ended.reason)
 
     def _finish(self, reason: FinishReason) -> None:
-        """All tokens are out; what may be waited for, briefly, is the prefill worker's report."""
+        """All tokens are out; may wait briefly for the prefill worker's report."""
         rest = self._output.flush()
         self._reason = reason if self._output.stop is None else FinishReason.STOP_STRING
         self.state = RequestState.FINISHING
@@ -209,40 +200,11 @@ class Request:
 
     def _complete(self) -> None:
         assert self._reason is not None, "only a finished request completes"
-        outcome = self._outcome(self._reason)
-        self._close("finished")
-        self.stream.finish(outcome)
-
-    def _abort(self, how: str, error: BatonError, *, cut: bool = False) -> None:
-        if self.state is RequestState.OVER:
-            return
-        log.info(
-            "request ended",
-            request_id=self.admitted.spec.request_id,
-            attempt=self.attempt.key.hex()[:12],
-            state=how,
-            was=self.attempt.state.name.lower(),
-            error=str(error),
-        )
-        self.attempt.cancel(str(error))
-        self._close(how)
-        if cut:
-            self.stream.cut(error)
-        else:
-            self.stream.fail(error)
-
-    def _close(self, how: str) -> None:
-        self.state = RequestState.OVER
-        self._disarm(*list(self._timers))
-        self.attempt.close()
-        self._counts.add(f"requests_{how}")
-
-    def _outcome(self, reason: FinishReason) -> Outcome:
         attempt, spec = self.attempt, self.admitted.spec
         decoded = attempt.state is AttemptState.DECODING
         path = Path.DIRECT if attempt.direct else Path.DISAGGREGATED if decoded else Path.PREFILL_ONLY
-        return Outcome(
-            reason=reason,
+        outcome = Outcome(
+            reason=self._reason,
             stop=self._output.stop or "",
             prompt_tokens=len(spec.prompt),
             output_tokens=self._output.delivered,
@@ -258,9 +220,27 @@ class Request:
             objectives=spec.objectives,
             simulated=attempt.prefill.card.simulated,
         )
+        self._close("finished")
+        self.stream.finish(outcome)
 
-    def _on_deadline(self) -> None:
-        self.fail(DeadlineExceeded("the request's deadline has passed"), cut=True)
+    def _abort(self, how: str, error: BatonError, *, cut: bool = False) -> None:
+        if self.state is RequestState.OVER:
+            return
+        attempt, label = self.attempt, self.admitted.spec.request_id
+        told = {"attempt": attempt.key.hex()[:12], "state": how, "was": attempt.state.name.lower(), "error": str(error)}
+        log.info("request ended", request_id=label, **told)
+        attempt.cancel(str(error))
+        self._close(how)
+        if cut:
+            self.stream.cut(error)
+        else:
+            self.stream.fail(error)
+
+    def _close(self, how: str) -> None:
+        self.state = RequestState.OVER
+        self._disarm(*list(self._timers))
+        self.attempt.close()
+        self._counts.add(f"requests_{how}")
 
     def _on_handoff_deadline(self) -> None:
         self._counts.add("handoffs_given_up")

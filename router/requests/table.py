@@ -1,4 +1,4 @@
-"""All live requests: a place for each, and the way of what workers say to the request that it is about.
+"""All live requests: a slot for each, and the dispatch of the workers' messages to them.
 
 A message about an attempt that is over or was never known is dropped and counted. A fault in one request ends that one
 and no other.
@@ -29,10 +29,9 @@ from baton.messages import (
 )
 from baton.spec import AttemptKey
 from baton.telemetry import Counts
-from router.requests.admitted import Admitted
 from router.requests.attempt import Attempt, late
 from router.requests.commands import Commands
-from router.requests.placer import Placer
+from router.requests.placer import Admitted, Placer
 from router.requests.request import Request, RequestState
 from router.requests.stream import ClientStream
 from router.workers.worker import Worker
@@ -56,25 +55,25 @@ class Requests:
             HandoffFailed: partial(self._tell, "handoff_failed", Request.on_handoff_failed),
             HandoffDone: partial(self._tell, "resident", Request.on_handed_over),
             Ended: partial(self._tell, "ended", Request.on_ended),
-            PrefillReport: self._on_prefill_report,
+            PrefillReport: self._on_report,
             Freed: self._on_freed,
             LoadReport: lambda worker, message: worker.reported(message),
             CacheUpdate: placer.prefixes.on_update,
         }
 
     def live(self) -> dict[str, int]:
-        """How many objects there are, by name."""
+        """Counts of objects by name."""
         return {
             "requests": len(self._labels),
             "attempts": len(self._live),
-            "cancelling": self.commands.cancelling,
+            "cancelling": len(self.commands.cancelling),
             "unbound": self.placer.unbound,
         }
 
     @contextlib.contextmanager
     def slot(self, tenant_salt: str, request_id: str) -> Iterator[str]:
-        """A place in the system under a label that no other request of the tenant has; yields the label, minted if
-        empty. Raises ResourceExhausted when all places are taken, InvalidArgument when the label is."""
+        """A slot under a label that no other request of the tenant has; yields the label, minted if empty. Raises
+        ResourceExhausted when all slots are taken, InvalidArgument when the label is."""
         if self._refusing is not None:
             raise self._refusing
         if len(self._labels) >= self._max:
@@ -91,7 +90,7 @@ class Requests:
 
     @contextlib.contextmanager
     def running(self, admitted: Admitted, stream: ClientStream) -> Iterator[Request]:
-        """Places the prompt and sends it; at the end cancels what is left of the request. Raises as `Placer.place`."""
+        """Places the prompt and sends it; at the end cancels a request that is not over. Raises as `Placer.place`."""
         if self._refusing is not None:
             raise self._refusing
         try:
@@ -110,76 +109,52 @@ class Requests:
             del self._live[attempt.key]
 
     def refuse_all(self, error: BatonError) -> None:
-        """Ends what runs, and refuses what comes, with this error."""
+        """Ends all requests, and refuses later ones, with this error."""
         self._refusing = error
         for request in list(self._live.values()):
             request.fail(error)
 
     def on_event(self, worker: Worker, event: Event | None) -> None:
-        """What a worker says; None is what only a newer worker could mean."""
+        """None is a message of a kind that only newer workers know."""
         if event is None:
             self._counts.add("unknown_frames")
         else:
             self._handlers[type(event)](worker, event)
 
-    def on_joined(self, worker: Worker) -> None:
-        """A worker's stream is about to start."""
-        self.placer.prefixes.on_joined(worker)
-
     def on_lost(self, worker: Worker, reason: str) -> None:
-        """Ends or rebinds what was on the worker."""
+        """Ends or rebinds the requests on the worker."""
         self.placer.prefixes.on_lost(worker)
-        for request in list(self._live.values()):
-            if request.state is not RequestState.OVER:
-                with self._guarded(request):
-                    request.on_lost(worker, reason)
+        for attempt in list(self._live):
+            self._act(attempt, Request.on_lost, worker, reason)
         self.commands.lost(worker)
 
     def _on_tokens(self, worker: Worker, message: Tokens) -> None:
-        live = self._live
-        for run in message.runs:  # once per token: no context manager here
-            request = live.get(run.attempt)
-            if request is None or request.state is RequestState.OVER:
+        for run in message.runs:
+            if not self._act(run.attempt, Request.on_tokens, worker, run):
                 late(self._counts, "tokens")
-                continue
-            try:
-                request.on_tokens(worker, run)
-            except Exception as error:  # noqa: BLE001 (told to the request)
-                self._fault(request, error)
-
-    def _tell(self, kind: str, act: Callable[[Request, Worker, Any], None], worker: Worker, message: Any) -> None:
-        request = self._live.get(message.attempt)
-        if request is None or request.state is RequestState.OVER:
-            return late(self._counts, kind)
-        with self._guarded(request):
-            act(request, worker, message)
-        return None
-
-    def _on_prefill_report(self, worker: Worker, message: PrefillReport) -> None:
-        request = self._live.get(message.attempt)
-        if request is None or request.state is RequestState.OVER:
-            return  # after a stop string, a cancel or a slow report: nothing hangs on it any more
-        with self._guarded(request):
-            request.on_prefill_report(worker, message)
 
     def _on_freed(self, worker: Worker, message: Freed) -> None:
         if not self.commands.freed(worker, message.attempt):
             late(self._counts, "freed")
-        request = self._live.get(message.attempt)
-        if request is not None and request.state is not RequestState.OVER:
-            with self._guarded(request):
-                request.on_freed(worker)
+        self._act(message.attempt, Request.on_freed, worker)
 
-    @contextlib.contextmanager
-    def _guarded(self, request: Request) -> Iterator[None]:
+    def _on_report(self, worker: Worker, message: PrefillReport) -> None:
+        self._act(message.attempt, Request.on_prefill_report, worker, message)  # after a stop string it is not late
+
+    def _tell(self, kind: str, act: Callable[[Request, Worker, Any], None], worker: Worker, message: Any) -> None:
+        if not self._act(message.attempt, act, worker, message):
+            late(self._counts, kind)
+
+    def _act(self, attempt: AttemptKey, act: Callable[..., None], *args: Any) -> bool:
+        """Calls a method of the attempt's request and tells the request of a fault; False where it is over."""
+        request = self._live.get(attempt)
+        if request is None or request.state is RequestState.OVER:
+            return False
         try:
-            yield
-        except Exception as error:  # noqa: BLE001 (told to the request)
-            self._fault(request, error)
-
-    def _fault(self, request: Request, error: Exception) -> None:
-        if isinstance(error, BatonError):
+            act(request, *args)
+        except BatonError as error:
             request.fail(error)
-            return
-        log.error("unexpected error in a request", request_id=request.admitted.spec.request_id, exc_info=error)
-        request.fail(Internal("internal error; the router's log has the details"), cut=True)
+        except Exception as error:
+            log.error("unexpected error in a request", request_id=request.admitted.spec.request_id, exc_info=error)
+            request.fail(Internal("internal error; the router's log has the details"), cut=True)
+        return True

@@ -1,4 +1,4 @@
-"""Where a request's time went. Durations come from one monotonic clock each: the router's own, or a worker's."""
+"""A request's times. Each duration comes from one monotonic clock: the router's own, or a worker's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from baton.spec import FinishReason, Objectives
 
 
 class Path(Enum):
-    """Which way a request took. The values are the wire's."""
+    """The values are the wire's."""
 
     DISAGGREGATED = 1
     PREFILL_ONLY = 2
@@ -29,7 +29,7 @@ class Marks:
     cached_tokens: int = 0
 
     def token(self, now: float) -> None:
-        """Tokens were handed to the stream."""
+        """Tokens went into the stream."""
         if self.first_token is None:
             self.first_token = now
         self.last_token = now
@@ -48,8 +48,7 @@ class Marks:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a request ended well: what the client is told of it. The workers' reports are None where they did not
-    come."""
+    """The good end of a request, for its client. The workers' reports are None where they did not come."""
 
     reason: FinishReason
     stop: str

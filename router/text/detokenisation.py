@@ -1,8 +1,8 @@
 """From token ids to text, one token at a time, with constant work per token.
 
-A token may end within a character, so text is held back until the character is complete. The way is that of TGI and
-vLLM: decode a short window of tokens twice, with and without the newest ones; what the second adds is new text. The
-window starts where text was last complete, so the result is that of decoding everything at once.
+A token may end within a character, so text is held back until the character is complete. As in TGI and vLLM, a short
+window of tokens is decoded twice, with and without the newest ones; the difference is the new text. The window starts
+where text was last complete, so the result equals that of decoding all tokens at once.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 HELD_TOKENS = 32
-"""A run of this many tokens none of which ends a character is no text; it is given out as it decodes."""
+"""A run of this many tokens none of which ends a character is not text; it is given out as it decodes."""
 
 
 class Decoder(Protocol):
-    """What is needed of a tokeniser."""
+    """The part of a tokeniser that is used here."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of the ids."""
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
 class WholeTokens(dict[int, str]):
-    """The texts of tokens that hold whole characters; empty for those that do not, and those that have no text.
+    """The texts of tokens that hold whole characters; empty for other tokens, and those without text.
 
     For byte-level decoders only: there the bytes of a text are the bytes of its tokens, one after the other. So a whole
     token after complete text adds its own text, whatever came before.
     """
 
     def __init__(self, decoder: Decoder, vocabulary: int = 0) -> None:
-        """Filled up to `vocabulary` at once, so that a router does not grow with what it has seen; 49,152 tokens take
-        0.1 s and 7 MB. Others are added when they come."""
+        """Filled up to `vocabulary` at once, so that a router does not grow as it runs: 49,152 tokens take 0.1 s and
+        7 MB. Others are added when they come."""
         super().__init__()
         self._decoder = decoder
         for token in range(vocabulary):
@@ -54,7 +53,7 @@ class Detokeniser:
         self._read_text = ""
 
     def push(self, token: int) -> str:
-        """The text that this token completes, often its own; empty while a character is incomplete."""
+        """The text that this token completes; empty while a character is incomplete."""
         if token in self._skipped:
             return ""
         if self._whole is not None and len(self._window) == self._read and (alone := self._whole[token]):
@@ -69,7 +68,7 @@ class Detokeniser:
         return self._take(text)
 
     def flush(self) -> str:
-        """What is still held back, as it decodes; at the end of the output."""
+        """The text held back at the end of the output, as it decodes."""
         if len(self._window) == self._read:
             return ""
         return self._take(self._decoder.decode(self._window, skip_special_tokens=False))
@@ -85,7 +84,7 @@ class Detokeniser:
 class StopMatcher:
     """Finds the first stop string to be completed, holding back text that may become one.
 
-    What is found does not depend on where the pieces of text were cut. Of strings completed by the same character the
+    The result does not depend on how the text is cut into pieces. Of strings completed by the same character the
     longest counts.
     """
 
@@ -108,13 +107,13 @@ class StopMatcher:
         return buffer[:keep], None
 
     def flush(self) -> str:
-        """What was held back and has become no stop string."""
+        """The text held back, which has become no stop string."""
         held, self._held = self._held, ""
         return held
 
 
 class OutputText:
-    """Detokeniser and stop strings together: the text of one request's output."""
+    """The text of one request's output: detokeniser and stop strings together."""
 
     def __init__(self, detokeniser: Detokeniser, stops: StopMatcher) -> None:
         self._detokeniser, self._stops = detokeniser, stops
@@ -125,13 +124,13 @@ class OutputText:
         return self._stops.push(text) if text else ("", None)
 
     def flush(self) -> tuple[str, str | None]:
-        """The rest, at the end of the output; it too may complete a stop string."""
+        """The rest at the end of the output; it too may complete a stop string."""
         text, stop = self._stops.push(self._detokeniser.flush())
         return (text, stop) if stop is not None else (text + self._stops.flush(), None)
 
 
 def _possible_start(buffer: str, stop: str) -> int:
-    """Where the longest end of `buffer` starts that `stop` starts with; the buffer's length when there is none."""
+    """The start of the longest end of `buffer` that `stop` starts with; the buffer's length when there is none."""
     start = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1))
     while start >= 0:
         if stop.startswith(buffer[start:]):

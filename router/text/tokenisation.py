@@ -1,9 +1,8 @@
 """From text and chat messages to token ids, with a model's own tokeniser and template.
 
 Both come from the workers and are treated as data: the template runs in a sandbox, and its output is bounded.
-Special tokens written out in a prompt (`<|im_end|>`) are read as such, as `transformers` does: the ids are those that
-its tokeniser gives for the same text. So a client that passes on text of others should send it as `chat`, where the
-same holds for the content, or filter it first.
+Special tokens written out in a prompt or in a chat message's content (`<|im_end|>`) are read as such, as `transformers`
+does: the ids are those that its tokeniser gives for the same text. A client that passes on others' text filters it.
 """
 
 from __future__ import annotations
@@ -11,21 +10,40 @@ from __future__ import annotations
 import asyncio
 import json
 from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
 from baton.errors import InvalidArgument, NotFound
-from router.clients.validation import Input, Message
 from router.text.detokenisation import Detokeniser, OutputText, StopMatcher, WholeTokens
 
 INLINE_BYTES = 20_000
 """Longer texts are tokenised off the event loop: this much takes some milliseconds."""
 RENDERED_LIMIT = 8 * 1024 * 1024
 """Characters that a template may produce."""
+InputField = Literal["prompt", "token_ids", "chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """The text, ids or chat to be completed; `field` says which of the other three is set."""
+
+    field: InputField
+    prompt: str = ""
+    token_ids: tuple[int, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 class Language:
@@ -41,8 +59,8 @@ class Language:
         bos_token: str = "",
         eos_token: str = "",
     ) -> None:
-        """`bos_token_id` goes before plain prompts; `bos_token` and `eos_token` are what the template knows by those
-        names. Raises NotFound when tokeniser or template can't be read."""
+        """`bos_token_id` goes before plain prompts; `bos_token` and `eos_token` are variables of the template. Raises
+        NotFound when tokeniser or template can't be read."""
         self.model = model
         self._bos = bos_token_id
         try:
@@ -63,10 +81,10 @@ class Language:
         self._variables = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(self, messages: tuple[Message, ...]) -> str:
-        """The chat as the model was trained to read it, up to where its answer starts."""
+        """The chat as the model was trained to read it, up to the start of its answer. Raises InvalidArgument."""
         if self._template is None:
             raise InvalidArgument("chat", f"{self.model} has no chat template; use prompt or token_ids")
-        plain = [{"role": message.role, "content": message.content} for message in messages]
+        plain = [asdict(message) for message in messages]
         pieces, length = [], 0
         try:
             for piece in self._template.generate(messages=plain, add_generation_prompt=True, **self._variables):
@@ -81,7 +99,7 @@ class Language:
         return "".join(pieces)
 
     def tokenise(self, given: Input) -> tuple[tuple[int, ...], str]:
-        """Ids and the text they were made from. The text of `token_ids` is empty."""
+        """Ids and the text that they were made from; the text of `token_ids` is empty."""
         if given.field == "token_ids":
             return given.token_ids, ""
         text = self.render(given.messages) if given.field == "chat" else given.prompt
@@ -105,18 +123,17 @@ async def tokenise(language: Language, given: Input, executor: Executor) -> tupl
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As `transformers` sets it up, so that a template finds what it was written for."""
+    """As `transformers` sets it up, since templates are written for that."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; here it is just its content."""
+    """`{% generation %}` marks the assistant's words for training; here only its content counts."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 

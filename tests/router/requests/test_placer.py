@@ -20,10 +20,9 @@ from kvtransfer.blocks.prefix import Digests
 from router.placement.offers import Way
 from router.placement.policy import Plan
 from router.placement.snapshot import Demand, Queued
-from router.requests.admitted import Admitted
 from router.requests.attempt import Attempt
 from router.requests.commands import Commands
-from router.requests.placer import FIRST_LOOK, PROBE_S, SECOND_LOOK, Placer
+from router.requests.placer import FIRST_LOOK, PROBE_S, SECOND_LOOK, Admitted, Placer
 from router.text.detokenisation import OutputText
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
@@ -151,8 +150,8 @@ async def test_a_decode_worker_with_room_is_found_behind_full_ones() -> None:
     decodes[-1].decode.bind(os.urandom(16), Demand(4, 64))
     choice = placer("disaggregated").choose_decode(request(None, model(*decodes)), frozenset(), "")
     assert choice is not None
-    assert choice.has_room
-    assert choice.worker is decodes[-1]
+    assert choice[1]
+    assert choice[0] is decodes[-1]
 
 
 async def test_those_that_refused_are_left_out_before_the_look() -> None:
@@ -161,10 +160,10 @@ async def test_those_that_refused_are_left_out_before_the_look() -> None:
     placed = placer("disaggregated")
     choice = placed.choose_decode(request(None, model(*decodes)), refused, decodes[-2].name)
     assert choice is not None
-    assert choice.worker is decodes[-1]
+    assert choice[0] is decodes[-1]
     only = placed.choose_decode(request(None, model(*decodes[:-1])), refused, decodes[-2].name)
     assert only is not None
-    assert only.worker is decodes[-2], "the one to avoid, where there is no other"
+    assert only[0] is decodes[-2], "the one to avoid, where there is no other"
     assert placed.choose_decode(request(None, model(*decodes[:-2])), refused, "") is None
 
 
@@ -177,7 +176,7 @@ async def test_the_decode_worker_that_can_hold_it_is_found_behind_many_small_one
     placed.place(request(None, model(prefill, *small, large)))
     choice = placed.choose_decode(request(None, model(prefill, *small, large)), frozenset(), "")
     assert choice is not None
-    assert choice.worker is large
+    assert choice[0] is large
     with pytest.raises(ResourceExhausted, match="no decode worker's pool has 8 blocks") as caught:
         placed.place(request(None, model(prefill, *small)))
     assert (caught.value.constraint, caught.value.retry_after_s) == ("decode_blocks", None)
@@ -191,9 +190,9 @@ async def test_what_is_on_the_way_for_one_model_does_not_count_for_another() -> 
     attempts = [os.urandom(16) for _ in range(3)]
     for attempt in attempts:
         placed.placed(other, attempt, 500)
-    assert placed._ask(request(None, pair), 0.0, pair.card.name, 2).unbound == 0
+    assert placed._ask(request(None, pair), 0.0, 2).unbound == 0
     placed.placed(pair, os.urandom(16), 100)
-    asked = placed._ask(request(None, pair), 0.0, pair.card.name, 4)
+    asked = placed._ask(request(None, pair), 0.0, 4)
     assert (asked.unbound, asked.unbound_tokens) == (0.25, 25.0)
     for attempt in attempts * 2:
         placed.settled(attempt)
