@@ -140,7 +140,7 @@ class GenerationService:
             ),
             router=self._router,
             stop_token_ids=frozenset(checked.stop_token_ids),
-            eos_token_ids=frozenset() if checked.ignore_eos else card.eos_token_ids,
+            eos_token_ids=frozenset(() if checked.ignore_eos else card.eos_token_ids),
             objectives=self._defaults.fill(checked.objectives, card.name, checked.priority),
             priority=checked.priority,
             tenant_salt=checked.tenant_salt,

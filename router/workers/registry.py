@@ -21,6 +21,7 @@ from baton.config import RoleName
 from baton.errors import BatonError, InvalidArgument, Mismatch, NotFound, Unavailable
 from baton.identity import fingerprint_difference
 from baton.messages import Event
+from baton.model import ModelCard
 from baton.rpc import net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
@@ -28,7 +29,7 @@ from router.text.tokenisation import Language
 from router.workers.artifacts import ArtifactStore
 from router.workers.link import WorkerLink
 from router.workers.ranking import Ranking
-from router.workers.worker import ModelCard, Registration, Worker
+from router.workers.worker import Registration, Worker
 
 NOBODY_RETRY_S = 1.0
 PROBE_S = 0.25
@@ -312,11 +313,7 @@ def _differences(
         if isinstance(mine, dict) and isinstance(other, dict):
             yield from _differences(mine, other, f"{prefix}{name}.")
         elif mine != other:
-            yield f"{prefix}{name}", _show(mine), _show(other)
-
-
-def _show(value: object) -> str:
-    return str(sorted(value)) if isinstance(value, frozenset) else str(value)
+            yield f"{prefix}{name}", str(mine), str(other)
 
 
 def _mismatch_text(model: str, field: str, ours: str, theirs: str) -> str:

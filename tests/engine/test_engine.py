@@ -18,8 +18,8 @@ from baton.engine.kv import KvPool
 from baton.engine.offline import GenerationResult, Prompt, generate
 from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError, InvalidArgument, ResourceExhausted
+from baton.model import KvLayout
 from baton.spec import Sampling
-from kvtransfer.blocks.layout import KvLayout
 from tests.engine.conftest import Computing, Tiny, tokens_for
 
 

@@ -12,8 +12,8 @@ from baton.cli.flags import Json
 from baton.cli.output import print_json, print_table
 from baton.config import DEFAULT_MODEL, KvChoice, WeightChoice, WorkerSettings
 from baton.errors import ConfigError
+from baton.model import KvLayout
 from baton.telemetry import configure_logs
-from kvtransfer.blocks.layout import KvLayout
 
 app = App(name="model", help="Manage the models on this machine.")
 LENGTHS = (128, 1024, 8192)
