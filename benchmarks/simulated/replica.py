@@ -39,7 +39,7 @@ from router.text.detokenisation import OutputText
 from router.workers.ledger import Reported
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.registry import ServedModel
+from router.workers.served_model import ServedModel
 from router.workers.worker import Registration, Worker
 
 CHUNK, BLOCKS, SLOTS, BLOCK_TOKENS = 512, 1 << 20, 256, 16

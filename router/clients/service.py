@@ -18,15 +18,17 @@ from baton.spec import ProcessRef, RequestSpec
 from baton.v1 import generation_pb2 as gen
 from router.clients.events import accepted, finished, tokens
 from router.clients.parsing import Unreadable, parser
-from router.clients.validation import Checked, Input, check_ids, check_input, check_length, check_request
+from router.clients.validation import Checked, check_ids, check_input, check_length, check_request
 from router.placement.snapshot import Demand
 from router.requests.admitted import Admitted
 from router.requests.request import Request
 from router.requests.stream import ClientStream, Piece
 from router.requests.table import Requests
+from router.text.input import Input
 from router.text.tokenisation import tokenise
 from router.workers.prefixes import digests_of
-from router.workers.registry import NOBODY_RETRY_S, Registry, ServedModel
+from router.workers.registry import NOBODY_RETRY_S, Registry
+from router.workers.served_model import ServedModel
 
 ABORT_S = 2.0
 """How long a client that does not read may take to notice its error."""

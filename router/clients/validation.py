@@ -10,36 +10,17 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from baton.errors import InvalidArgument, Unimplemented
 from baton.objectives import LEAST_MS, MOST_MS
 from baton.spec import Objectives, Sampling
 from baton.v1 import generation_pb2 as gen
+from router.text.input import Input, InputField, Message
 
 LABEL_BYTES = 128
 STOP_STRINGS, STOP_BYTES, STOP_TOKEN_IDS = 16, 256, 64
 LOGPROBS, PRIORITY = 20, 100
 ROLES = ("system", "user", "assistant")
-InputField = Literal["prompt", "token_ids", "chat"]
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One chat message."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """What is to be completed; `field` says which of the other three is set."""
-
-    field: InputField
-    prompt: str = ""
-    token_ids: tuple[int, ...] = ()
-    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from baton.spec import RequestSpec
 from kvtransfer.blocks.prefix import Digests
 from router.placement.snapshot import Demand
 from router.text.detokenisation import OutputText
-from router.workers.registry import ServedModel
+from router.workers.served_model import ServedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
 from baton.errors import InvalidArgument, NotFound
-from router.clients.validation import Input, Message
 from router.text.detokenisation import Detokeniser, OutputText, StopMatcher, WholeTokens
+from router.text.input import Input, Message
 
 INLINE_BYTES = 20_000
 """Longer texts are tokenised off the event loop: this much takes some milliseconds."""

@@ -40,7 +40,8 @@ def fetch(name: str = DEFAULT_MODEL, /) -> None:
 
 def prepare_kernels() -> None:
     """Compiles the kernels for this processor, once; where that fails, workers say so and compute with torch."""
-    from baton.engine.native.build import NativeUnavailable, cpu_flags, library_for, target_for
+    from baton.engine.native.build import NativeUnavailable, library_for, target_for
+    from baton.engine.processor import cpu_flags
 
     configure_logs("model")
     with contextlib.suppress(NativeUnavailable):

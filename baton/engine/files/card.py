@@ -18,7 +18,7 @@ from baton.engine.files.digests import weights_digest
 from baton.engine.files.gguf_file import GgufFile
 from baton.engine.files.metadata import Metadata, read_json, read_json_if_there
 from baton.engine.files.models import ResolvedModel
-from baton.engine.native.build import cpu_flags
+from baton.engine.processor import cpu_flags
 from baton.errors import ConfigError, ModelFileError
 from baton.identity import extended_fingerprint
 from baton.model import KvLayout, ModelCard

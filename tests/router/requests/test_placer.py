@@ -27,7 +27,7 @@ from router.requests.placer import FIRST_LOOK, PROBE_S, SECOND_LOOK, Placer
 from router.text.detokenisation import OutputText
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.registry import ServedModel
+from router.workers.served_model import ServedModel
 from router.workers.worker import Registration, Worker
 
 ROUTER = ProcessRef("router", "r-1", "")

@@ -15,8 +15,8 @@ from baton.engine.files.download import fetch_embedded
 from baton.engine.files.gguf_file import GgufFile
 from baton.engine.files.tokenizer import tokenizer_json
 from baton.errors import InvalidArgument, NotFound
-from router.clients.validation import Input, Message
 from router.text.detokenisation import HELD_TOKENS, Detokeniser, OutputText, StopMatcher, WholeTokens
+from router.text.input import Input, Message
 from router.text.tokenisation import Language
 from tests.router.doubles import EOS, TEMPLATE, encode, tokenizer
 
