@@ -15,6 +15,7 @@ import structlog
 from baton.cost import HANDOFF_S, HandoffTimes
 from baton.engine.api import Sequence
 from baton.messages import Freed, HandoffDone, TokenRun, Tokens
+from baton.model import KvLayout
 from baton.spec import AttemptKey, HandoffKey, RefusalReason, SequenceSpec
 from baton.telemetry import Counts
 from baton.worker.session import RouterSession
@@ -24,7 +25,6 @@ from decode_worker.running import Residents
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.writer_streams import WriterStreams
 from kvtransfer.blocks.admission import Admission
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
 from kvtransfer.handoffs.outcomes import GrantState, Outcome

@@ -13,6 +13,7 @@ from baton import errors
 from baton.identity import fingerprint_difference, host_id
 from baton.rpc.convert import (
     handoff_from_wire,
+    layout_from_wire,
     logprobs_from_wire,
     process_from_wire,
     process_to_wire,
@@ -25,8 +26,8 @@ from baton.spec import ProcessRef, RefusalReason
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
 from baton.v1.transfer_pb2_grpc import TransferServicer
+from baton.worker.handshake import PROTOCOL_VERSION
 from baton.worker.service import WorkerService
-from baton.worker.wire import PROTOCOL_VERSION, layout_from_wire
 from decode_worker.records import FirstToken
 from decode_worker.service import DecodeRole
 from decode_worker.writer_streams import WriterStream, WriterStreams

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from baton.bench.config import DEFAULT_RATE, LoadConfig, SweepConfig
 from baton.bench.figures.results import Measurement, measure
+from baton.bench.schedule.config import DEFAULT_RATE, LoadConfig, SweepConfig
 from baton.bench.schedule.lengths import UNBOUNDED
 from baton.bench.schedule.plan import make_plan
 from baton.bench.schedule.traces import mean_rate, read_trace

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.cost import StepShape, pairs
+from baton.model import KvLayout
 from baton.spec import NEVER_STOP, AttemptKey, Sampling, SequenceSpec, StopRule, TokenLogprobs
-from kvtransfer.blocks.layout import KvLayout
 
 
 @dataclass(slots=True)

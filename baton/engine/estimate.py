@@ -11,7 +11,7 @@ from baton.engine.files.gguf_file import GgufFile, gguf_name
 from baton.engine.files.metadata import read_json
 from baton.engine.files.models import ResolvedModel
 from baton.engine.native.formats import format_of, layer_vectors, model_matrices, own_grid, packed_bytes
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 
 KV_DTYPES = ("bfloat16", "int8", "float32")
 

@@ -6,7 +6,7 @@ import mmap
 
 import torch
 
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes of torch's arithmetic; a pool of another dtype is bytes."""

@@ -20,7 +20,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class OfflinePrompt:
     """Continues until `max_tokens` or one of `stop_token_ids`, EOS among them, which stays in the output."""
 
     tokens: tuple[int, ...]
@@ -54,7 +54,7 @@ class GenerationResult:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    prompt: Prompt
+    prompt: OfflinePrompt
     sequence: Sequence
     result: GenerationResult
 
@@ -84,7 +84,7 @@ class _Running:
 
 
 def generate(
-    engine: Engine, prompts: Seq[Prompt], *, blocks: int, chunk_tokens: int = 512, max_sequences: int = 16
+    engine: Engine, prompts: Seq[OfflinePrompt], *, blocks: int, chunk_tokens: int = 512, max_sequences: int = 16
 ) -> list[GenerationResult]:
     """Runs all prompts, in batches of at most `max_sequences`, over pool blocks [0, blocks).
 
@@ -111,7 +111,7 @@ def generate(
     return results
 
 
-def _admit(engine: Engine, prompt: Prompt, result: GenerationResult, pool: BlockPool) -> _Running | None:
+def _admit(engine: Engine, prompt: OfflinePrompt, result: GenerationResult, pool: BlockPool) -> _Running | None:
     need = engine.layout.blocks_for(prompt.kv_tokens)
     if need > pool.blocks:
         raise ResourceExhausted(f"a prompt needs {need} blocks, the pool has {pool.blocks}", None, "blocks")

@@ -23,12 +23,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from baton.config import WorkerConfig
 from baton.cost import COEFFICIENTS, StepCost, StepShape, pairs
 from baton.engine.api import Sampled, Sequence, Work, shape_of
-from baton.engine.files.card import ModelCard, describe
+from baton.engine.files.card import LocalCard, describe, sha256
 from baton.engine.files.models import resolve
 from baton.engine.sampling import stream_key
 from baton.errors import ConfigError
+from baton.model import DTYPE_BYTES, KvLayout
 from baton.spec import TokenLogprobs
-from kvtransfer.blocks.layout import DTYPE_BYTES, KvLayout
 
 BYTES_MODEL = "bytes"
 """The name of a tokeniser without a model or a file: each byte is a token."""
@@ -46,7 +46,7 @@ COSTS = {
 Bytes = npt.NDArray[np.uint8]
 
 
-def simulated_card(config: WorkerConfig) -> ModelCard:
+def simulated_card(config: WorkerConfig) -> LocalCard:
     """The model's card with another name and fingerprint, so that it pairs with no worker that computes."""
     if config.model == BYTES_MODEL:
         real = bytes_card()
@@ -60,7 +60,7 @@ def simulated_card(config: WorkerConfig) -> ModelCard:
     return replace(real, name=PREFIX + real.name, fingerprint=fingerprint, kv_layout=layout, simulated=True)
 
 
-def simulated_engine(config: WorkerConfig, card: ModelCard, buffer: memoryview) -> SimulatedEngine:
+def simulated_engine(config: WorkerConfig, card: LocalCard, buffer: memoryview) -> SimulatedEngine:
     """Raises ConfigError for a cost model that can't be read."""
     return SimulatedEngine(card, buffer, faster(read_costs(config.cost_model), config.sim_speed), config.sim_eos_after)
 
@@ -97,7 +97,7 @@ def typical_steps(costs: StepCost) -> tuple[tuple[StepShape, float], ...]:
 
 
 @cache
-def bytes_card() -> ModelCard:
+def bytes_card() -> LocalCard:
     """A card with a tokeniser of 256 bytes and one special token, the end of a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
@@ -105,18 +105,19 @@ def bytes_card() -> ModelCard:
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(_END, special=True)])
     text = made.to_str()
-    return ModelCard(
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    return LocalCard(
         name=BYTES_MODEL,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         context_tokens=BYTES_CONTEXT,
         vocabulary_size=made.get_vocab_size(),
         eos_token_ids=(len(alphabet),),
-        bos_token_id=None,
-        bos_token="",
         eos_token=_END,
         tokenizer_json=text.encode(),
-        chat_template="{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
+        chat_template=template,
         kv_layout=KvLayout(layers=1, kv_heads=1, head_dim=16, dtype="bfloat16"),
+        tokenizer_sha256=sha256(text.encode()),
+        chat_template_sha256=sha256(template.encode()),
     )
 
 
@@ -128,7 +129,7 @@ class SimulatedEngine:
     AssertionError: the step fails, and its sequences with it.
     """
 
-    def __init__(self, card: ModelCard, buffer: memoryview, costs: StepCost, eos_after: int = 0) -> None:
+    def __init__(self, card: LocalCard, buffer: memoryview, costs: StepCost, eos_after: int = 0) -> None:
         self.costs, self.layout = costs, card.kv_layout
         self._card, self._eos_after = card, eos_after
         self._eos = sorted(card.eos_token_ids)

@@ -12,8 +12,8 @@ from baton.engine.api import Sampled, Sequence, Work
 from baton.engine.files.card import ModelDescription
 from baton.engine.kv import KvPool
 from baton.engine.sampling import Logits, Penalties, logprobs, sample
+from baton.model import KvLayout
 from baton.spec import Sampling
-from kvtransfer.blocks.layout import KvLayout
 
 
 @dataclass(slots=True)

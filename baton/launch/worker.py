@@ -6,7 +6,6 @@ The only place that knows both roles. `run` reads from top to bottom: load, bind
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,17 +20,17 @@ from baton.launch.transports import check_device, device_issuer, receivers, writ
 from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc import collector
-from baton.rpc.convert import ROLES, process_to_wire
+from baton.rpc.convert import ROLES, card_to_wire, process_to_wire
 from baton.rpc.net import Server, Service, parse_address, service
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import admin_pb2_grpc, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.worker.cache_events import CacheEvents
+from baton.worker.handshake import handshake_of
 from baton.worker.registration import Membership
 from baton.worker.runner import Runner
 from baton.worker.sending.senders import Senders
-from baton.worker.service import RoleHandler, WorkerService, artifact_table
-from baton.worker.wire import handshake_of, layout_to_wire
+from baton.worker.service import RoleHandler, WorkerService
 from decode_worker.service import DecodeRole
 from decode_worker.transfer import TransferService
 from decode_worker.writer_streams import WriterStreams
@@ -101,8 +100,7 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     server = Server(config.listen)
     process = mint_process("-".join(sorted(config.roles)), config.advertise or server.address, config.name)
     counts, card = Counts(), loaded.card
-    artifacts = artifact_table(card.tokenizer_json, card.chat_template.encode())
-    worker = WorkerService(process, artifacts, counts)
+    worker = WorkerService(process, card.artifacts, counts)
     issuer = device_issuer(config, loaded.memory)
     pool = BlockPool(loaded.memory.blocks)
     parts = Parts(config, loaded, process, counts, pool, worker, issuer=issuer)
@@ -256,28 +254,10 @@ def _prefill_role(parts: Parts) -> PrefillRole:
 
 def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:
     card, config = parts.loaded.card, parts.config
-    model = worker_pb2.ModelCard(
-        name=card.name,
-        fingerprint=card.fingerprint,
-        context_tokens=card.context_tokens,
-        vocabulary_size=card.vocabulary_size,
-        eos_token_ids=card.eos_token_ids,
-        tokenizer_sha256=_sha256(card.tokenizer_json),
-        chat_template_sha256=_sha256(card.chat_template.encode()) if card.chat_template else "",
-        kv_layout=layout_to_wire(card.kv_layout),
-        bos_token_id=card.bos_token_id,
-        bos_token=card.bos_token,
-        eos_token=card.eos_token,
-        simulated=card.simulated,
-    )
     return worker_pb2.RegisterRequest(
         worker=process_to_wire(parts.process),
         roles=[ROLES[name] for name in sorted(config.roles)],
-        model=model,
+        model=card_to_wire(card),
         capacity=worker_pb2.Capacity(blocks=parts.pool.blocks, max_sequences=config.max_sequences),
         transports=list(parts.receivers or parts.writers),
     )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

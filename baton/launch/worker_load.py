@@ -17,7 +17,7 @@ from kvtransfer.transports.nccl.library import DevicePool
 
 if TYPE_CHECKING:
     from baton.engine.api import Engine
-    from baton.engine.files.card import ModelCard
+    from baton.engine.files.card import LocalCard
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ class Loaded:
     """A model that is ready to compute over `memory`. `kernels` says what computes, for logs; `measured`
     are steps of its self-measurement, in seconds."""
 
-    card: ModelCard
+    card: LocalCard
     engine: Engine
     memory: PoolMemory | DevicePool
     weight_bytes: int

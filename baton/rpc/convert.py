@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from baton.config import RoleName
 from baton.cost import StepCost
-from baton.errors import InvalidArgument
+from baton.errors import InvalidArgument, Mismatch
+from baton.model import KvLayout, ModelCard
 from baton.spec import HandoffKey, Objectives, ProcessRef, RefusalReason, Sampling, SequenceSpec, TokenLogprobs
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
@@ -141,4 +142,34 @@ def cost_from_wire(message: wire.StepCost) -> StepCost:
         sane(message.per_sequence),
         sane(message.per_resident),
         sane(message.mixed) or 1.0,
+    )
+
+
+def layout_to_wire(layout: KvLayout) -> wire.KvLayout:
+    return wire.KvLayout(**asdict(layout))
+
+
+def layout_from_wire(message: wire.KvLayout) -> KvLayout:
+    """Raises Mismatch where it is no layout at all."""
+    try:
+        return KvLayout(**{field.name: getattr(message, field.name) for field in wire.KvLayout.DESCRIPTOR.fields})
+    except ValueError as error:
+        raise Mismatch("kv_layout", "a valid layout", str(error)) from None
+
+
+def card_to_wire(card: ModelCard) -> wire.ModelCard:
+    own = {field.name: getattr(card, field.name) for field in fields(ModelCard) if field.name != "kv_layout"}
+    return wire.ModelCard(kv_layout=layout_to_wire(card.kv_layout), **own)
+
+
+def card_from_wire(message: wire.ModelCard) -> ModelCard:
+    """Raises Mismatch where its layout is none."""
+    own = {field.name: getattr(message, field.name) for field in fields(ModelCard)}
+    return ModelCard(
+        **own
+        | {
+            "eos_token_ids": tuple(sorted(message.eos_token_ids)),
+            "bos_token_id": message.bos_token_id if message.HasField("bos_token_id") else None,
+            "kv_layout": layout_from_wire(message.kv_layout),
+        }
     )

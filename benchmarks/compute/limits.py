@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.engine.files.config import ModelConfig
-from baton.engine.native.build import SOURCES, cpu_flags, find_compiler, target_for
+from baton.engine.native.build import SOURCES, find_compiler, target_for
 from baton.engine.native.engine import NativeEngine
+from baton.engine.processor import cpu_flags
 from benchmarks.compute.cases import Case
 
 

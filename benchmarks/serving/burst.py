@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import uvloop
 
-from baton.bench.config import LoadConfig
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.plan import LoadPlan, Planned
 from baton.bench.sending.driver import LoadRun, LoadTarget, connect, run_plan
 from benchmarks.report import Row, publish, spread

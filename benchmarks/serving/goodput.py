@@ -27,8 +27,8 @@ from pathlib import Path
 
 import uvloop
 
-from baton.bench.config import LoadConfig
 from baton.bench.measuring import measure_on
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.plan import LoadPlan, Planned, make_plan
 from baton.bench.sending.driver import LoadTarget, connect, run_plan
 from benchmarks.report import Row, publish, spread

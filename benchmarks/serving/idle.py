@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from baton.bench.config import LoadConfig
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.plan import LoadPlan, Planned
 from baton.bench.sending.driver import LoadTarget, connect, run_plan
 from benchmarks.serving.modes import Mode

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 import uvloop
 
-from baton.bench.config import LoadConfig
 from baton.bench.figures.metrics import Summary
 from baton.bench.measuring import measure_on
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.sending.driver import LoadTarget, connect
 from baton.bench.sweep import Point, best, next_rate
 from benchmarks.report import Row, publish

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from baton.bench.config import LoadConfig
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.plan import Planned, make_plan
 from baton.config import PathChoice
 from baton.cost import StepCost

@@ -24,17 +24,17 @@ from functools import partial
 from pathlib import Path
 
 from baton.messages import CacheUpdate
+from baton.model import BLOCK_TOKENS, KvLayout, ModelCard
 from baton.spec import ProcessRef, Sampling, SequenceSpec
 from baton.telemetry import Counts
 from baton.worker.cache_events import INTERVAL_S, CacheFeed
 from benchmarks.report import Row, publish, spread
 from kvtransfer.blocks.admission import Admission, Room
-from kvtransfer.blocks.layout import BLOCK_TOKENS, KvLayout
 from kvtransfer.blocks.pool import BlockPool, CacheChange
 from kvtransfer.blocks.prefix import block_digests
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.worker import ModelCard, Registration, Worker
+from router.workers.worker import Registration, Worker
 
 TRACE_BLOCK = 512
 TARGET = 0.8
@@ -42,7 +42,7 @@ UTILISATION = 0.7
 """Of the workers without any cache: prompts queue, so that the worker with the longest prefix may be busy."""
 LAYOUT = KvLayout(layers=1, kv_heads=1, head_dim=1, dtype="float32")
 ROUTER = ProcessRef("router", "router", "")
-CARD = ModelCard("trace", "trace", 1 << 20, 1 << 32, frozenset(), "", "", LAYOUT)
+CARD = ModelCard("trace", "trace", 1 << 20, 1 << 32, (), "", "", LAYOUT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,12 @@ from baton.engine import api
 from baton.engine.api import Work, shape_of
 from baton.engine.simulated import typical_steps
 from baton.messages import Command
+from baton.model import KvLayout, ModelCard
 from baton.spec import AttemptKey, Objectives, ProcessRef, RequestSpec, Sampling
 from baton.telemetry import Counts
 from baton.worker.prompt_queue import PromptQueue
 from benchmarks.simulated.served import Served
 from decode_worker.scheduler import DecodeScheduler, Expected
-from kvtransfer.blocks.layout import KvLayout
 from prefill_worker.scheduler import PrefillScheduler
 from router.placement.snapshot import Demand
 from router.requests.attempt import Attempt
@@ -39,14 +39,14 @@ from router.text.detokenisation import OutputText
 from router.workers.ledger import Reported
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.registry import ServedModel
-from router.workers.worker import ModelCard, Registration, Worker
+from router.workers.served_model import ServedModel
+from router.workers.worker import Registration, Worker
 
 CHUNK, BLOCKS, SLOTS, BLOCK_TOKENS = 512, 1 << 20, 256, 16
 HOP_S = 0.001
 """The delay of a message between router and worker."""
 REPORT_S = 0.05
-CARD = ModelCard("m", "f" * 32, 8192, 1000, frozenset(), "", "", KvLayout(1, 1, 64, "bfloat16"))
+CARD = ModelCard("m", "f" * 32, 8192, 1000, (), "", "", KvLayout(1, 1, 64, "bfloat16"))
 ROUTER = ProcessRef("router", "r", "")
 
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.library import load
+from baton.model import KvLayout
 from baton.spec import HandoffKey, ProcessRef
 from baton.worker.sending.mover import MOVE_BLOCKS
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import BlockCopy, PoolMemory, copy_runs
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Receiver, Writer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baton.model import KvLayout
 from baton.spec import SequenceSpec
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.blocks.prefix import block_digests, usable_prefix
 

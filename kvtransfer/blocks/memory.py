@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from baton.errors import ConfigError
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python 3.11

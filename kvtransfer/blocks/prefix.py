@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from kvtransfer.blocks.layout import BLOCK_TOKENS
+from baton.model import BLOCK_TOKENS
 
 DIGEST_BYTES = 16
 ROOTS = 1024

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from baton.model import KvLayout
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 
 

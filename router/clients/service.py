@@ -26,7 +26,8 @@ from router.requests.stream import ClientStream
 from router.requests.table import Requests
 from router.text.tokenisation import Input, tokenise
 from router.workers.prefixes import digests_of
-from router.workers.registry import NOBODY_RETRY_S, Registry, ServedModel
+from router.workers.registry import NOBODY_RETRY_S, Registry
+from router.workers.served_model import ServedModel
 
 ABORT_S = 2.0
 """How long a client that does not read may take to receive its error."""
@@ -123,7 +124,7 @@ class GenerationService:
             max_tokens=check_length(checked, len(ids), card.name, card.context_tokens, capacity),
             router=self._router,
             stop_token_ids=frozenset(checked.stop_token_ids),
-            eos_token_ids=frozenset() if checked.ignore_eos else card.eos_token_ids,
+            eos_token_ids=frozenset(() if checked.ignore_eos else card.eos_token_ids),
             objectives=self._defaults.fill(checked.objectives, card.name, checked.priority),
             priority=checked.priority,
             tenant_salt=checked.tenant_salt,

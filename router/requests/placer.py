@@ -20,7 +20,8 @@ from router.placement.policy import Plan, pick_decode, plan
 from router.placement.snapshot import Ask, Demand
 from router.text.detokenisation import OutputText
 from router.workers.prefixes import Prefixes
-from router.workers.registry import NOBODY_RETRY_S, ServedModel
+from router.workers.registry import NOBODY_RETRY_S
+from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
 
 FIRST_LOOK, SECOND_LOOK = 2, 64

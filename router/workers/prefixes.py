@@ -12,10 +12,11 @@ from itertools import islice
 import structlog
 
 from baton.messages import CacheSyncCommand, CacheUpdate
+from baton.model import ModelCard
 from baton.telemetry import Counts
 from kvtransfer.blocks.prefix import DIGEST_BYTES, Digests, usable_prefix
 from router.workers.prefix_index import PrefixIndex
-from router.workers.worker import ModelCard, Worker
+from router.workers.worker import Worker
 
 log = structlog.get_logger(__name__)
 

@@ -7,16 +7,15 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from baton.errors import BatonError, ConfigError, InvalidArgument, Mismatch
-from baton.rpc.convert import ROLE_NAMES, process_from_wire, process_to_wire
+from baton.model import ModelCard
+from baton.rpc.convert import ROLE_NAMES, card_from_wire, process_from_wire, process_to_wire
 from baton.rpc.net import parse_address
 from baton.rpc.status import abort
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryServicer
-from baton.worker.wire import layout_from_wire
-from kvtransfer.blocks.layout import KvLayout
 from router.workers.registry import Registry
-from router.workers.worker import ModelCard, Registration
+from router.workers.worker import Registration
 
 T = TypeVar("T")
 
@@ -99,25 +98,8 @@ def _read_card(card: wire.ModelCard) -> ModelCard:
         "model.chat_template_sha256",
         "must be a SHA-256 in hexadecimal, or empty",
     )
-    return ModelCard(
-        name=card.name,
-        fingerprint=card.fingerprint,
-        context_tokens=card.context_tokens,
-        vocabulary_size=card.vocabulary_size,
-        eos_token_ids=frozenset(card.eos_token_ids),
-        tokenizer_sha256=card.tokenizer_sha256,
-        chat_template_sha256=card.chat_template_sha256,
-        kv_layout=_read_layout(card.kv_layout),
-        bos_token_id=card.bos_token_id if card.HasField("bos_token_id") else None,
-        bos_token=card.bos_token,
-        eos_token=card.eos_token,
-        simulated=card.simulated,
-    )
-
-
-def _read_layout(message: wire.KvLayout) -> KvLayout:
     try:
-        return layout_from_wire(message)
+        return card_from_wire(card)
     except Mismatch as error:
         raise InvalidArgument("model.kv_layout", error.ours) from None
 

@@ -11,30 +11,12 @@ from dataclasses import dataclass, field
 from baton.config import RoleName
 from baton.cost import HandoffTimes, StepCost
 from baton.messages import LoadReport
+from baton.model import ModelCard
 from baton.spec import ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from router.placement.accuracy import Accuracy
 from router.placement.snapshot import DecodeLoad, PrefillLoad
 from router.workers.ledger import DecodeLedger, PrefillLedger, Reported
 from router.workers.link import WorkerLink
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What all workers of one model have in common."""
-
-    name: str
-    fingerprint: str
-    context_tokens: int
-    vocabulary_size: int
-    eos_token_ids: frozenset[int]
-    tokenizer_sha256: str
-    chat_template_sha256: str
-    kv_layout: KvLayout
-    bos_token_id: int | None = None
-    bos_token: str = ""
-    eos_token: str = ""
-    simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from baton.bench.config import LoadConfig
 from baton.bench.schedule.classes import TrafficClass
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.plan import LoadPlan, Planned
 from baton.bench.sending.driver import LoadRun
 from baton.bench.sending.probe import ClientLoad, Second

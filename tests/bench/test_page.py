@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from baton.bench.config import SweepConfig
 from baton.bench.figures.results import Measurement, measure
 from baton.bench.report.charts import charts_of
 from baton.bench.report.page import page
 from baton.bench.report.svg import Chart, Line, log_ticks, nice_ticks, render
+from baton.bench.schedule.config import SweepConfig
 from baton.bench.sweep import Point
 from tests.bench.builders import TTFT_ONLY, accepted, config, record, run_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from baton.bench.schedule.lengths import Fixed, Lognormal, Uniform, parse_lengths
-from baton.bench.schedule.plan import LoadPlan, Planned, Prompts, make_plan
+from baton.bench.schedule.plan import LoadPlan, Planned, PromptSource, make_plan
 from baton.bench.schedule.traces import read_trace, scaled
 from baton.errors import ConfigError
 from tests.bench.builders import config
@@ -76,14 +76,14 @@ def test_a_traces_lengths_go_with_other_arrivals(azure: Path) -> None:
 def test_mooncakes_shared_blocks_are_shared_and_stay_so_when_scaled(mooncake: Path) -> None:
     plan = make_plan(config(trace=mooncake, length_scale=1 / 16), 8192)
     assert sent(plan) == [(0.0, 81, 1), (1.0, 96, 2), (4.0, 32, 4)]
-    prompts = Prompts(seed=3, vocabulary=1000)
+    prompts = PromptSource(seed=3, vocabulary=1000)
     first, second, third = (prompts.ids(entry) for entry in plan.requests)
     assert [len(first), len(second), len(third)] == [81, 96, 32]
     assert first[:64] == second[:64]
     assert first[64:] != second[64:81]
     assert third != first[:32]
-    assert first == Prompts(seed=3, vocabulary=1000).ids(plan.requests[0])
-    assert first != Prompts(seed=4, vocabulary=1000).ids(plan.requests[0])
+    assert first == PromptSource(seed=3, vocabulary=1000).ids(plan.requests[0])
+    assert first != PromptSource(seed=4, vocabulary=1000).ids(plan.requests[0])
 
 
 def test_a_scale_that_does_not_divide_the_block_keeps_prompts_within_their_blocks(mooncake: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_scale_that_does_not_divide_the_block_keeps_prompts_within_their_block
 
 
 def test_prompts_without_blocks_are_ordinary_tokens_and_all_differ() -> None:
-    prompts = Prompts(seed=1, vocabulary=1000)
+    prompts = PromptSource(seed=1, vocabulary=1000)
     found = [prompts.ids(Planned(index, 0.0, 50, 1)) for index in range(20)]
     assert len({tuple(ids) for ids in found}) == 20
     assert all(256 <= token < 1000 for ids in found for token in ids)

@@ -19,7 +19,7 @@ from baton.engine.files.card import describe
 from baton.engine.files.digests import cache_dir
 from baton.engine.files.models import EMBEDDED_MODEL, resolve
 from baton.engine.native.engine import NativeEngine
-from baton.engine.offline import Prompt, generate
+from baton.engine.offline import OfflinePrompt, generate
 from tests.cluster.conftest import Running, prompt_of, running, settled
 from tests.cluster.reference import NEAR_IN_BF16, assert_greedy
 
@@ -73,7 +73,9 @@ async def test_native_output_is_near_the_reference_and_that_of_one_process(
 ) -> None:
     description = describe(resolve(EMBEDDED_MODEL), "bfloat16")
     engine = NativeEngine.load(description, blocks=256, weights="bf16")
-    alone = generate(engine, [Prompt(tuple(prompt_of(length)), max_tokens=output) for length in FEWER], blocks=256)
+    alone = generate(
+        engine, [OfflinePrompt(tuple(prompt_of(length)), max_tokens=output) for length in FEWER], blocks=256
+    )
     found = await asyncio.gather(*(complete(native_over_tcp, length, output) for length in FEWER))
     await settled(native_over_tcp)
     for length, served, wanted in zip(FEWER, found, alone, strict=True):

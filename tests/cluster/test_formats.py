@@ -12,7 +12,7 @@ import pytest_asyncio
 from baton.engine.native import library
 from baton.engine.native.build import NativeUnavailable
 from baton.launch.child import Child
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 from tests.cli.runner import baton
 from tests.cluster.conftest import Running, running, settled
 

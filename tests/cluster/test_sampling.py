@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from baton.engine.files.card import describe
 from baton.engine.files.models import EMBEDDED_MODEL, resolve
-from baton.engine.offline import Prompt, generate
+from baton.engine.offline import OfflinePrompt, generate
 from baton.engine.torch.engine import TorchEngine
 from baton.spec import Sampling
 from tests.cluster.conftest import Running, prompt_of, running, settled
@@ -49,7 +49,7 @@ def engine() -> TorchEngine:
 
 def alone(engine: TorchEngine, cases: list[Case]) -> list[tuple[int, ...]]:
     """One process, one engine, no handoff."""
-    prompts = [Prompt(tuple(prompt_of(length)), sampling, OUTPUT) for length, sampling in cases]
+    prompts = [OfflinePrompt(tuple(prompt_of(length)), sampling, OUTPUT) for length, sampling in cases]
     return [tuple(completion.tokens) for completion in generate(engine, prompts, blocks=512, chunk_tokens=200)]
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 from tests.cluster.conftest import Running, prompt_of, running, settled
 from tests.cluster.reference import NEAR_IN_BF16, assert_greedy
 from tests.kvtransfer.conftest import needs_nixl

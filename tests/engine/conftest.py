@@ -19,6 +19,7 @@ from baton.engine.files.models import EMBEDDED_MODEL, ResolvedModel, resolve
 from baton.engine.native import build, library
 from baton.engine.native.build import NativeUnavailable
 from baton.engine.native.engine import NativeEngine
+from baton.engine.processor import cpu_flags
 from baton.engine.stepper import Stepper
 from baton.engine.torch.engine import TorchEngine
 from tests.reference import embedded_reference as reference_of_the_embedded_model
@@ -105,7 +106,7 @@ def kernels_without(lacking: set[str]) -> library.Library:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BATON_CACHE", raising=False)
         try:
-            return library.load_for(build.target_for(build.cpu_flags() - lacking))
+            return library.load_for(build.target_for(cpu_flags() - lacking))
         except NativeUnavailable as error:
             pytest.skip(str(error))
 

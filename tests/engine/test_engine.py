@@ -15,16 +15,16 @@ from baton.engine.api import Engine, Sequence, Work
 from baton.engine.files.card import ModelDescription
 from baton.engine.files.models import ResolvedModel
 from baton.engine.kv import KvPool
-from baton.engine.offline import GenerationResult, Prompt, generate
+from baton.engine.offline import GenerationResult, OfflinePrompt, generate
 from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError, InvalidArgument, ResourceExhausted
+from baton.model import KvLayout
 from baton.spec import Sampling
-from kvtransfer.blocks.layout import KvLayout
 from tests.engine.conftest import Computing, Tiny, tokens_for
 
 
-def prompts(count: int, sampling: Sampling) -> list[Prompt]:
-    return [Prompt(tuple(tokens_for(5 + 13 * index, index)), sampling, 4 + index) for index in range(count)]
+def prompts(count: int, sampling: Sampling) -> list[OfflinePrompt]:
+    return [OfflinePrompt(tuple(tokens_for(5 + 13 * index, index)), sampling, 4 + index) for index in range(count)]
 
 
 def test_generation_does_not_depend_on_batch_or_chunking(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
@@ -40,7 +40,7 @@ def test_generation_does_not_depend_on_batch_or_chunking(computing: Computing, t
 
 def test_greedy_generation_matches_the_reference(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("qwen3")
-    (prompt,) = [Prompt(tuple(tokens_for(21)), max_tokens=12)]
+    (prompt,) = [OfflinePrompt(tuple(tokens_for(21)), max_tokens=12)]
     found = generate(computing.engine(model), [prompt], blocks=64)[0].tokens
     tokens = list(prompt.tokens)
     for token in found:
@@ -58,7 +58,7 @@ def test_the_embedded_model_answers(
     tokenizer = Tokenizer.from_str(engine.description.card.tokenizer_json.decode())
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     stop = frozenset(engine.description.card.eos_token_ids)
-    prompt = Prompt(tuple(tokenizer.encode(text).ids), max_tokens=30, stop_token_ids=stop)
+    prompt = OfflinePrompt(tuple(tokenizer.encode(text).ids), max_tokens=30, stop_token_ids=stop)
     (completion,) = generate(engine, [prompt], blocks=8)
     assert completion.stopped
     assert tokenizer.decode(completion.tokens) == "The capital of France is Paris."
@@ -67,10 +67,10 @@ def test_the_embedded_model_answers(
 def test_stop_ids_end_a_prompt_and_are_kept(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     engine = computing.engine(tiny("llama"))
     tokens = tuple(tokens_for(9))
-    free = generate(engine, [Prompt(tokens, max_tokens=8)], blocks=8)[0]
+    free = generate(engine, [OfflinePrompt(tokens, max_tokens=8)], blocks=8)[0]
     assert not free.stopped
     stop = frozenset({free.tokens[2]})
-    stopped = generate(engine, [Prompt(tokens, max_tokens=8, stop_token_ids=stop)], blocks=8)[0]
+    stopped = generate(engine, [OfflinePrompt(tokens, max_tokens=8, stop_token_ids=stop)], blocks=8)[0]
     assert stopped.stopped
     assert stopped.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
 
@@ -78,7 +78,7 @@ def test_stop_ids_end_a_prompt_and_are_kept(computing: Computing, tiny: Callable
 def test_timing_and_logprobs_are_reported(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("llama")
     tokens = tokens_for(30)
-    prompt = Prompt(tuple(tokens), Sampling(temperature=0.7, seed=5, logprobs=2), max_tokens=5)
+    prompt = OfflinePrompt(tuple(tokens), Sampling(temperature=0.7, seed=5, logprobs=2), max_tokens=5)
     completion: GenerationResult = generate(computing.engine(model), [prompt], blocks=8, chunk_tokens=8)[0]
     assert completion.prefill_s > 0
     assert len(completion.step_s) == 4
@@ -91,11 +91,11 @@ def test_timing_and_logprobs_are_reported(computing: Computing, tiny: Callable[[
 
 def test_prompts_are_checked(tiny: Callable[[str], Tiny]) -> None:
     with pytest.raises(InvalidArgument, match="tokens"):
-        Prompt(())
+        OfflinePrompt(())
     with pytest.raises(InvalidArgument, match="max_tokens"):
-        Prompt((1,), max_tokens=0)
+        OfflinePrompt((1,), max_tokens=0)
     with pytest.raises(ResourceExhausted, match="needs 8 blocks, the pool has 4"):
-        generate(tiny("llama").engine(), [Prompt(tuple(tokens_for(100)))], blocks=4)
+        generate(tiny("llama").engine(), [OfflinePrompt(tuple(tokens_for(100)))], blocks=4)
 
 
 def test_the_pool_lies_in_the_callers_memory(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
@@ -136,7 +136,7 @@ def test_blocks_appended_later_are_used(computing: Computing, tiny: Callable[[st
 def test_warm_up_leaves_the_engine_usable(computing: Computing, tiny: Callable[[str], Tiny]) -> None:
     engine: Engine = computing.engine(tiny("llama"))
     engine.warm_up()
-    assert generate(engine, [Prompt((1, 2, 3))], blocks=4)[0].tokens
+    assert generate(engine, [OfflinePrompt((1, 2, 3))], blocks=4)[0].tokens
 
 
 def test_our_own_mistakes_are_asserted(tiny: Callable[[str], Tiny]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from baton.cost import CostModel
 from baton.engine.api import Sampled, Work
 from baton.engine.measure import measure
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 
 
 class Watching:

@@ -15,8 +15,8 @@ from baton.cost import CostModel, StepCost
 from baton.engine.api import Sequence, Work
 from baton.engine.simulated import COSTS, SimulatedEngine, bytes_card, faster, read_costs, simulated_card, typical_steps
 from baton.errors import ConfigError
+from baton.model import DTYPE_BYTES, KvLayout
 from baton.spec import Sampling
-from kvtransfer.blocks.layout import DTYPE_BYTES, KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 
 FREE = StepCost()

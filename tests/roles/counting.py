@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.engine.api import Sampled, Sequence, Work
+from baton.model import KvLayout
 from baton.spec import TokenLogprobs
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=4, dtype="float32")

@@ -8,17 +8,17 @@ from typing import Any
 
 from baton.cost import CostModel
 from baton.identity import mint_process
+from baton.model import KvLayout
 from baton.rpc.net import Server, service
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2, transfer_pb2_grpc, worker_pb2_grpc
 from baton.worker.cache_events import CacheEvents
+from baton.worker.handshake import handshake_of
 from baton.worker.service import WorkerService
-from baton.worker.wire import handshake_of
 from decode_worker.service import DecodeRole
 from decode_worker.transfer import TransferService
 from decode_worker.writer_streams import WriterStreams
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.outcomes import LedgerLimits

@@ -9,20 +9,21 @@ import pytest
 
 from baton.identity import mint_process
 from baton.messages import CacheUpdate, Event
+from baton.model import ModelCard
 from baton.spec import SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
 from baton.worker import cache_events
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.worker import ModelCard, Registration, Worker
+from router.workers.worker import Registration, Worker
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
 from tests.roles.node import Node, Settings
 from tests.rpc.waiting import until
 
 BLOCK = LAYOUT.block_tokens
-CARD = ModelCard("m", Settings().fingerprint, 4096, 1000, frozenset(), "", "", LAYOUT)
+CARD = ModelCard("m", Settings().fingerprint, 4096, 1000, (), "", "", LAYOUT)
 
 
 class Observer:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from baton.rpc.convert import layout_to_wire
 from baton.v1 import transfer_pb2
 from baton.v1 import worker_pb2 as wire
-from baton.worker.wire import layout_to_wire
 from decode_worker.transfer import TransferService
 from decode_worker.writer_streams import WriterStream
 from tests.roles.conftest import Cluster

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from baton.bench.config import LoadConfig
 from baton.bench.schedule.classes import TrafficClass
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.plan import Planned, make_plan
 from baton.engine.simulated import COSTS
 from benchmarks.serving.goodput import CONTEXT, WORKLOADS, load_of

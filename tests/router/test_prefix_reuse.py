@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from baton.model import BLOCK_TOKENS
 from benchmarks.simulated import prefix
 from benchmarks.simulated.prefix import Simulation, TracePrompt, clairvoyant, one_lru, read, synthesise
-from kvtransfer.blocks.layout import BLOCK_TOKENS
 
 
 def prompts_of(*rows: list[int]) -> list[TracePrompt]:

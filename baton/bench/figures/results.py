@@ -11,10 +11,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from baton.bench.config import LoadConfig, SweepConfig
 from baton.bench.figures.metrics import Summary, by_class, counted, summarize
 from baton.bench.figures.series import Series, series_of
 from baton.bench.figures.verdict import ClientHealth, Verdict, health_of, judge
+from baton.bench.schedule.config import LoadConfig, SweepConfig
 from baton.bench.sending.driver import LoadRun
 from baton.bench.sending.records import Record
 from baton.bench.sweep import Point

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from baton.bench.config import LoadConfig
 from baton.bench.figures.metrics import CrossCheck, Distribution, cached_prompt_share, distribution
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.sending.driver import LoadRun
 
 WARN_LATE_MS = 5.0

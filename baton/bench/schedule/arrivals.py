@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baton.bench.config import DEFAULT_RATE, LoadConfig
+from baton.bench.schedule.config import DEFAULT_RATE, LoadConfig
 
 ARRIVALS_STREAM = 1
 EVEN = 1e-6

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.bench.config import LoadConfig
 from baton.bench.schedule.arrivals import arrival_times, profile_of
 from baton.bench.schedule.classes import TrafficClass
+from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.lengths import parse_lengths
 from baton.bench.schedule.traces import TraceRequest, mean_rate, read_trace, scaled
 from baton.errors import ConfigError
@@ -129,7 +129,7 @@ def _fit(request: Planned, context_tokens: int) -> Planned:
     return replace(request, prompt_tokens=prompt, output_tokens=output)
 
 
-class Prompts:
+class PromptSource:
     """The token ids of planned requests: random ordinary tokens; equal blocks have equal tokens.
 
     Token `i` of block `b` is a hash of (seed, b, i), so that numpy makes all blocks of a prompt at once: a prompt of

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from baton.bench.config import TraceFormat
+from baton.bench.schedule.config import TraceFormat
 from baton.errors import ConfigError
 
 T = TypeVar("T")

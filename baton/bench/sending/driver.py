@@ -20,8 +20,8 @@ from typing import Any
 
 import grpc
 
-from baton.bench.config import LoadConfig
-from baton.bench.schedule.plan import LoadPlan, Planned, Prompts
+from baton.bench.schedule.config import LoadConfig
+from baton.bench.schedule.plan import LoadPlan, Planned, PromptSource
 from baton.bench.sending.probe import ClientLoad, Probe
 from baton.bench.sending.records import OK, Record
 from baton.client.reports import ModelInfo
@@ -138,7 +138,7 @@ def _undisturbed() -> Iterator[None]:
 class _Driver:
     def __init__(self, target: LoadTarget, plan: LoadPlan, config: LoadConfig) -> None:
         self._plan, self._config, self._model = plan, config, target.model.name
-        self._prompts = Prompts(config.seed, target.model.vocabulary_size)
+        self._prompts = PromptSource(config.seed, target.model.vocabulary_size)
         reply = generation_pb2.GenerateResponse.FromString
         calls: list[Any] = [channel.unary_stream(GENERATE, None, reply) for channel in target.channels]
         self._calls = itertools.cycle(calls)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from baton.bench.config import LoadConfig, SweepConfig
+from baton.bench.schedule.config import LoadConfig, SweepConfig
 from baton.cli.exits import FAILURE, INTERRUPTED, OK
 from baton.cli.flags import DEFAULT_SERVER, Server, as_flags, run
 from baton.errors import ConfigError

@@ -12,8 +12,8 @@ from baton.cli.flags import Json
 from baton.cli.output import print_json, print_table
 from baton.config import DEFAULT_MODEL, KvChoice, WeightChoice, WorkerSettings
 from baton.errors import ConfigError
+from baton.model import KvLayout
 from baton.telemetry import configure_logs
-from kvtransfer.blocks.layout import KvLayout
 
 app = App(name="model", help="Manage the models on this machine.")
 LENGTHS = (128, 1024, 8192)
@@ -40,7 +40,8 @@ def fetch(name: str = DEFAULT_MODEL, /) -> None:
 
 def prepare_kernels() -> None:
     """Compiles the kernels for this processor, once; where that fails, workers say so and compute with torch."""
-    from baton.engine.native.build import NativeUnavailable, cpu_flags, library_for, target_for
+    from baton.engine.native.build import NativeUnavailable, library_for, target_for
+    from baton.engine.processor import cpu_flags
 
     configure_logs("model")
     with contextlib.suppress(NativeUnavailable):

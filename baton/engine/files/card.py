@@ -18,38 +18,27 @@ from baton.engine.files.digests import weights_digest
 from baton.engine.files.gguf_file import GgufFile
 from baton.engine.files.metadata import Metadata, read_json, read_json_if_there
 from baton.engine.files.models import ResolvedModel
-from baton.engine.native.build import cpu_flags
+from baton.engine.processor import cpu_flags
 from baton.errors import ConfigError, ModelFileError
 from baton.identity import extended_fingerprint
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout, ModelCard
 
 DTYPES = ("float32", "bfloat16", "float16")
 _BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
-    """A model, as far as the router and other workers see it.
+class LocalCard(ModelCard):
+    """A card with the files that its checksums are of. `chat_template` is Jinja, empty where the model has none."""
 
-    Encode text with `add_special_tokens=False` and put `bos_token_id` before a plain prompt, unless None. A chat
-    template writes BOS and the end of a turn itself, as `bos_token` and `eos_token`. Texts that a model lacks are
-    empty; `chat_template` is Jinja. `fingerprint` is equal only where KV blocks mean the same: hexadecimal, and the
-    facts of `computed_by` behind it.
-    """
+    tokenizer_json: bytes = b""
+    chat_template: str = ""
 
-    name: str
-    fingerprint: str
-    context_tokens: int
-    vocabulary_size: int
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    bos_token: str
-    eos_token: str
-    tokenizer_json: bytes
-    chat_template: str
-    kv_layout: KvLayout
-    simulated: bool = False
-    """Nothing is computed: `baton.engine.simulated`."""
+    @property
+    def artifacts(self) -> dict[str, bytes]:
+        """What routers fetch, by SHA-256."""
+        files = {self.tokenizer_sha256: self.tokenizer_json, self.chat_template_sha256: self.chat_template.encode()}
+        return {checksum: data for checksum, data in files.items() if data}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +47,7 @@ class ModelDescription:
 
     model: ResolvedModel
     config: ModelConfig
-    card: ModelCard
+    card: LocalCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +75,22 @@ def describe(
         config, text = from_hf(settings), _text_of_folder(model, settings)
     kept = resolve_kv_dtype(kv_dtype, resolve_dtype(dtype, device))
     layout = KvLayout(config.layers, config.kv_heads, config.head_dim, kept)
-    card = ModelCard(
+    card = LocalCard(
         name=model.name,
         fingerprint=fingerprint(weights_digest(model.weight_files()), config, layout),
         context_tokens=config.context_tokens,
         vocabulary_size=config.vocabulary,
         kv_layout=layout,
         **asdict(text),
+        tokenizer_sha256=sha256(text.tokenizer_json),
+        chat_template_sha256=sha256(text.chat_template.encode()),
     )
     return ModelDescription(model, config, card)
+
+
+def sha256(file: bytes) -> str:
+    """Hexadecimal; empty for an empty file, which stands for none."""
+    return hashlib.sha256(file).hexdigest() if file else ""
 
 
 def resolve_dtype(name: str, device: str) -> str:
@@ -122,7 +118,7 @@ def fingerprint(weights: str, config: ModelConfig, layout: KvLayout) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def computed_by(card: ModelCard, facts: Mapping[str, str]) -> ModelCard:
+def computed_by(card: LocalCard, facts: Mapping[str, str]) -> LocalCard:
     """The card of a deterministic worker, whose fingerprint only workers with equal arithmetic share."""
     return replace(card, fingerprint=extended_fingerprint(card.fingerprint, facts))
 

@@ -41,15 +41,6 @@ class BuildTarget:
     flags: tuple[str, ...]
 
 
-def cpu_flags() -> frozenset[str]:
-    """The processor's features as Linux names them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
-
-
 def target_for(features: frozenset[str]) -> BuildTarget:
     """The best target for these features. Raises NativeUnavailable below AVX2 with FMA."""
     if not {"avx2", "fma", "f16c"} <= features:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.engine.files.config import ModelConfig
-from baton.engine.native.build import BuildTarget, cpu_flags, library_for, target_for
+from baton.engine.native.build import BuildTarget, library_for, target_for
+from baton.engine.processor import cpu_flags
 
 Format = IntEnum("Format", "BF16 INT8 INT4", start=1)
 """The number format of a packed matrix, as in matrix.h."""

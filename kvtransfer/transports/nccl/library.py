@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from baton.errors import ConfigError
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 from kvtransfer.transports.nccl.seam import RECEIVER, UNIQUE_ID_BYTES, CommunicatorError, Span
 
 EXTRA = "nccl4py, nvidia-nccl-cu12 and cuda-python, the extra [cuda]"

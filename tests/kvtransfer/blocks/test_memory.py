@@ -7,8 +7,8 @@ import os
 import pytest
 
 from baton.errors import ConfigError
+from baton.model import KvLayout
 from kvtransfer.blocks import memory as module
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 
 LAYOUT = KvLayout(layers=2, kv_heads=1, head_dim=16, dtype="float32")

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from baton.errors import DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
+from baton.model import KvLayout
 from baton.spec import ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports.memory import Faults, MemoryWriter
 from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, expected, moves

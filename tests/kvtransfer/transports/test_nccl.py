@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import BatonError, DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
-from kvtransfer.blocks.layout import KvLayout
+from baton.model import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer, Link

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import ChecksumMismatch, ConfigError, Mismatch, PeerClosed, WriteRefused
+from baton.model import KvLayout
 from baton.spec import ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports import wire as batch_wire
 from kvtransfer.transports.check import checksum

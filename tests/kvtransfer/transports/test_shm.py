@@ -12,8 +12,8 @@ from contextlib import nullcontext
 import pytest
 
 from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Mismatch, PeerClosed
+from baton.model import KvLayout
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory, copy_runs
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.shm import receiver as module

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Mismatch, PeerClosed
+from baton.model import KvLayout
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports import wire

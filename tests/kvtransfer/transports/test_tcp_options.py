@@ -13,8 +13,8 @@ import pytest
 import trustme
 
 from baton.errors import ConfigError, DeadlineExceeded, Mismatch, PeerClosed, WriteRefused
+from baton.model import KvLayout
 from baton.spec import HandoffKey, ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.tcp.parallel import ParallelChannel

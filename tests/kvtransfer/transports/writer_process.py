@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
+from baton.model import KvLayout
 from baton.spec import ProcessRef
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove
 from kvtransfer.transports.base import Writer

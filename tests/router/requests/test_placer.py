@@ -13,9 +13,9 @@ from baton.config import PathChoice, RoleName
 from baton.cost import StepCost
 from baton.errors import ResourceExhausted
 from baton.messages import LoadReport
+from baton.model import KvLayout, ModelCard
 from baton.spec import Objectives, ProcessRef, RequestSpec, Sampling
 from baton.telemetry import Counts
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.prefix import Digests
 from router.placement.offers import Way
 from router.placement.policy import Plan
@@ -26,11 +26,11 @@ from router.requests.placer import FIRST_LOOK, PROBE_S, SECOND_LOOK, Admitted, P
 from router.text.detokenisation import OutputText
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.registry import ServedModel
-from router.workers.worker import ModelCard, Registration, Worker
+from router.workers.served_model import ServedModel
+from router.workers.worker import Registration, Worker
 
 ROUTER = ProcessRef("router", "r-1", "")
-CARD = ModelCard("m", "f" * 32, 4096, 1000, frozenset(), "", "", KvLayout(2, 1, 4, "float32"))
+CARD = ModelCard("m", "f" * 32, 4096, 1000, (), "", "", KvLayout(2, 1, 4, "float32"))
 COST = StepCost(chunk=0.001, per_token=0.001, step=0.005, per_sequence=0.001)
 COUNT = 4 * FIRST_LOOK
 

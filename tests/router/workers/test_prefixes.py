@@ -11,19 +11,19 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from baton.messages import CacheUpdate
+from baton.model import KvLayout, ModelCard
 from baton.rpc.frames import event_to_frame
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.worker.cache_events import CacheFeed
-from kvtransfer.blocks.layout import KvLayout
 from kvtransfer.blocks.pool import BlockPool, CacheChange
 from kvtransfer.blocks.prefix import block_digests
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
-from router.workers.worker import ModelCard, Registration, Worker
+from router.workers.worker import Registration, Worker
 
 ROUTER = ProcessRef("router", "r-1", "")
-CARD = ModelCard("m", "f" * 32, 4096, 1000, frozenset(), "", "", KvLayout(2, 1, 4, "float32"))
+CARD = ModelCard("m", "f" * 32, 4096, 1000, (), "", "", KvLayout(2, 1, 4, "float32"))
 DIGESTS = [bytes([n]) * 16 for n in range(12)]
 
 

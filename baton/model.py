@@ -1,4 +1,4 @@
-"""The shape of a KV block.
+"""What the processes that serve one model agree on: its card, and the shape of its KV blocks.
 
 A block holds all layers' keys and values of `block_tokens` tokens in one contiguous span, so that a block is one copy
 or one send, and so is a layer's share of it: `[layer][key|value][head][token][dim]`. In int8, each head's tokens are
@@ -65,3 +65,27 @@ class KvLayout:
         """The first unequal field with our value and theirs; None if blocks can be handed over."""
         mine, theirs = asdict(self), asdict(other)
         return next(((name, str(mine[name]), str(theirs[name])) for name in mine if mine[name] != theirs[name]), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model, as far as routers and other workers see it: what all its workers have in common.
+
+    `bos_token_id` goes before a plain prompt, unless None; a chat template writes BOS and the end of a turn itself, as
+    `bos_token` and `eos_token`. `fingerprint` is equal only where KV blocks mean the same. The SHA-256 of tokeniser and
+    chat template are hexadecimal; empty where there is no template.
+    """
+
+    name: str
+    fingerprint: str
+    context_tokens: int
+    vocabulary_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    kv_layout: KvLayout
+    bos_token_id: int | None = None
+    bos_token: str = ""
+    eos_token: str = ""
+    simulated: bool = False
+    """Nothing is computed: `baton.engine.simulated`."""
