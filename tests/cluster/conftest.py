@@ -94,10 +94,10 @@ def _certificates(folder: Path) -> list[str]:
 @pytest_asyncio.fixture(scope="package", loop_scope="package")
 async def native_over_tcp(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     """The native kernels in bf16, and tcp with all that it can do."""
-    flags = ("--checksums", "--tcp-connections", "3", "--tcp-listen", "[::1]:0")
+    own: dict[RoleName, list[str]] = {"prefill": ["--tcp-connections", "3"], "decode": ["--tcp-listen", "[::1]:0"]}
     files = _certificates(tmp_path_factory.mktemp("tls"))
     native: dict[str, Any] = {"weights": "bf16", "kernels": "native", "dtype": "bfloat16", "chunk_tokens": 256}
-    async with running(*flags, *files, transport="tcp", **native) as started:
+    async with running("--checksums", *files, role_flags=own, transport="tcp", **native) as started:
         yield started
 
 
