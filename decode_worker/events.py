@@ -1,30 +1,19 @@
-"""From the transports' threads to the event loop."""
+"""Passes events from the transports' threads to the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from baton.spec import HandoffKey
-
-
-class HandoffEvents(Protocol):
-    """What a transport's receiver reports, on the event loop."""
-
-    def landed(self, key: HandoffKey, generation: int, indices: tuple[int, ...]) -> None: ...
-
-    def revoked(self, key: HandoffKey) -> None: ...
-
-    def writer_gone(self, incarnation: str) -> None: ...
-
-    def refused_write(self, key: HandoffKey, why: str) -> None: ...
+from kvtransfer.transports.base import ReceiverEvents
 
 
 class LoopEvents:
-    """A `kvtransfer.transports.base.ReceiverEvents` that calls `target` on the running event loop."""
+    """A `ReceiverEvents` that calls `target` on the event loop on which it was made."""
 
-    def __init__(self, target: HandoffEvents) -> None:
+    def __init__(self, target: ReceiverEvents) -> None:
         self._loop, self._target = asyncio.get_running_loop(), target
 
     def landed(self, key: HandoffKey, generation: int, indices: Sequence[int]) -> None:

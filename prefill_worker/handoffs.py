@@ -1,4 +1,4 @@
-"""From a computed prompt to a decode worker: binding, and what becomes of each handoff."""
+"""Binds prompts to decode workers, and follows each handoff to its end."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ log = structlog.get_logger(__name__)
 
 
 class PrefillHandoffs:
-    """Binds prompts to decode workers; an `OutboundEvents`."""
+    """An `OutboundEvents`."""
 
     def __init__(
         self,
-        running: Prompts,
+        prompts: Prompts,
         handshake: wire.HandshakeRequest,
         writers: dict[str, Writer],
         deadline_s: float,
@@ -33,7 +33,7 @@ class PrefillHandoffs:
         counts: Counts,
     ) -> None:
         """`deadline_s` bounds each wait of a handoff."""
-        self._prompts, self._block_tokens, self._counts = running, block_tokens, counts
+        self._prompts, self._block_tokens, self._counts = prompts, block_tokens, counts
         self.senders = Senders(handshake, writers, self, deadline_s, counts)
 
     def bind(self, router: RouterSession, key: HandoffKey, decode: ProcessRef) -> None:

@@ -1,6 +1,6 @@
-"""Between `baton.messages` and the frames of the stream between a router and a worker.
+"""Translates `baton.messages` to and from the frames of the stream between a router and a worker.
 
-What a newer peer says is read as far as it is known: an unknown message as None, an unknown reason as no reason.
+A newer peer's unknown message reads as None, its unknown reason as no reason.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ LOAD_COUNTS = (
     "waiting", "running", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "quarantined_blocks",
     "resident_tokens", "granted_blocks",
 )  # fmt: skip
+PREFILL = ("attempt", "queue_ms", "prefill_ms", "cached_tokens")
+TRANSFER = ("ms", "exposed_ms", "bytes", "blocks", "cached_blocks")
+Write = Callable[[Any], Any]
+Read = Callable[[Any], Event]
 
 
 def command_to_frame(command: Command) -> wire.RouterFrame:
@@ -80,7 +84,7 @@ def command_from_frame(frame: wire.RouterFrame) -> Command | None:
 
 
 def attempt_of(frame: wire.RouterFrame) -> bytes:
-    """The attempt that a prompt or a bind is about, also where the rest can't be read; empty for other commands."""
+    """The attempt of a prompt or a bind, also where the rest can't be read; empty for other commands."""
     kind = frame.WhichOneof("body")
     if kind == "bind":
         return frame.bind.attempt
@@ -88,13 +92,26 @@ def attempt_of(frame: wire.RouterFrame) -> bytes:
 
 
 def event_to_frame(event: Event) -> wire.WorkerFrame:
-    return wire.WorkerFrame(**{_BODIES[type(event)]: _WRITERS[type(event)](event)})
+    body, write = _WRITERS[type(event)]
+    return wire.WorkerFrame(**{body: write(event)})
 
 
 def event_from_frame(frame: wire.WorkerFrame) -> Event | None:
     kind = frame.WhichOneof("body")
     read = _READERS.get(kind or "")
     return None if read is None else read(getattr(frame, kind or ""))
+
+
+def _same(event_type: Callable[..., Event], message_type: Callable[..., Any], *names: str) -> tuple[Write, Read]:
+    """For an event whose fields, all of them, have the message's names."""
+    return (
+        lambda event: message_type(**{name: getattr(event, name) for name in names}),
+        lambda message: event_type(**{name: getattr(message, name) for name in names}),
+    )
+
+
+def _optional(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def _tokens_to_wire(event: Tokens) -> wire.TokenFrame:
@@ -135,36 +152,20 @@ def _failed_from_wire(message: wire.HandoffFailed) -> HandoffFailed:
 
 
 def _report_to_wire(event: PrefillReport) -> wire.PrefillReport:
-    message = wire.PrefillReport(
-        attempt=event.attempt,
-        queue_ms=event.queue_ms,
-        prefill_ms=event.prefill_ms,
-        cached_tokens=event.cached_tokens,
-    )
+    message = wire.PrefillReport(**{name: getattr(event, name) for name in PREFILL})
     if (moved := event.transfer) is not None:
-        transfer = wire.PrefillReport(
-            transport=moved.transport,
-            transfer_ms=moved.ms,
-            transfer_exposed_ms=moved.exposed_ms,
-            transfer_bytes=moved.bytes,
-            transfer_blocks=moved.blocks,
-            transfer_cached_blocks=moved.cached_blocks,
-        )
-        message.MergeFrom(transfer)
+        transfer = {f"transfer_{name}": getattr(moved, name) for name in TRANSFER}
+        message.MergeFrom(wire.PrefillReport(transport=moved.transport, **transfer))
     return message
 
 
 def _report_from_wire(message: wire.PrefillReport) -> PrefillReport:
-    moved = Transfer(
-        message.transport,
-        message.transfer_ms if message.HasField("transfer_ms") else None,
-        message.transfer_exposed_ms if message.HasField("transfer_exposed_ms") else None,
-        message.transfer_bytes,
-        message.transfer_blocks,
-        message.transfer_cached_blocks,
-    )
-    transfer = moved if message.transport else None
-    return PrefillReport(message.attempt, message.queue_ms, message.prefill_ms, message.cached_tokens, transfer)
+    transfer = None
+    if message.transport:
+        costs = {name: getattr(message, f"transfer_{name}") for name in ("bytes", "blocks", "cached_blocks")}
+        ms, exposed_ms = _optional(message, "transfer_ms"), _optional(message, "transfer_exposed_ms")
+        transfer = Transfer(message.transport, ms, exposed_ms, **costs)
+    return PrefillReport(**{name: getattr(message, name) for name in PREFILL}, transfer=transfer)
 
 
 def _ended_to_wire(event: Ended) -> wire.Ended:
@@ -185,8 +186,8 @@ def _ended_from_wire(message: wire.Ended) -> Ended:
         FinishReason(message.reason) if message.reason in _FINISHED else None,
         error_of_code(message.status, message.message) if message.status else None,
         message.output_tokens,
-        message.first_step_wait_ms if message.HasField("first_step_wait_ms") else None,
-        message.decode_ms if message.HasField("decode_ms") else None,
+        _optional(message, "first_step_wait_ms"),
+        _optional(message, "decode_ms"),
     )
 
 
@@ -206,40 +207,26 @@ def _load_from_wire(message: wire.LoadReport) -> LoadReport:
 
 
 _FINISHED = frozenset(reason.value for reason in FinishReason)
-_BODIES: dict[type, str] = {
-    Started: "started",
-    Tokens: "tokens",
-    HandoffFailed: "handoff_failed",
-    HandoffDone: "resident",
-    PrefillReport: "prefill_report",
-    Ended: "ended",
-    Freed: "freed",
-    LoadReport: "load",
-    CacheUpdate: "cache_events",
-}
-_WRITERS: dict[type, Callable[[Any], Any]] = {
-    Started: lambda event: wire.Started(
-        attempt=event.attempt, queue_ms=event.queue_ms, cached_tokens=event.cached_tokens
+_EVENTS: dict[type, tuple[str, tuple[Write, Read]]] = {
+    Started: ("started", _same(Started, wire.Started, "attempt", "queue_ms", "cached_tokens")),
+    Tokens: ("tokens", (_tokens_to_wire, _tokens_from_wire)),
+    HandoffFailed: ("handoff_failed", (_failed_to_wire, _failed_from_wire)),
+    HandoffDone: (
+        "resident",
+        (
+            lambda event: wire.Resident(attempt=event.key.attempt, handoff=event.key.handoff),
+            lambda message: HandoffDone(handoff_from_wire(message)),
+        ),
     ),
-    Tokens: _tokens_to_wire,
-    HandoffFailed: _failed_to_wire,
-    HandoffDone: lambda event: wire.Resident(attempt=event.key.attempt, handoff=event.key.handoff),
-    PrefillReport: _report_to_wire,
-    Ended: _ended_to_wire,
-    Freed: lambda event: wire.Freed(attempt=event.attempt),
-    LoadReport: load_to_wire,
-    CacheUpdate: lambda event: wire.CacheEvents(
-        sync=event.sync, sequence=event.sequence, inserted=event.inserted, evicted=event.evicted
+    PrefillReport: ("prefill_report", (_report_to_wire, _report_from_wire)),
+    Ended: ("ended", (_ended_to_wire, _ended_from_wire)),
+    Freed: ("freed", _same(Freed, wire.Freed, "attempt")),
+    LoadReport: ("load", (load_to_wire, _load_from_wire)),
+    CacheUpdate: (
+        "cache_events",
+        _same(CacheUpdate, wire.CacheEvents, "sync", "sequence", "inserted", "evicted"),
     ),
 }
-_READERS: dict[str, Callable[[Any], Event]] = {
-    "started": lambda message: Started(message.attempt, message.queue_ms, message.cached_tokens),
-    "tokens": _tokens_from_wire,
-    "handoff_failed": _failed_from_wire,
-    "resident": lambda message: HandoffDone(handoff_from_wire(message)),
-    "prefill_report": _report_from_wire,
-    "ended": _ended_from_wire,
-    "freed": lambda message: Freed(message.attempt),
-    "load": _load_from_wire,
-    "cache_events": lambda message: CacheUpdate(message.sync, message.sequence, message.inserted, message.evicted),
-}
+"""The event's name on the wire, and how it is written and read."""
+_WRITERS = {kind: (body, write) for kind, (body, (write, _)) in _EVENTS.items()}
+_READERS = {body: read for body, (_, read) in _EVENTS.values()}

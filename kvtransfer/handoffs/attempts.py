@@ -1,7 +1,7 @@
-"""What a decode worker remembers of attempts that it has met: the latest handoff, and how that ended.
+"""A decode worker's memory of attempts: each one's latest handoff, and how that ended.
 
 A message for a finished or cancelled attempt must not bring it back. So the memory outlives the attempt by the longest
-lease, after which no peer can still mean it. It is bounded: beyond `limit` ended attempts the oldest is forgotten.
+lease, after which no peer still speaks of it. Beyond `limit` ended attempts the oldest is forgotten.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class AttemptMemory:
 
     @property
     def tombstones(self) -> int:
-        """How many ended attempts are remembered."""
+        """The number of ended attempts."""
         return len(self._ended)
 
     def verdict(self, key: HandoffKey) -> Refusal | None:
-        """Why `key` can't be opened; None when it is new, or is the latest and still live."""
+        """Why `key` can't be opened; None when it is new, or the latest and still live."""
         attempt = self._attempts.get(key.attempt)
         if attempt is None:
             return None
@@ -46,12 +46,10 @@ class AttemptMemory:
         return attempt.ended if key.handoff == attempt.highest else None
 
     def is_cancelled(self, attempt: AttemptKey) -> bool:
-        """Whether it was cancelled, and that is not forgotten yet."""
         known = self._attempts.get(attempt)
         return known is not None and known.cancelled
 
     def latest(self, attempt: AttemptKey) -> HandoffKey | None:
-        """The highest handoff of a known attempt."""
         known = self._attempts.get(attempt)
         return HandoffKey(attempt, known.highest) if known else None
 
@@ -62,7 +60,7 @@ class AttemptMemory:
         self._ended.drop(key.attempt)
 
     def ended(self, refusal: Refusal, now: float) -> None:
-        """The handoff is over, or never began: `refusal` answers it from now on. Ignored for an older handoff."""
+        """`refusal` answers the handoff from now on. Ignored for an older handoff than the latest."""
         attempt = self._attempts.setdefault(refusal.key.attempt, _Attempt())
         if refusal.key.handoff < attempt.highest:
             return
@@ -70,7 +68,7 @@ class AttemptMemory:
         self._bury(refusal.key.attempt, now)
 
     def cancelled(self, attempt: AttemptKey, now: float, live: bool) -> None:
-        """No handoff of this attempt may open any more. `live`: one is resident, and ends later."""
+        """No handoff of this attempt may open any more. `live`: one is resident and ends later."""
         self._attempts.setdefault(attempt, _Attempt()).cancelled = True
         if not live:
             self._bury(attempt, now)

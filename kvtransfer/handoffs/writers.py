@@ -1,4 +1,4 @@
-"""The senders that a receiver deals with: their leases, their open handoffs, and which of them have ended."""
+"""A receiver's memory of its writers: their leases, their open handoffs, and which of them have ended."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Writers:
         return len(self._leases)
 
     def renew(self, writer: str, now: float) -> bool:
-        """False when its lease has run out, or there was none."""
+        """False when the writer has no live lease."""
         return self._leases.renew(writer, now, self._lease_s)
 
     def heard(self, writer: str, now: float) -> None:
-        """It sent an Open: extend its lease, or begin one."""
+        """The writer sent an Open: extend its lease, or begin one."""
         if not self.renew(writer, now):
             self._leases.grant(writer, now, self._lease_s)
 
@@ -42,7 +42,7 @@ class Writers:
             del self._handoffs[writer]
 
     def handoffs(self, writer: str) -> list[HandoffKey]:
-        """Its handoffs that are not resident, nor over; in a stable order."""
+        """The writer's handoffs that are neither resident nor over, in a stable order."""
         return sorted(self._handoffs.get(writer, ()), key=lambda key: (key.attempt, key.handoff))
 
     def end(self, writer: str, now: float) -> None:

@@ -11,7 +11,7 @@ from baton.spec import HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from decode_worker.records import FirstToken
 from kvtransfer.handoffs.messages import BlockMove, Ticket
-from kvtransfer.handoffs.outcomes import Outcome
+from kvtransfer.handoffs.outcomes import LedgerOutcome
 from kvtransfer.transports.memory import MemoryReceiver
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
@@ -200,7 +200,7 @@ async def test_after_the_commit(pair: Cluster) -> None:
     commits: list[object] = []
     landed, commit = pair.d.role.handoffs.landed, pair.d.role.handoffs.commit
 
-    def committing(key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> Outcome:
+    def committing(key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> LedgerOutcome:
         commits.append(key)
         return commit(key, generation, blocks, first)
 

@@ -127,7 +127,7 @@ async def test_chunks_arrive_before_the_prompt_is_computed(pair: Cluster) -> Non
         seen.append(len(landed))
 
     seen: list[int] = []
-    pair.d.role.handoffs.landed = landing  # type: ignore[method-assign]
+    pair.d.role.handoffs.landed = landing  # type: ignore[method-assign,assignment]
     pair.p.engine.before_step = before_step
     spec = pair.router.spec(6 * BLOCK)
     await pair.serve(spec)
