@@ -8,15 +8,7 @@ from typing import NamedTuple
 
 from baton.cost import StepCost
 from baton.errors import BatonError
-from baton.spec import (
-    AttemptKey,
-    FinishReason,
-    HandoffKey,
-    ProcessRef,
-    RefusalReason,
-    SequenceSpec,
-    TokenLogprobs,
-)
+from baton.spec import AttemptKey, FinishReason, HandoffKey, ProcessRef, RefusalReason, SequenceSpec, TokenLogprobs
 
 # From a router to a worker.
 

@@ -104,12 +104,9 @@ class RequestSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSpec(RequestSpec):
-    """A sequence as one attempt carries it.
-
-    `output` are the tokens of earlier attempts, apart from `prompt` because penalties, `max_tokens` and usage depend on
-    it. `deadline_s` is the time left when the spec was received; `ttft_left_s` that until the first token is due,
-    negative when it is late.
-    """
+    """A sequence as one attempt carries it. `output` are the tokens of earlier attempts, apart from `prompt` because
+    penalties, `max_tokens` and usage depend on it. `deadline_s` is the time left when the spec was received;
+    `ttft_left_s` is the time until the first token is due, negative when it is late."""
 
     attempt: AttemptKey
     output: tuple[int, ...] = ()

@@ -6,9 +6,11 @@ sequence is resident, or until all of its granted blocks are proved safe.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import structlog
 
@@ -16,16 +18,12 @@ from baton.cost import HANDOFF_S, HandoffTimes
 from baton.engine import api
 from baton.messages import Freed, HandoffDone, TokenRun, Tokens
 from baton.spec import AttemptKey, HandoffKey, RefusalReason, SequenceSpec
-from baton.telemetry import Counts
 from baton.worker.session import RouterSession
-from decode_worker.events import LoopEvents
 from decode_worker.records import FirstToken, Pending, Resident
 from decode_worker.running import Residents
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.writer_streams import WriterStreams
-from kvtransfer.blocks.admission import Admission
 from kvtransfer.blocks.layout import KvLayout
-from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
 from kvtransfer.handoffs.outcomes import GrantState, LedgerOutcome
 from kvtransfer.transports.base import Receiver, ReceiverEvents
@@ -38,27 +36,45 @@ MakeReceivers = Callable[[ReceiverEvents], Mapping[str, Receiver]]
 log = structlog.get_logger(__name__)
 
 
+class LoopEvents:
+    """A `ReceiverEvents` that calls `target` on the event loop on which it was made."""
+
+    def __init__(self, target: ReceiverEvents) -> None:
+        self._loop, self._target = asyncio.get_running_loop(), target
+
+    def landed(self, key: HandoffKey, generation: int, indices: Sequence[int]) -> None:
+        self._post(self._target.landed, key, generation, tuple(indices))
+
+    def revoked(self, key: HandoffKey) -> None:
+        self._post(self._target.revoked, key)
+
+    def writer_gone(self, incarnation: str) -> None:
+        self._post(self._target.writer_gone, incarnation)
+
+    def refused_write(self, key: HandoffKey, why: str) -> None:
+        self._post(self._target.refused_write, key, why)
+
+    def _post(self, action: Callable[..., None], *given: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action, *given)
+
+
 class DecodeHandoffs:
     """Runs on the event loop. A `ReceiverEvents`, which the transports call through `LoopEvents`."""
 
     def __init__(
         self,
-        *,
-        ledger: GrantLedger,
-        aborted: list[Aborted],
-        pending: dict[HandoffKey, Pending],
         residents: Residents,
+        aborted: list[Aborted],
         scheduler: DecodeScheduler,
-        admission: Admission,
-        layout: KvLayout,
         writers: WriterStreams,
+        layout: KvLayout,
         make_receivers: MakeReceivers,
-        counts: Counts,
     ) -> None:
-        """The ledger appends each grant that it gives up to `aborted`."""
-        self._ledger, self._aborted, self._pending, self._residents = ledger, aborted, pending, residents
-        self._scheduler, self._admission, self._layout, self._writers = scheduler, admission, layout, writers
-        self._counts = counts
+        """The ledger, which `residents` use too, appends each grant that it gives up to `aborted`."""
+        self._residents, self._ledger, self._pending = residents, residents.ledger, residents.pending
+        self._admission, self._counts = residents.admission, residents.counts
+        self._aborted, self._scheduler, self._writers, self._layout = aborted, scheduler, writers, layout
         self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
         self._times = HandoffTimes()
         self._woken_at = -math.inf
@@ -164,7 +180,6 @@ class DecodeHandoffs:
         return bool(waiting)
 
     def expire(self) -> None:
-        """Gives up handoffs whose lease or time has run out."""
         self._ledger.expire(time.monotonic())
         self._settle_aborted()
 

@@ -61,12 +61,9 @@ class ResidentState(enum.Enum):
 
 @dataclass(slots=True)
 class Resident:
-    """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's; the KV of the first
-    `computed` of them is there. Times are monotonic seconds.
-
-    `prompt` is set, and `rank` has a meaning, only where the prompt is computed here. The router gets `farewell` when a
-    STOPPING sequence is out of the engine.
-    """
+    """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's; the first `computed` of them
+    have their KV. Times are monotonic seconds. `prompt` and `rank` count only where the prompt is computed here. The
+    router gets `farewell` when a STOPPING sequence is out of the engine."""
 
     key: HandoffKey
     spec: SequenceSpec
@@ -82,6 +79,5 @@ class Resident:
 
     @property
     def uncomputed(self) -> int:
-        """Prompt tokens still to compute here."""
         waits = self.prompt is not None and self.prompt.first_token_at is None
         return len(self.tokens) - self.computed if waits else 0

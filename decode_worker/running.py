@@ -13,7 +13,7 @@ the engine has confirmed, by the step that finished the sequence or by `on_remov
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
@@ -44,16 +44,16 @@ class Residents:
         queue: AdmissionQueue[WaitingPrompt],
         ledger: GrantLedger,
         admission: Admission,
-        pending: Mapping[HandoffKey, Pending],
         max_sequences: int,
         fingerprint: str,
         counts: Counts,
         load: LoadReporter,
     ) -> None:
-        """`pending` are the granted sequences; each takes a slot, as a resident does."""
-        self._queue, self._ledger, self._admission, self._pending = queue, ledger, admission, pending
+        self._queue, self.ledger, self.admission = queue, ledger, admission
+        self.pending: dict[HandoffKey, Pending] = {}
+        """Granted sequences; each takes a slot, as a resident does."""
         self._block_tokens, self._fingerprint = engine.layout.block_tokens, fingerprint
-        self.max_sequences, self._counts, self._load = max_sequences, counts, load
+        self.max_sequences, self.counts, self._load = max_sequences, counts, load
         self._held: dict[AttemptKey, Resident] = {}
         self.runner = Runner(engine, scheduler, self, model)
 
@@ -73,7 +73,7 @@ class Residents:
 
     def has_slot(self, attempt: AttemptKey = b"") -> bool:
         """Whether one more sequence may run beside all others; `attempt` itself does not count."""
-        others = sum(other.attempt != attempt for other in self._pending)
+        others = sum(other.attempt != attempt for other in self.pending)
         return len(self._held) + others < self.max_sequences
 
     def add(self, resident: Resident, sequence: Sequence) -> None:
@@ -114,22 +114,22 @@ class Residents:
         spec, cached, now = prompt.spec, room.cached_tokens, time.monotonic()
         here = PromptHere(room, prompt.digests, now, (now - prompt.received_at) * 1e3)
         key = HandoffKey(spec.attempt, 0)
-        self._ledger.hold(key, room.blocks)
+        self.ledger.hold(key, room.blocks)
         prompt.router.send(Started(spec.attempt, here.queue_ms, cached))
         tokens = [*spec.prompt, *spec.output]
         resident = Resident(key, spec, prompt.router, tokens, now, cached, prompt=here, rank=prompt.rank)
-        blocks = self._ledger.table(key)
+        blocks = self.ledger.table(key)
         self.add(resident, Sequence.from_spec(spec, blocks, cached, prompt.rank, prompt.late))
 
     def _advanced(self, item: StepItem, report: StepReport, tokens: StepTokens) -> None:
         resident = self._held.get(item.key)
         if resident is None:
-            self._counts.add("late_steps")
+            self.counts.add("late_steps")
             return
         stopping = resident.state is ResidentState.STOPPING
         if resident.uncomputed:
             new = max(item.computed - resident.computed, 0)
-            self._counts.add("prompt_tokens_wasted" if stopping else "prompt_tokens", new)
+            self.counts.add("prompt_tokens_wasted" if stopping else "prompt_tokens", new)
         resident.computed = max(resident.computed, item.computed)
         if stopping or not item.token_ids:
             return  # cancelled while the step ran, or in the middle of its prompt
@@ -143,11 +143,11 @@ class Residents:
     def _first_token(self, resident: Resident, prompt: PromptHere, now: float) -> None:
         """From here on other prompts can find the computed blocks."""
         prompt.first_token_at = resident.resident_at = now
-        self._admission.remember(list(prompt.room.blocks), prompt.digests)
+        self.admission.remember(list(prompt.room.blocks), prompt.digests)
         resident.router.send(prompt.report(resident.key.attempt))
 
     def _broken(self, item: StepItem, reason: str) -> None:
-        self._counts.add("results_failed")
+        self.counts.add("results_failed")
         resident = self._held.get(item.key)
         if resident is not None and resident.state is ResidentState.RUNNING:
             self._stop(resident, Ended(item.key, error=Internal(f"decode failed: {reason}")))
@@ -184,5 +184,5 @@ class Residents:
         digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
         del self._held[resident.key.attempt]
         resident.state = ResidentState.RELEASED
-        self._ledger.release(resident.key, time.monotonic(), digests)
+        self.ledger.release(resident.key, time.monotonic(), digests)
         self.start_waiting()

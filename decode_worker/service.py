@@ -6,15 +6,13 @@ from baton.cost import CostModel
 from baton.engine.api import Engine
 from baton.errors import ResourceExhausted
 from baton.messages import CancelCommand, Command, DirectCommand, Ended, Freed, LoadReport
-from baton.spec import AttemptKey, HandoffKey, SequenceSpec
+from baton.spec import AttemptKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.worker.admission_queue import AdmissionQueue, WaitingPrompt
 from baton.worker.load import LoadReporter
-from baton.worker.runner import Runner
 from baton.worker.service import WorkerService
 from baton.worker.session import RouterSession
 from decode_worker.handoffs import DecodeHandoffs, MakeReceivers
-from decode_worker.records import Pending
 from decode_worker.running import Residents
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.writer_streams import WriterStreams
@@ -48,7 +46,6 @@ class DecodeRole:
         engine's steps."""
         self.layout, self.fingerprint = engine.layout, fingerprint
         self._counts = counts
-        self._pending: dict[HandoffKey, Pending] = {}
         aborted: list[Aborted] = []
         self.ledger = GrantLedger(pool, limits, aborted.append, counts=counts)
         self._load = LoadReporter(worker, pool, model, chunk_tokens, self._report)
@@ -64,28 +61,13 @@ class DecodeRole:
             queue=self._queue,
             ledger=self.ledger,
             admission=admission,
-            pending=self._pending,
             max_sequences=max_sequences,
             fingerprint=fingerprint,
             counts=counts,
             load=self._load,
         )
-        self.handoffs = DecodeHandoffs(
-            ledger=self.ledger,
-            aborted=aborted,
-            pending=self._pending,
-            residents=self._residents,
-            scheduler=scheduler,
-            admission=admission,
-            layout=engine.layout,
-            writers=writers,
-            make_receivers=make_receivers,
-            counts=counts,
-        )
-
-    @property
-    def runner(self) -> Runner:
-        return self._residents.runner
+        self.runner, self._pending = self._residents.runner, self._residents.pending
+        self.handoffs = DecodeHandoffs(self._residents, aborted, scheduler, writers, engine.layout, make_receivers)
 
     @property
     def live(self) -> dict[str, int]:
@@ -117,7 +99,6 @@ class DecodeRole:
         self.handoffs.expire()
 
     async def stop(self) -> None:
-        """Ends the engine's thread, and with it all residents."""
         self._load.close()
         await self.runner.stop()
 

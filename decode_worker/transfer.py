@@ -11,13 +11,7 @@ import structlog
 
 from baton import errors
 from baton.identity import fingerprint_difference, host_id
-from baton.rpc.convert import (
-    handoff_from_wire,
-    logprobs_from_wire,
-    process_from_wire,
-    process_to_wire,
-    spec_from_wire,
-)
+from baton.rpc import convert
 from baton.rpc.lanes import Assembler
 from baton.rpc.net import cancelling
 from baton.rpc.status import abort
@@ -70,7 +64,7 @@ class TransferService(TransferServicer):
         yield wire.ReceiverFrame(handshake=answer)
         if answer.HasField("mismatch"):
             return
-        stream = WriterStream(process_from_wire(first.handshake.process))
+        stream = WriterStream(convert.process_from_wire(first.handshake.process))
         self._streams.add(stream)
         self._role.handoffs.writer_back(stream.process.incarnation)
         reader = asyncio.create_task(self._read(stream, request_iterator))
@@ -86,7 +80,7 @@ class TransferService(TransferServicer):
     def handshake(self, theirs: wire.HandshakeRequest) -> wire.HandshakeResponse:
         """What this worker offers the sender, or the first field in which the two differ."""
         answer = wire.HandshakeResponse(
-            process=process_to_wire(self._process), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
+            process=convert.process_to_wire(self._process), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
         )
         try:
             self._check(theirs)
@@ -151,7 +145,7 @@ class TransferService(TransferServicer):
         elif kind == "commit":
             self._commit(stream, frame.commit)
         elif kind == "close":
-            self._role.handoffs.closed(handoff_from_wire(frame.close))
+            self._role.handoffs.closed(convert.handoff_from_wire(frame.close))
         elif kind == "renew":
             self._role.handoffs.renew(stream.process.incarnation)
             stream.send(renewed=wire.RenewResponseFrame(lease_ms=int(self._lease_s * 1e3)))
@@ -159,9 +153,9 @@ class TransferService(TransferServicer):
             self._counts.add("frames_unknown")
 
     def _open(self, stream: WriterStream, message: wire.OpenRequest) -> None:
-        key = handoff_from_wire(message)
+        key = convert.handoff_from_wire(message)
         try:
-            spec = spec_from_wire(message.spec)
+            spec = convert.spec_from_wire(message.spec)
         except errors.InvalidArgument as error:
             stream.send(refused=_refused(Refusal(key, RefusalReason.MISMATCH, str(error))))
             return
@@ -173,8 +167,8 @@ class TransferService(TransferServicer):
             stream.send(grant=_grant(answer))
 
     def _commit(self, stream: WriterStream, message: wire.CommitRequest) -> None:
-        key = handoff_from_wire(message)
-        logprobs = logprobs_from_wire(message.first_logprobs) if message.HasField("first_logprobs") else None
+        key = convert.handoff_from_wire(message)
+        logprobs = convert.logprobs_from_wire(message.first_logprobs) if message.HasField("first_logprobs") else None
         first = FirstToken(message.first_token, logprobs, time.monotonic() - message.first_token_age_us / 1e6)
         outcome = self._role.handoffs.commit(key, message.generation, message.blocks, first)
         if outcome is LedgerOutcome.ALREADY:

@@ -37,7 +37,6 @@ class WriterStream:
             self.end()
 
     def end(self) -> None:
-        """Sends what is queued and nothing more. Idempotent."""
         if not self._ended:
             self._ended = True
             self._outgoing.put_nowait(None)

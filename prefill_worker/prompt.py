@@ -42,9 +42,6 @@ class PromptState(enum.Enum):
     RELEASED = enum.auto()
 
 
-OVER = frozenset({PromptState.STOPPING, PromptState.DRAINING, PromptState.RELEASED})
-
-
 @dataclass(slots=True)
 class Prompt(WaitingPrompt):
     """Times are monotonic seconds. `hold_until`: when a computed prompt that no decode worker takes is given up.
@@ -64,7 +61,7 @@ class Prompt(WaitingPrompt):
 
     @property
     def over(self) -> bool:
-        return self.state in OVER
+        return self.state in (PromptState.STOPPING, PromptState.DRAINING, PromptState.RELEASED)
 
     @property
     def in_engine(self) -> bool:
@@ -83,7 +80,6 @@ class Prompt(WaitingPrompt):
 
     @property
     def handed_over(self) -> bool:
-        """Whether a decode worker has the sequence."""
         return self.outbound is not None and self.outbound.delivery.state is DeliveryState.RELEASED
 
     @property

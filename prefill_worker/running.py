@@ -63,7 +63,6 @@ class Prompts:
 
     @property
     def computing_tokens(self) -> int:
-        """Prompt tokens that the engine has and that are not computed."""
         return sum(prompt.uncomputed for prompt in self._in_engine())
 
     def find(self, key: AttemptKey) -> Prompt | None:

@@ -13,8 +13,6 @@ from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
 from baton.worker.admission_queue import AdmissionQueue
 from baton.worker.load import LoadReporter
-from baton.worker.runner import Runner
-from baton.worker.sending.senders import Senders
 from baton.worker.service import WorkerService
 from baton.worker.session import RouterSession
 from kvtransfer.blocks.admission import Admission
@@ -44,7 +42,6 @@ class PrefillRole:
         counts: Counts,
         model: CostModel,
     ) -> None:
-        """`model` learns from the engine's steps."""
         self._pool, self._block_tokens, self._counts = pool, engine.layout.block_tokens, counts
         self._load = LoadReporter(worker, pool, model, chunk_tokens, self._report)
         admission = Admission(pool, engine.layout, fingerprint)
@@ -58,14 +55,7 @@ class PrefillRole:
         self._handoffs = PrefillHandoffs(
             self._prompts, handshake, writers, handoff_deadline_s, self._block_tokens, counts
         )
-
-    @property
-    def runner(self) -> Runner:
-        return self._prompts.runner
-
-    @property
-    def senders(self) -> Senders:
-        return self._handoffs.senders
+        self.runner, self.senders = self._prompts.runner, self._handoffs.senders
 
     @property
     def live(self) -> dict[str, int]:
@@ -100,7 +90,6 @@ class PrefillRole:
                 self._prompts.fail(prompt, ResourceExhausted(f"no decode worker took it within {HOLD_S:g} s"))
 
     async def stop(self) -> None:
-        """Ends the senders and the engine's thread."""
         self._load.close()
         await self.senders.stop()
         await self.runner.stop()

@@ -28,18 +28,7 @@ from baton.messages import (
     Tokens,
     Transfer,
 )
-from baton.rpc.convert import (
-    cost_from_wire,
-    cost_to_wire,
-    handoff_from_wire,
-    logprobs_from_wire,
-    logprobs_to_wire,
-    process_from_wire,
-    process_to_wire,
-    refusal_from_wire,
-    spec_from_wire,
-    spec_to_wire,
-)
+from baton.rpc import convert
 from baton.rpc.status import error_of_code, number_of
 from baton.spec import FinishReason
 from baton.v1 import worker_pb2 as wire
@@ -57,11 +46,12 @@ Read = Callable[[Any], Event]
 def command_to_frame(command: Command) -> wire.RouterFrame:
     match command:
         case PrefillCommand(spec):
-            return wire.RouterFrame(prefill=wire.PrefillCommand(spec=spec_to_wire(spec)))
+            return wire.RouterFrame(prefill=wire.PrefillCommand(spec=convert.spec_to_wire(spec)))
         case DirectCommand(spec):
-            return wire.RouterFrame(direct=wire.DirectCommand(spec=spec_to_wire(spec)))
+            return wire.RouterFrame(direct=wire.DirectCommand(spec=convert.spec_to_wire(spec)))
         case BindCommand(key, decode):
-            bind = wire.BindCommand(attempt=key.attempt, handoff=key.handoff, decode_worker=process_to_wire(decode))
+            process = convert.process_to_wire(decode)
+            bind = wire.BindCommand(attempt=key.attempt, handoff=key.handoff, decode_worker=process)
             return wire.RouterFrame(bind=bind)
         case CancelCommand(attempt, reason):
             return wire.RouterFrame(cancel=wire.CancelCommand(attempt=attempt, reason=reason))
@@ -73,11 +63,11 @@ def command_from_frame(frame: wire.RouterFrame) -> Command | None:
     """Raises InvalidArgument for a spec that no router of ours sends."""
     kind = frame.WhichOneof("body")
     if kind == "prefill":
-        return PrefillCommand(spec_from_wire(frame.prefill.spec))
+        return PrefillCommand(convert.spec_from_wire(frame.prefill.spec))
     if kind == "direct":
-        return DirectCommand(spec_from_wire(frame.direct.spec))
+        return DirectCommand(convert.spec_from_wire(frame.direct.spec))
     if kind == "bind":
-        return BindCommand(handoff_from_wire(frame.bind), process_from_wire(frame.bind.decode_worker))
+        return BindCommand(convert.handoff_from_wire(frame.bind), convert.process_from_wire(frame.bind.decode_worker))
     if kind == "cancel":
         return CancelCommand(frame.cancel.attempt, frame.cancel.reason)
     return CacheSyncCommand(frame.cache_sync.sync) if kind == "cache_sync" else None
@@ -115,25 +105,19 @@ def _optional(message: Any, name: str) -> Any:
 
 
 def _tokens_to_wire(event: Tokens) -> wire.TokenFrame:
-    return wire.TokenFrame(
-        runs=[
-            wire.TokenRun(
-                attempt=run.attempt, position=run.position, ids=run.ids, logprobs=map(logprobs_to_wire, run.logprobs)
-            )
-            for run in event.runs
-        ]
-    )
+    message = wire.TokenFrame()
+    for run in event.runs:
+        logprobs = map(convert.logprobs_to_wire, run.logprobs)
+        message.runs.add(attempt=run.attempt, position=run.position, ids=run.ids, logprobs=logprobs)
+    return message
 
 
 def _tokens_from_wire(message: wire.TokenFrame) -> Tokens:
-    return Tokens(
-        [
-            TokenRun(run.attempt, run.position, run.ids, [*map(logprobs_from_wire, run.logprobs)])
-            if run.logprobs
-            else TokenRun(run.attempt, run.position, run.ids)
-            for run in message.runs
-        ]
-    )
+    runs = []
+    for run in message.runs:
+        logprobs = [*map(convert.logprobs_from_wire, run.logprobs)] if run.logprobs else ()
+        runs.append(TokenRun(run.attempt, run.position, run.ids, logprobs))
+    return Tokens(runs)
 
 
 def _failed_to_wire(event: HandoffFailed) -> wire.HandoffFailed:
@@ -148,7 +132,8 @@ def _failed_to_wire(event: HandoffFailed) -> wire.HandoffFailed:
 
 def _failed_from_wire(message: wire.HandoffFailed) -> HandoffFailed:
     retry = message.retry_after_ms / 1e3 if message.HasField("retry_after_ms") else None
-    return HandoffFailed(handoff_from_wire(message), refusal_from_wire(message.reason), message.message, retry)
+    reason = convert.refusal_from_wire(message.reason)
+    return HandoffFailed(convert.handoff_from_wire(message), reason, message.message, retry)
 
 
 def _report_to_wire(event: PrefillReport) -> wire.PrefillReport:
@@ -192,13 +177,13 @@ def _ended_from_wire(message: wire.Ended) -> Ended:
 
 
 def load_to_wire(event: LoadReport) -> wire.LoadReport:
-    cost = None if event.cost is None else cost_to_wire(event.cost, event.cost_error, event.chunk_tokens)
+    cost = None if event.cost is None else convert.cost_to_wire(event.cost, event.cost_error, event.chunk_tokens)
     return wire.LoadReport(cost=cost, pairs=event.pairs, **{name: getattr(event, name) for name in LOAD_COUNTS})
 
 
 def _load_from_wire(message: wire.LoadReport) -> LoadReport:
     return LoadReport(
-        cost=cost_from_wire(message.cost) if message.HasField("cost") else None,
+        cost=convert.cost_from_wire(message.cost) if message.HasField("cost") else None,
         cost_error=message.cost.error,
         chunk_tokens=message.cost.chunk_tokens,
         pairs=dict(message.pairs),
@@ -215,17 +200,14 @@ _EVENTS: dict[type, tuple[str, tuple[Write, Read]]] = {
         "resident",
         (
             lambda event: wire.Resident(attempt=event.key.attempt, handoff=event.key.handoff),
-            lambda message: HandoffDone(handoff_from_wire(message)),
+            lambda message: HandoffDone(convert.handoff_from_wire(message)),
         ),
     ),
     PrefillReport: ("prefill_report", (_report_to_wire, _report_from_wire)),
     Ended: ("ended", (_ended_to_wire, _ended_from_wire)),
     Freed: ("freed", _same(Freed, wire.Freed, "attempt")),
     LoadReport: ("load", (load_to_wire, _load_from_wire)),
-    CacheUpdate: (
-        "cache_events",
-        _same(CacheUpdate, wire.CacheEvents, "sync", "sequence", "inserted", "evicted"),
-    ),
+    CacheUpdate: ("cache_events", _same(CacheUpdate, wire.CacheEvents, "sync", "sequence", "inserted", "evicted")),
 }
 """The event's name on the wire, and how it is written and read."""
 _WRITERS = {kind: (body, write) for kind, (body, (write, _)) in _EVENTS.items()}

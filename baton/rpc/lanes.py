@@ -84,11 +84,8 @@ class Assembler(Generic[Frame]):
         self._bytes = 0
 
     def add(self, fragment: worker_pb2.Fragment) -> Frame | None:
-        """The whole frame when this was its last piece.
-
-        Raises ResourceExhausted past the limit, and InvalidArgument where the pieces make no frame. Either way a
-        message is lost, and the caller must give the stream up.
-        """
+        """The whole frame when this was its last piece. Raises ResourceExhausted past the limit, and InvalidArgument
+        where the pieces make no frame: a message is lost, and the caller must give the stream up."""
         self._parts.setdefault(fragment.message_id, bytearray()).extend(fragment.data)
         self._bytes += len(fragment.data)
         if self._bytes > ASSEMBLY_LIMIT_BYTES:

@@ -37,17 +37,13 @@ class Session(Generic[Out, In]):
     """One side's memory of a stream. Lives on one event loop, where it calls `on_frame` for each new frame."""
 
     def __init__(self, out_type: type[Out], in_type: type[In], name: str, on_frame: Callable[[In], None]) -> None:
-        self.name = name
-        self.received = 0
-        self.closed = False
+        self.name, self.received, self.closed = name, 0, False
         self._out_type: type[Out] = out_type
         self._on_frame: Callable[[In], None] = on_frame
         self._lanes: Lanes[Out] = Lanes(out_type)
         self._unacknowledged: deque[Out] = deque()
         self._resend: deque[Out] = deque()
-        self._next_number = 1
-        self._acknowledged_to_peer = 0
-        self._epoch = 0
+        self._next_number, self._acknowledged_to_peer, self._epoch = 1, 0, 0
         self._assembler: Assembler[In] = Assembler(in_type)
 
     @property
@@ -64,12 +60,9 @@ class Session(Generic[Out, In]):
         self._lanes.put(frame)
 
     def receive(self, frame: In) -> None:
-        """Takes a frame from the wire: acknowledges ours, drops duplicates, assembles pieces, delivers the rest.
-
-        Raises TransferError on a gap: the stream must be broken off and taken up again. Raises ResourceExhausted when
-        pieces exceed their limit, InvalidArgument when they make no frame: the session must be given up. A closed
-        session drops everything.
-        """
+        """Takes a frame from the wire; drops it when closed. Raises TransferError on a gap: the stream must be broken
+        off and taken up again. Raises ResourceExhausted or InvalidArgument where pieces exceed their limit or make no
+        frame: the session must be given up."""
         if self.closed:
             return
         while self._unacknowledged and self._unacknowledged[0].number <= frame.acknowledged:

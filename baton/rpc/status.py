@@ -45,7 +45,6 @@ def code_of(error: errors.BatonError) -> grpc.StatusCode:
 
 
 def number_of(error: errors.BatonError) -> int:
-    """The number of the error's status code, as in google.rpc.Code."""
     return int(code_pb2.Code.Value(code_of(error).name))
 
 

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from baton.cost import CostModel, StepCost
+from baton.cost import CostModel
 from baton.engine.api import Engine, Sampled, Sequence, Work, shape_of
 from baton.spec import AttemptKey, FinishReason, TokenLogprobs
 
@@ -89,11 +89,6 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-
-    @property
-    def cost(self) -> StepCost:
-        """As learned so far. May be read from any thread."""
-        return self.model.cost
 
     @property
     def under_way_s(self) -> float:

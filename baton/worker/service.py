@@ -48,12 +48,10 @@ class WorkerService(WorkerServicer):
         self._sessions: dict[str, RouterSession] = {}
         self._handlers: list[RoleHandler] = []
         self.on_attach: list[Callable[[RouterSession], None]] = []
-        """Called with each new session."""
         self.attached, self.detached = asyncio.Event(), asyncio.Event()
         self.detached.set()
 
     def add_handler(self, handler: RoleHandler) -> None:
-        """Every handler gets every command."""
         self._handlers.append(handler)
 
     def session(self, router: ProcessRef) -> RouterSession | None:

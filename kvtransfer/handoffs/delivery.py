@@ -45,24 +45,17 @@ class Delivery:
 
     def __init__(self, key: HandoffKey, source: Sequence[int], tokens: int, block_tokens: int) -> None:
         assert len(source) == -(-tokens // block_tokens), "the source blocks hold exactly the prompt"
-        self.key = key
-        self.source = tuple(source)
-        self.tokens = tokens
-        self.block_tokens = block_tokens
-        self.state = DeliveryState.AWAITING_GRANT
-        self.reason = ""
+        self.key, self.source = key, tuple(source)
+        self.tokens, self.block_tokens = tokens, block_tokens
+        self.state, self.reason = DeliveryState.AWAITING_GRANT, ""
         self._computed = 0
         self._first_token_known = False
-        self._ticket: Ticket | None = None
+        self.ticket: Ticket | None = None
+        """The accepted grant's; None before it and after a failure."""
         self._next = 0  # the first index that was never handed out
         self._written = 0
         self._under_way: Counter[HandoffKey] = Counter()  # blocks in writes that have not returned
         self._to_close: set[HandoffKey] = set()
-
-    @property
-    def ticket(self) -> Ticket | None:
-        """The accepted grant's; None before it and after a failure."""
-        return self._ticket
 
     @property
     def complete_blocks(self) -> int:
@@ -77,7 +70,7 @@ class Delivery:
     @property
     def delivered(self) -> bool:
         """Whether every block that the receiver lacked has been written to it."""
-        return self._ticket is not None and self._written == len(self._ticket.writable)
+        return self.ticket is not None and self._written == len(self.ticket.writable)
 
     def computed(self, tokens: int) -> None:
         """The KV of the first `tokens` tokens is in the source blocks. Never decreases."""
@@ -89,7 +82,7 @@ class Delivery:
 
     def granted(self, ticket: Ticket) -> GrantAnswer:
         if ticket.key != self.key or self.state is not DeliveryState.AWAITING_GRANT:
-            if self._ticket == ticket or (ticket.key == self.key and self.state is DeliveryState.RELEASED):
+            if self.ticket == ticket or (ticket.key == self.key and self.state is DeliveryState.RELEASED):
                 return GrantAnswer.DUPLICATE
             if ticket.key != self.key or self.state is DeliveryState.FAILED:
                 self._to_close.add(ticket.key)
@@ -97,7 +90,7 @@ class Delivery:
         if len(ticket.blocks) != len(self.source):
             self._end(f"the grant has {len(ticket.blocks)} blocks for {len(self.source)}", close=True)
             return GrantAnswer.INVALID
-        self._ticket = ticket
+        self.ticket = ticket
         self._next = ticket.cached_blocks
         self.state = DeliveryState.DELIVERING
         return GrantAnswer.ACCEPTED
@@ -111,17 +104,16 @@ class Delivery:
 
     def take_moves(self, limit: int) -> list[BlockMove]:
         """At most `limit` blocks that can be written now, in the order of the sequence; they count as under way."""
-        if self._ticket is None or self.state is not DeliveryState.DELIVERING:
+        if self.ticket is None or self.state is not DeliveryState.DELIVERING:
             return []
         indices = range(self._next, min(self.complete_blocks, self._next + limit))
         if not indices:
             return []
         self._next = indices.stop
         self._under_way[self.key] += len(indices)
-        return [BlockMove(self.source[i], self._ticket.blocks[i], i) for i in indices]
+        return [BlockMove(self.source[i], self.ticket.blocks[i], i) for i in indices]
 
     def written(self, key: HandoffKey, moves: Sequence[BlockMove]) -> None:
-        """The transport has placed this batch."""
         if self._landed(key, moves):
             self._written += len(moves)
 
@@ -133,12 +125,12 @@ class Delivery:
     def take_commit(self) -> int | None:
         """The number of blocks that the Commit names, once: when all are handed to the transport and the first token is
         known. None before and after. The receiver waits for data that is still under way."""
-        if self.state is not DeliveryState.DELIVERING or self._ticket is None or not self._first_token_known:
+        if self.state is not DeliveryState.DELIVERING or self.ticket is None or not self._first_token_known:
             return None
         if self._next < len(self.source):
             return None
         self.state = DeliveryState.COMMITTING
-        return len(self._ticket.writable)
+        return len(self.ticket.writable)
 
     def committed(self, key: HandoffKey) -> bool:
         """The sequence is resident. False when the message is late, or cannot be true."""
@@ -166,9 +158,7 @@ class Delivery:
         if key.handoff <= self.key.handoff or self.state is DeliveryState.RELEASED:
             return False
         self._end("bound anew", close=True)
-        self.key = key
-        self.state = DeliveryState.AWAITING_GRANT
-        self.reason = ""
+        self.key, self.state, self.reason = key, DeliveryState.AWAITING_GRANT, ""
         return True
 
     def take_closed(self) -> list[HandoffKey]:
@@ -189,9 +179,7 @@ class Delivery:
     def _end(self, reason: str, close: bool) -> bool:
         if self.state in (DeliveryState.RELEASED, DeliveryState.FAILED):
             return False
-        self.state = DeliveryState.FAILED
-        self.reason = reason
-        self._ticket = None
+        self.state, self.reason, self.ticket = DeliveryState.FAILED, reason, None
         self._next = self._written = 0
         if close:
             self._to_close.add(self.key)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Sequence
 from baton.spec import AttemptKey, HandoffKey, RefusalReason
 from baton.telemetry import Counts
 from kvtransfer.blocks.pool import BlockPool
-from kvtransfer.handoffs.attempts import AttemptMemory
 from kvtransfer.handoffs.leases import LeaseTable
 from kvtransfer.handoffs.messages import WRITE_TOKEN_BYTES, Aborted, Grant, Refusal, Ticket
 from kvtransfer.handoffs.outcomes import (
@@ -35,7 +34,7 @@ from kvtransfer.handoffs.outcomes import (
     LedgerStatistics,
     check_books,
 )
-from kvtransfer.handoffs.writers import Writers
+from kvtransfer.handoffs.peers import AttemptMemory, Writers
 
 
 class GrantLedger:
@@ -101,7 +100,6 @@ class GrantLedger:
         return granted
 
     def landed(self, key: HandoffKey, generation: int, indices: Iterable[int]) -> LedgerOutcome:
-        """These blocks of the sequence are in place, whole."""
         entry = self._current(key, generation, "landed")
         if isinstance(entry, LedgerOutcome):
             return entry
@@ -178,7 +176,6 @@ class GrantLedger:
         return CancelAnswer(aborted, resident)
 
     def expire(self, now: float) -> None:
-        """Give up the grants of silent writers, and handoffs that took too long."""
         for writer in self.writers.expire(now):
             for key in self.writers.handoffs(writer):
                 self.abort(key, RefusalReason.EXPIRED, now, "the sender's lease ran out")

@@ -106,8 +106,9 @@ class PeerLease:
     """
 
     def __init__(self) -> None:
+        self.deadline: float | None = None
+        """In monotonic seconds; None before the first reply."""
         self._asked: deque[float] = deque()
-        self._until: float | None = None
         self._seconds = 0.0
 
     def asked(self, now: float) -> None:
@@ -118,16 +119,11 @@ class PeerLease:
         assert self._asked, "a lease without a request"
         sent = self._asked.popleft()
         self._seconds = seconds
-        self._until = max(self._until or 0.0, sent + seconds)
+        self.deadline = max(self.deadline or 0.0, sent + seconds)
 
     def valid(self, now: float) -> bool:
-        return self._until is not None and now < self._until
-
-    @property
-    def deadline(self) -> float | None:
-        """In monotonic seconds; None before the first reply."""
-        return self._until
+        return self.deadline is not None and now < self.deadline
 
     def renew_at(self) -> float | None:
         """After a third of the lease, so that two renewals may be lost. None before the first reply."""
-        return None if self._until is None else self._until - self._seconds * 2 / 3
+        return None if self.deadline is None else self.deadline - self._seconds * 2 / 3

@@ -11,11 +11,8 @@ WRITE_TOKEN_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right of one writer (an incarnation) to write one grant's blocks.
-
-    Block `index` of the sequence goes to `blocks[index]`. The receiver has the first `cached_blocks` already; they must
-    not be written.
-    """
+    """The right of one writer (an incarnation) to write one grant's blocks. Block `index` of the sequence goes to
+    `blocks[index]`. The receiver has the first `cached_blocks` already; they must not be written."""
 
     key: HandoffKey
     generation: int
@@ -32,7 +29,6 @@ class Ticket:
 
     @property
     def writable(self) -> range:
-        """The indices that must be written."""
         return range(self.cached_blocks, len(self.blocks))
 
     def destination(self, index: int) -> int | None:
@@ -80,7 +76,6 @@ class Grant:
 
     @property
     def written(self) -> tuple[int, ...]:
-        """The blocks that the writer may write."""
         return self.ticket.blocks[self.ticket.cached_blocks :]
 
 
@@ -97,9 +92,7 @@ class Refusal:
 @dataclass(frozen=True, slots=True)
 class Aborted:
     """A grant that the receiver gave up. The worker tells the writer, and asks the transport to revoke the ticket.
-
-    `proven`: no write can come any more, so that no quarantine was needed.
-    """
+    `proven`: no write can come any more, so that no quarantine was needed."""
 
     grant: Grant
     reason: RefusalReason

@@ -19,8 +19,6 @@ class GrantState(Enum):
 
 
 class LedgerOutcome(Enum):
-    """What a `landed` or `commit` did."""
-
     PENDING = auto()  # noted; not resident yet
     RESIDENT = auto()  # became resident by this very call: once for each grant
     ALREADY = auto()  # was resident before: answer as the first time

@@ -7,7 +7,7 @@ import threading
 from typing import Any, cast
 
 from baton.spec import HandoffKey
-from decode_worker.events import LoopEvents
+from decode_worker.handoffs import LoopEvents
 from kvtransfer.transports.base import ReceiverEvents
 from tests.rpc.waiting import until
 

@@ -173,12 +173,11 @@ async def test_while_transferring(pair: Cluster, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_no_close_while_a_write_is_under_way(cluster: Cluster) -> None:
-    """With shm the writer's Closed is the proof, so a write in progress must delay it, whoever asks."""
+    """With shm the writer's Closed is the proof, so a write in progress must delay it, for any peer that asks."""
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm")
     await cluster.serve(cluster.router.spec(3))
     (sender,) = cluster.p.role.senders
-    mover = sender._mover
     spec = cluster.router.spec(40)
     with StalledWrite(cluster) as stalled:
         await cluster.bound(spec)
@@ -188,10 +187,10 @@ async def test_no_close_while_a_write_is_under_way(cluster: Cluster) -> None:
         await until(lambda: cluster.d.role.live["aborting"], "the abort")
         await until(lambda: cluster.p.count("late_messages"), "the abort notice at the writer")
         assert cluster.d.pool.statistics().quarantined == 3
-        assert len(mover._under_way) == 1
+        assert sender.writes == 1
         stalled.go_on.set()
         await freed(cluster, spec)
-    assert not mover._under_way
+    assert not sender.writes
 
 
 async def test_after_the_commit(pair: Cluster) -> None:

@@ -68,7 +68,7 @@ async def test_a_broken_router_stream_loses_nothing(cluster: Cluster) -> None:
 
 
 async def test_write_fails_and_the_pair_is_bound_again(pair: Cluster) -> None:
-    """A torn connection blacklists nobody."""
+    """A torn connection blacklists no worker."""
     await pair.serve(pair.router.spec(3))
     pair.faults().tear_after = 1
     spec = pair.router.spec(60, max_tokens=4)
@@ -189,7 +189,7 @@ async def test_a_write_that_ends_after_a_rebind_elsewhere(cluster: Cluster) -> N
         faults = cluster.network.faults(cluster.p.process.incarnation, other.transport.endpoint())
         faults.flowing.clear()
         await until(lambda: other.role.live["grants"], "the second grant")
-        await until(lambda: sum(bool(s._mover._under_way) for s in cluster.p.role.senders) == 2, "both")
+        await until(lambda: sum(sender.writes > 0 for sender in cluster.p.role.senders) == 2, "both")
         stalled.go_on.set()
         await until(lambda: not cluster.d.busy(), "the first is closed")
         faults.flowing.set()

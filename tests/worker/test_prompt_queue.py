@@ -1,4 +1,4 @@
-"""Prompts that wait: who is due first goes first, and nobody waits for ever."""
+"""Prompts that wait: the first due goes first, and none waits for ever."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.worker.attached import Bench, cancel, rest
 
 
 async def test_a_router_that_does_not_acknowledge_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nobody who sends to it ever fails."""
+    """And no sender to it ever fails."""
     monkeypatch.setattr(link, "UNACKNOWLEDGED_LIMIT", 50)
     call, _ = await bench.attach()
     session = bench.session

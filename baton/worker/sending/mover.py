@@ -39,7 +39,8 @@ class Mover:
         """`may_write`: whether the lease on granted memory is valid; asked on the writing thread, just before."""
         self._events, self._executor, self._may_write, self._deadline_s = events, executor, may_write, deadline_s
         self._turns: deque[Outbound] = deque()
-        self._under_way: Counter[HandoffKey] = Counter()
+        self.under_way: Counter[HandoffKey] = Counter()
+        """Batches in writes that have not returned, also on a channel that was given up."""
         self._movable = asyncio.Event()
 
     def add(self, outbound: Outbound) -> None:
@@ -52,10 +53,6 @@ class Mover:
     def wake(self) -> None:
         """To be called when an attempt may have more to write."""
         self._movable.set()
-
-    def writing(self, key: HandoffKey) -> bool:
-        """Whether a batch of this handoff is under way, also on a channel that was given up."""
-        return self._under_way[key] > 0
 
     async def run(self, channel: Channel) -> None:
         """Raises when the channel breaks."""
@@ -78,7 +75,7 @@ class Mover:
 
     async def _write(self, channel: Channel, outbound: Outbound, ticket: Ticket, moves: Sequence[BlockMove]) -> None:
         loop = asyncio.get_running_loop()
-        self._under_way[ticket.key] += 1
+        self.under_way[ticket.key] += 1
         writing = loop.run_in_executor(self._executor, self._write_blocking, channel, ticket, moves)
         self._events.handed_out(outbound)
         try:
@@ -91,8 +88,8 @@ class Mover:
         except (errors.WriteRefused, errors.ChecksumMismatch) as error:
             self._failed(outbound, ticket.key, moves, error)
         except Exception as error:  # a boundary: this batch is over, and the channel with it
-            known = error if isinstance(error, errors.BatonError) else _peer_closed(error)
-            self._failed(outbound, ticket.key, moves, known)
+            unknown = errors.PeerClosed(f"{type(error).__name__}: {error}")
+            self._failed(outbound, ticket.key, moves, error if isinstance(error, errors.BatonError) else unknown)
             raise
         else:
             self._placed(outbound, ticket.key, moves, receipt)
@@ -117,9 +114,9 @@ class Mover:
         self._events.write_failed(outbound, key, error)
 
     def _end(self, key: HandoffKey) -> None:
-        self._under_way[key] -= 1
-        if not self._under_way[key]:
-            del self._under_way[key]
+        self.under_way[key] -= 1
+        if not self.under_way[key]:
+            del self.under_way[key]
 
     def _settle(
         self, outbound: Outbound, key: HandoffKey, moves: Sequence[BlockMove], done: asyncio.Future[WriteReceipt]
@@ -129,7 +126,3 @@ class Mover:
             self._failed(outbound, key, moves, errors.PeerClosed("the control stream ended during the write"))
         else:
             self._placed(outbound, key, moves, done.result())
-
-
-def _peer_closed(error: Exception) -> errors.BatonError:
-    return errors.PeerClosed(f"{type(error).__name__}: {error}")

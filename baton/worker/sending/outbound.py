@@ -31,11 +31,9 @@ class Closer(Protocol):
 
 @dataclass(slots=True)
 class Outbound:
-    """An attempt's handoffs, one after another; `delivery` has the state of the current one.
-
-    `routes` has each handoff's way, because a close may be due long after the attempt was bound elsewhere.
-    `deadline_at` is the request's, in monotonic seconds.
-    """
+    """An attempt's handoffs, one after another; `delivery` has the state of the current one. `routes` has the way of
+    each, because a close may be due long after the attempt was bound elsewhere. `deadline_at` is the request's, in
+    monotonic seconds."""
 
     spec: SequenceSpec
     delivery: Delivery
@@ -64,7 +62,6 @@ class Outbound:
         return None if self.deadline_at is None else max(0.001, self.deadline_at - time.monotonic())
 
     def bound_to(self, key: HandoffKey, closer: Closer) -> None:
-        """Starts a handoff, with costs of its own."""
         self.routes[key.handoff] = closer
         self.cost = TransferCost()
 

@@ -103,8 +103,10 @@ class PairStream:
                 await self._converse()
             except errors.Mismatch as error:
                 reason, message = RefusalReason.MISMATCH, str(error)
-            except (errors.BatonError, grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
-                message = _describe(error)
+            except grpc.aio.AioRpcError as error:
+                message = str(from_rpc_error(error))
+            except (errors.BatonError, asyncio.InvalidStateError, TimeoutError) as error:
+                message = str(error) or type(error).__name__
             except Exception as error:  # a boundary: this stream fails, the next one may work
                 log.error("unexpected error on a control stream", peer=self.peer.name, exc_info=error)
                 message = f"{type(error).__name__}: {error}"
@@ -229,9 +231,3 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return str(from_rpc_error(error))
-    return str(error) or type(error).__name__

@@ -52,7 +52,6 @@ class Sender:
 
     @property
     def closed(self) -> bool:
-        """For good; another bind needs another sender."""
         return self._stream.closed
 
     @property
@@ -63,6 +62,10 @@ class Sender:
     @property
     def handoffs(self) -> int:
         return len(self._outbound)
+
+    @property
+    def writes(self) -> int:
+        return self._mover.under_way.total()
 
     def start(self, outbound: Outbound) -> None:
         """Asks for a grant for the current handoff, now or as soon as the stream is up."""
@@ -117,7 +120,6 @@ class Sender:
             self._stream.want()
 
     async def stop(self) -> None:
-        """Ends the stream; handoffs under way fail."""
         await self._stream.stop()
 
     # -- `PairEvents` --------------------------------------------------------------------------------------------
@@ -195,7 +197,6 @@ class Sender:
             self._fail(outbound, _reason(message.reason), message.message, retry)
 
     def _aborted(self, key: HandoffKey, message: wire.AbortNotice) -> None:
-        """The peer waits for our close."""
         outbound = self._known(key)
         if outbound is None:
             self._not_here(key)
@@ -212,7 +213,7 @@ class Sender:
 
     def _not_here(self, key: HandoffKey) -> None:
         """Answers about a handoff that is over here. While a write of it is under way, its end sends the close."""
-        if not self._mover.writing(key):
+        if not self._mover.under_way[key]:
             self.send_close(key, "not under way here any more")
 
     def _open(self, outbound: Outbound) -> None:

@@ -42,11 +42,9 @@ class Senders:
 
     @property
     def handoffs(self) -> int:
-        """Under way, to all peers."""
         return sum(sender.handoffs for sender in self._senders.values())
 
     def by_transport(self) -> Counter[str]:
-        """Counts connected peers."""
         return Counter(sender.transport for sender in self.connected())
 
     def connected(self) -> list[Sender]:

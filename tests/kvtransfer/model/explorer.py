@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 
 from baton.spec import HandoffKey
 from kvtransfer.blocks.pool import BlockPool
-from kvtransfer.handoffs.attempts import AttemptMemory, _Attempt
 from kvtransfer.handoffs.delivery import Delivery, DeliveryState
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.leases import LeaseTable
 from kvtransfer.handoffs.messages import BlockMove, Grant, Refusal, Ticket
 from kvtransfer.handoffs.outcomes import GrantState, LedgerEntry, LedgerLimits
-from kvtransfer.handoffs.writers import Writers
+from kvtransfer.handoffs.peers import AttemptMemory, Writers, _Attempt
 from tests.kvtransfer.model.state import FAIR, Action, Attempt, Case, Channels, Write
 from tests.kvtransfer.model.world import World
 

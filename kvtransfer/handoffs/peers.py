@@ -1,4 +1,4 @@
-"""A decode worker's memory of attempts: each one's latest handoff, and how that ended.
+"""A decode worker's memory of its peers: of attempts and of writers. Pure; time is monotonic seconds.
 
 A message for a finished or cancelled attempt must not bring it back. So the memory outlives the attempt by the longest
 lease, after which no peer still speaks of it. Beyond `limit` ended attempts the oldest is forgotten.
@@ -21,7 +21,7 @@ class _Attempt:
 
 
 class AttemptMemory:
-    """Pure; time is monotonic seconds. An attempt with a live grant is never forgotten."""
+    """The latest handoff of each attempt, and how that ended. An attempt with a live grant is never forgotten."""
 
     def __init__(self, seconds: float, limit: int) -> None:
         self._seconds = seconds
@@ -31,7 +31,6 @@ class AttemptMemory:
 
     @property
     def tombstones(self) -> int:
-        """The number of ended attempts."""
         return len(self._ended)
 
     def verdict(self, key: HandoffKey) -> Refusal | None:
@@ -54,7 +53,6 @@ class AttemptMemory:
         return HandoffKey(attempt, known.highest) if known else None
 
     def opened(self, key: HandoffKey) -> None:
-        """`key` is the attempt's live handoff from now on."""
         attempt = self._attempts.setdefault(key.attempt, _Attempt())
         attempt.highest, attempt.ended = key.handoff, None
         self._ended.drop(key.attempt)
@@ -83,3 +81,52 @@ class AttemptMemory:
             oldest = self._ended.pop_earliest()
             assert oldest is not None, "an empty table is over its limit"
             del self._attempts[oldest]
+
+
+class Writers:
+    """The writers' leases and open handoffs, by incarnation. One lease covers all of a writer's grants. An ended writer
+    is remembered for `memory_s`, so that its late messages open nothing."""
+
+    def __init__(self, lease_s: float, memory_s: float) -> None:
+        self._lease_s = lease_s
+        self._memory_s = memory_s
+        self._leases: LeaseTable[str] = LeaseTable()
+        self._ended: LeaseTable[str] = LeaseTable()
+        self._handoffs: dict[str, set[HandoffKey]] = {}
+
+    def __len__(self) -> int:
+        """Writers with a live lease."""
+        return len(self._leases)
+
+    def renew(self, writer: str, now: float) -> bool:
+        """False when the writer has no live lease."""
+        return self._leases.renew(writer, now, self._lease_s)
+
+    def heard(self, writer: str, now: float) -> None:
+        """The writer sent an Open: extend its lease, or begin one."""
+        if not self.renew(writer, now):
+            self._leases.grant(writer, now, self._lease_s)
+
+    def add(self, writer: str, key: HandoffKey) -> None:
+        self._handoffs.setdefault(writer, set()).add(key)
+
+    def discard(self, writer: str, key: HandoffKey) -> None:
+        keys = self._handoffs[writer]
+        keys.discard(key)
+        if not keys:
+            del self._handoffs[writer]
+
+    def handoffs(self, writer: str) -> list[HandoffKey]:
+        """The writer's handoffs that are neither resident nor over, in a stable order."""
+        return sorted(self._handoffs.get(writer, ()), key=lambda key: (key.attempt, key.handoff))
+
+    def end(self, writer: str, now: float) -> None:
+        self._ended.grant(writer, now, self._memory_s)
+        self._leases.drop(writer)
+
+    def has_ended(self, writer: str) -> bool:
+        return writer in self._ended
+
+    def expire(self, now: float) -> list[str]:
+        self._ended.expire(now)
+        return self._leases.expire(now)
