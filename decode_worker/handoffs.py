@@ -91,16 +91,10 @@ class DecodeHandoffs:
         if refusal is not None or router is None:
             self._counts.add("handoffs_refused")
             return refusal or Refusal(key, RefusalReason.UNKNOWN_ROUTER, "no stream to this router")
-        now = time.monotonic()
-        answer = self._ledger.open(
-            key,
-            writer,
-            self._admission.digests(spec),
-            self._layout.blocks_for(spec.known_tokens),
-            self._layout.blocks_for(spec.kv_tokens),
-            now,
-            None if spec.deadline_s is None else now + spec.deadline_s,
-        )
+        now, digests = time.monotonic(), self._admission.digests(spec)
+        blocks, most = self._layout.blocks_for(spec.known_tokens), self._layout.blocks_for(spec.kv_tokens)
+        deadline = None if spec.deadline_s is None else now + spec.deadline_s
+        answer = self._ledger.open(key, writer, digests, blocks, most, now, deadline)
         self._settle_aborted()
         if isinstance(answer, Refusal):
             self._counts.add("handoffs_refused")

@@ -95,8 +95,7 @@ class Residents:
         return True
 
     def on_step(self, report: StepReport) -> None:
-        """Each router gets one event with the tokens of all its sequences. An exception over one sequence ends that one
-        alone."""
+        """An exception over one sequence ends that one alone."""
         tokens = StepTokens()
         for_each(report.items, lambda item: self._advanced(item, report, tokens), self._broken)
         tokens.send()

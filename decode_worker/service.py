@@ -42,8 +42,7 @@ class DecodeRole:
         model: CostModel,
         tpot_budget_s: float | None = None,
     ) -> None:
-        """`make_receivers` makes the transports' receivers, which report to its argument; `model` learns from the
-        engine's steps."""
+        """`make_receivers` makes the transports' receivers, which report to its argument."""
         self.layout, self.fingerprint = engine.layout, fingerprint
         self._counts = counts
         aborted: list[Aborted] = []
@@ -51,9 +50,7 @@ class DecodeRole:
         self._load = LoadReporter(worker, pool, model, chunk_tokens, self._report)
         admission = Admission(pool, engine.layout, fingerprint)
         scheduler = DecodeScheduler(chunk_tokens, lambda: model.cost, tpot_budget_s)
-        self._queue: AdmissionQueue[WaitingPrompt] = AdmissionQueue(
-            admission, model, chunk_tokens, lambda spec: spec.kv_tokens
-        )
+        self._queue = AdmissionQueue[WaitingPrompt](admission, model, chunk_tokens, lambda spec: spec.kv_tokens)
         self._residents = Residents(
             engine=engine,
             scheduler=scheduler,

@@ -75,8 +75,7 @@ class Prompts:
         self.start_waiting()
 
     def start_waiting(self) -> None:
-        """Starts the prompts whose turn it is, as far as decode workers keep up. To be called when blocks or grants
-        have come free."""
+        """To be called when blocks have come free or a grant has come: starts prompts, if decode workers keep up."""
         while found := self._queue.next(self._in_engine(), self.runner.under_way_s, self._has_few_ungranted()):
             self._start(*found)
         self._load.changed()

@@ -46,9 +46,7 @@ class PrefillRole:
         self._load = LoadReporter(worker, pool, model, chunk_tokens, self._report)
         admission = Admission(pool, engine.layout, fingerprint)
         scheduler = PrefillScheduler(chunk_tokens, lambda: model.cost)
-        self._queue: AdmissionQueue[Prompt] = AdmissionQueue(
-            admission, model, chunk_tokens, lambda spec: spec.known_tokens
-        )
+        self._queue = AdmissionQueue[Prompt](admission, model, chunk_tokens, lambda spec: spec.known_tokens)
         self._prompts = Prompts(
             engine, scheduler, model, self._queue, max_ungranted, pool, admission, counts, self._load
         )

@@ -92,8 +92,7 @@ class Session(Generic[Out, In]):
         return self._epoch
 
     def detach(self, stream: int | None = None) -> None:
-        """The stream broke: `outgoing` ends, and the session waits for `attach` or `close`. Does nothing when `stream`
-        has been replaced."""
+        """The stream broke: `outgoing` ends. Does nothing when a newer stream has replaced `stream`."""
         if stream is None or stream == self._epoch:
             self._epoch += 1
             self._lanes.wake()
@@ -142,8 +141,7 @@ def _nothing() -> None: ...
 async def read_frames(
     session: Session[Out, In], source: AsyncIterator[In], on_first: Callable[[], None] = _nothing
 ) -> None:
-    """Feeds a stream into its session until it ends; raises TimeoutError when the peer falls silent. Calls `on_first`
-    at the first frame."""
+    """Feeds a stream into its session until it ends. Raises TimeoutError when the peer falls silent."""
     while True:
         async with asyncio.timeout(SILENCE_S):
             try:

@@ -67,8 +67,7 @@ class AdmissionQueue(PromptQueue[P]):
     def next(
         self, computing: Collection[Computing], under_way_s: float, may_start: bool = True
     ) -> tuple[P, Room] | None:
-        """Takes out the prompt that starts now, with its blocks; None when none does. `under_way_s` is the age of the
-        step under way."""
+        """Takes out the prompt that starts now, with its blocks. `under_way_s` is the age of the step under way."""
 
         def ahead(prompt: P) -> int:
             return sum(other.uncomputed for other in computing if other.rank <= prompt.rank)

@@ -194,8 +194,7 @@ class Runner:
 
 
 def for_each(items: Iterable[T], act: Callable[[T], None], fail: Callable[[T, str], None]) -> None:
-    """Calls `act` with each item. Where that raises, `fail` gets the item and the reason, and the other sequences of
-    the step still get their tokens."""
+    """Calls `act` with each item. Where that raises, `fail` gets the item and the reason, and the others go on."""
     for item in items:
         try:
             act(item)

@@ -75,14 +75,9 @@ class WorkerService(WorkerServicer):
             await abort(context, errors.InvalidArgument("hello", "must name the process, its incarnation, the session"))
         record, resumed, stream = self._enter(first.hello)
         try:
-            yield wire.WorkerFrame(
-                hello=wire.Hello(
-                    process=process_to_wire(self._process),
-                    session=record.session_id,
-                    received=record.link.received,
-                    resumed=resumed,
-                )
-            )
+            process, received = process_to_wire(self._process), record.link.received
+            hello = wire.Hello(process=process, session=record.session_id, received=received, resumed=resumed)
+            yield wire.WorkerFrame(hello=hello)
             reader = asyncio.create_task(self._read(record, stream, request_iterator))
             async with cancelling(reader):
                 async for frame in record.link.outgoing(stream):
@@ -113,8 +108,7 @@ class WorkerService(WorkerServicer):
         if record is not None and not resumed:
             self._lose(record, "the router started a new session")
         if record is None or not resumed:
-            record = RouterSession(router, hello.session, self._dispatch)
-            self._sessions[router.incarnation] = record
+            record = self._sessions[router.incarnation] = RouterSession(router, hello.session, self._dispatch)
         if record.grace is not None:
             record.grace.cancel()
             record.grace = None

@@ -31,8 +31,7 @@ class RouterSession:
         self.grace: asyncio.TimerHandle | None = None
 
     def send(self, event: Event) -> None:
-        """Queues an event; drops it when the router is lost. Closes the link to a router that does not acknowledge:
-        its stream ends, and then it is lost."""
+        """Drops the event when the router is lost. Closes the link to a router that does not acknowledge."""
         try:
             self.link.send(event_to_frame(event))
         except errors.ResourceExhausted as error:

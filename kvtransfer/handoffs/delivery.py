@@ -162,8 +162,7 @@ class Delivery:
         return True
 
     def take_closed(self) -> list[HandoffKey]:
-        """Handoffs for which a Closed can be sent now: over, without a write under way. Each once, and again when the
-        receiver asks again."""
+        """Handoffs whose Closed is due: over, without a write under way. Each once, and whenever the receiver asks."""
         ready = sorted((k for k in self._to_close if not self._under_way[k]), key=lambda k: k.handoff)
         self._to_close.difference_update(ready)
         return ready

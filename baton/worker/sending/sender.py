@@ -81,8 +81,8 @@ class Sender:
         """Sends and writes what a change (a chunk, the first token, an answer) has made possible."""
         if not self._stream.up:
             return  # `stream_down` is about to fail the handoff
-        ticket = outbound.delivery.ticket
-        blocks = outbound.delivery.take_commit()
+        delivery = outbound.delivery
+        ticket, blocks = delivery.ticket, delivery.take_commit()
         if blocks is not None and ticket is not None and outbound.first_token is not None:
             logprobs = outbound.first_logprobs
             self._stream.send(
@@ -96,11 +96,7 @@ class Sender:
                     first_token_age_us=outbound.first_token_age_us,
                 )
             )
-        if (
-            outbound.delivery.state is DeliveryState.COMMITTING
-            and not outbound.delivery.in_flight
-            and not outbound.timer
-        ):
+        if delivery.state is DeliveryState.COMMITTING and not delivery.in_flight and not outbound.timer:
             self._bound_wait(outbound, "no answer to the commit")  # writes under way have a deadline of their own
         outbound.close_ended()
         self._mover.wake()
