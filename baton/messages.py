@@ -1,4 +1,4 @@
-"""What a router and its workers say to each other, as plain values. `baton.rpc.frames` puts them on the wire."""
+"""The messages between a router and its workers, as plain values. `baton.rpc.frames` puts them on the wire."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from typing import NamedTuple
 
 from baton.cost import StepCost
 from baton.errors import BatonError
-from baton.spec import (
-    AttemptKey,
-    FinishReason,
-    HandoffKey,
-    ProcessRef,
-    RefusalReason,
-    SequenceSpec,
-    TokenLogprobs,
-)
+from baton.spec import AttemptKey, FinishReason, HandoffKey, ProcessRef, RefusalReason, SequenceSpec, TokenLogprobs
 
 # From a router to a worker.
 
@@ -37,7 +29,7 @@ class DirectCommand:
 
 @dataclass(frozen=True, slots=True)
 class BindCommand:
-    """Hand the attempt's blocks to `decode`, under this handoff number."""
+    """Hand the attempt's blocks to `decode`, under this key."""
 
     key: HandoffKey
     decode: ProcessRef
@@ -45,7 +37,7 @@ class BindCommand:
 
 @dataclass(frozen=True, slots=True)
 class CancelCommand:
-    """Free what the attempt holds and answer `Freed`; where it is unknown, remember that it is cancelled."""
+    """Free what the attempt holds and answer `Freed`; an unknown attempt is remembered as cancelled."""
 
     attempt: AttemptKey
     reason: str
@@ -53,7 +45,7 @@ class CancelCommand:
 
 @dataclass(frozen=True, slots=True)
 class CacheSyncCommand:
-    """Tell all prefixes that the pool holds, then each change, as sync number `sync`."""
+    """Report all prefixes in the pool, then each change, as sync number `sync`."""
 
     sync: int
 
@@ -73,7 +65,7 @@ class Started:
 
 
 class TokenRun(NamedTuple):
-    """Consecutive tokens of one sequence; `position` is the absolute position of ids[0]."""
+    """Consecutive tokens of one sequence; `ids[0]` is at the absolute `position`."""
 
     attempt: AttemptKey
     position: int
@@ -90,7 +82,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class HandoffFailed:
-    """The handoff came to nothing; the prefill worker still holds the blocks."""
+    """The prefill worker still holds the blocks."""
 
     key: HandoffKey
     reason: RefusalReason
@@ -115,7 +107,7 @@ class HandoffDone:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What moving the blocks cost. `exposed_ms` is the part after the first token; None where it was not measured."""
+    """The cost of moving the blocks. `exposed_ms` is the part after the first token; None where not measured."""
 
     transport: str
     ms: float | None
@@ -127,7 +119,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
-    """The prompt is computed and its blocks are freed, or resident where it was computed in place."""
+    """The prompt is computed; its blocks are freed, or resident where it was computed in place."""
 
     attempt: AttemptKey
     queue_ms: float
@@ -138,8 +130,7 @@ class PrefillReport:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The sequence is over on this worker: well (`reason`) or not (`error`). `output_tokens` counts its whole
-    output."""
+    """The sequence is over on this worker, by `reason` or `error`. `output_tokens` counts its whole output."""
 
     attempt: AttemptKey
     reason: FinishReason | None = None
@@ -151,19 +142,16 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Freed:
-    """The cancelled attempt holds nothing here any more."""
+    """The cancelled attempt holds nothing on this worker any more."""
 
     attempt: AttemptKey
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """A worker's own account of its pool, its queue and its costs.
-
-    `resident_tokens` are those in the KV of running sequences; `granted_blocks` those of `held_blocks` that sequences
-    on their way hold; `cost_error` is the mean relative error of predicted step times; `pairs` counts connected decode
-    workers by transport.
-    """
+    """`resident_tokens` are in the KV of running sequences; `granted_blocks` are the held blocks of sequences on their
+    way; `cost_error` is the mean relative error of predicted step times; `pairs` counts connected decode workers by
+    transport."""
 
     waiting: int = 0
     running: int = 0
@@ -182,7 +170,7 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class CacheUpdate:
-    """Block digests that a pool has come to know or has forgotten; `sequence` counts from 1 within a sync."""
+    """Block digests that came to the pool or left it; `sequence` counts from 1 within a sync."""
 
     sync: int
     sequence: int

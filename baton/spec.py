@@ -1,6 +1,6 @@
-"""What a sequence is, wherever it goes: the plain side of the wire's SequenceSpec.
+"""A sequence as schedulers, engines and policies see it: the plain side of the wire's SequenceSpec.
 
-Protobuf stops at the edge (`baton.rpc.convert`); schedulers, engines and policies see these.
+Protobuf stops at the edge (`baton.rpc.convert`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import enum
 from dataclasses import dataclass, fields
 
 AttemptKey = bytes
-"""16 random bytes that the router mints for each attempt at a request."""
+"""16 random bytes, which the router mints for each attempt at a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessRef:
-    """A process: its name, the incarnation minted when it started, and where its gRPC services answer."""
+    """A process; `incarnation` is minted at its start, `address` is that of its gRPC services."""
 
     name: str
     incarnation: str
@@ -34,7 +34,7 @@ class HandoffKey:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a token is drawn. `temperature` 0 is greedy; `top_k` 0 keeps all; `logprobs` None reports none."""
+    """`temperature` 0 is greedy; `top_k` 0 keeps all; `logprobs` None reports none."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -49,7 +49,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of the model's own distribution at one position: the chosen token's, and the best ones."""
+    """Natural logarithms of the model's own distribution at one position, for the chosen token and the best ones."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -57,7 +57,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """The latencies a client asks for, in milliseconds; None where it asks for none."""
+    """The latencies that a client asks for; None where it asks for none."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -65,7 +65,7 @@ class Objectives:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSpec:
-    """What a request asks for. `max_tokens` bounds its whole output, whatever the number of attempts."""
+    """`max_tokens` bounds the whole output, of all attempts together."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -88,7 +88,7 @@ class RequestSpec:
 
     @property
     def kv_tokens(self) -> int:
-        """Positions whose KV may be needed: the very last token is never fed back."""
+        """Positions whose KV may be needed: the last token is never fed back."""
         return self.total_tokens - 1
 
     def attempted(
@@ -98,19 +98,15 @@ class RequestSpec:
         deadline_s: float | None = None,
         ttft_left_s: float | None = None,
     ) -> SequenceSpec:
-        """The same for one attempt."""
         own = {name.name: getattr(self, name.name) for name in fields(RequestSpec)}
         return SequenceSpec(**own, attempt=attempt, output=output, deadline_s=deadline_s, ttft_left_s=ttft_left_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSpec(RequestSpec):
-    """Everything about a sequence, as one attempt carries it; travels whole wherever it goes.
-
-    `output` are the tokens of earlier attempts, kept apart from `prompt` because penalties, `max_tokens` and usage
-    depend on it. `deadline_s` is the time left when the spec was received; `ttft_left_s` that until its first token is
-    due, negative when it is late.
-    """
+    """A sequence as one attempt carries it. `output` are the tokens of earlier attempts, apart from `prompt` because
+    penalties, `max_tokens` and usage depend on it. `deadline_s` is the time left when the spec was received;
+    `ttft_left_s` is the time until the first token is due, negative when it is late."""
 
     attempt: AttemptKey
     output: tuple[int, ...] = ()
@@ -124,7 +120,7 @@ class SequenceSpec(RequestSpec):
 
     @property
     def known_tokens(self) -> int:
-        """Tokens there are before anything is computed."""
+        """Tokens before anything is computed."""
         return len(self.prompt) + len(self.output)
 
 
@@ -153,7 +149,7 @@ class RefusalReason(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """What a worker itself checks after each token. Stop strings are the router's: they need text."""
+    """A worker's own check after each token. The router checks stop strings, which need text."""
 
     stop_token_ids: frozenset[int]
     eos_token_ids: frozenset[int]
@@ -161,7 +157,6 @@ class StopRule:
 
     @classmethod
     def of(cls, spec: RequestSpec) -> StopRule:
-        """The rule that a spec asks for."""
         return cls(spec.stop_token_ids, spec.eos_token_ids, spec.max_tokens)
 
     def reason(self, token: int, output_tokens: int) -> FinishReason | None:
@@ -174,4 +169,4 @@ class StopRule:
 
 
 NEVER_STOP = StopRule(frozenset(), frozenset(), 2**62)
-"""Goes on for ever; whoever uses it counts for himself."""
+"""For a caller that ends the sequence itself."""

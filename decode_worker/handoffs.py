@@ -1,65 +1,80 @@
-"""Sequences on their way to this worker: room is granted, blocks land, and a resident comes of it, or nothing.
+"""Sequences on their way to this worker: grants room, takes their blocks, and makes residents of them.
 
-The life cycle of a handoff is the ledger's (`kvtransfer.handoffs.grants`). What is kept beside it here, `pending`,
-lasts until the sequence is resident or the last of its granted blocks is proved safe.
+The ledger (`kvtransfer.handoffs.grants`) has the life cycle of a handoff. Each entry of `pending` lasts until its
+sequence is resident, or until all of its granted blocks are proved safe.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import structlog
 
 from baton.cost import HANDOFF_S, HandoffTimes
-from baton.engine.api import Sequence
+from baton.engine import api
 from baton.messages import Freed, HandoffDone, TokenRun, Tokens
 from baton.model import KvLayout
 from baton.spec import AttemptKey, HandoffKey, RefusalReason, SequenceSpec
-from baton.telemetry import Counts
 from baton.worker.session import RouterSession
-from decode_worker.events import LoopEvents
 from decode_worker.records import FirstToken, Pending, Resident
 from decode_worker.running import Residents
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.writer_streams import WriterStreams
-from kvtransfer.blocks.admission import Admission
-from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
-from kvtransfer.handoffs.outcomes import GrantState, Outcome
+from kvtransfer.handoffs.outcomes import GrantState, LedgerOutcome
 from kvtransfer.transports.base import Receiver, ReceiverEvents
 
 SLOT_RETRY_S = 0.25
 WAKE_EVERY_S = 0.05
-"""How often blocks that land may wake a resting engine: less than the last chunk of a prompt takes, so that it is awake
-when that arrives."""
+"""Blocks that land wake a resting engine at most so often: less than the last chunk of a prompt takes, so that the
+engine is awake when that arrives."""
 MakeReceivers = Callable[[ReceiverEvents], Mapping[str, Receiver]]
 log = structlog.get_logger(__name__)
 
 
+class LoopEvents:
+    """A `ReceiverEvents` that calls `target` on the event loop on which it was made."""
+
+    def __init__(self, target: ReceiverEvents) -> None:
+        self._loop, self._target = asyncio.get_running_loop(), target
+
+    def landed(self, key: HandoffKey, generation: int, indices: Sequence[int]) -> None:
+        self._post(self._target.landed, key, generation, tuple(indices))
+
+    def revoked(self, key: HandoffKey) -> None:
+        self._post(self._target.revoked, key)
+
+    def writer_gone(self, incarnation: str) -> None:
+        self._post(self._target.writer_gone, incarnation)
+
+    def refused_write(self, key: HandoffKey, why: str) -> None:
+        self._post(self._target.refused_write, key, why)
+
+    def _post(self, action: Callable[..., None], *given: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action, *given)
+
+
 class DecodeHandoffs:
-    """Everything runs on the event loop; the transports' events come there by `LoopEvents`."""
+    """Runs on the event loop. A `ReceiverEvents`, which the transports call through `LoopEvents`."""
 
     def __init__(
         self,
-        *,
-        ledger: GrantLedger,
-        aborted: list[Aborted],
-        pending: dict[HandoffKey, Pending],
         residents: Residents,
+        aborted: list[Aborted],
         scheduler: DecodeScheduler,
-        admission: Admission,
-        layout: KvLayout,
         writers: WriterStreams,
+        layout: KvLayout,
         make_receivers: MakeReceivers,
-        max_sequences: int,
-        counts: Counts,
     ) -> None:
-        """`aborted` is where the ledger puts each grant that it gives up."""
-        self._ledger, self._aborted, self._pending, self._residents = ledger, aborted, pending, residents
-        self._scheduler, self._admission, self._layout, self._writers = scheduler, admission, layout, writers
-        self._max_sequences, self._counts = max_sequences, counts
+        """The ledger, which `residents` use too, appends each grant that it gives up to `aborted`."""
+        self._residents, self._ledger, self._pending = residents, residents.ledger, residents.pending
+        self._admission, self._counts = residents.admission, residents.counts
+        self._aborted, self._scheduler, self._writers, self._layout = aborted, scheduler, writers, layout
         self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
         self._times = HandoffTimes()
         self._woken_at = -math.inf
@@ -71,21 +86,15 @@ class DecodeHandoffs:
         self, key: HandoffKey, writer: str, spec: SequenceSpec, router: RouterSession | None, transport: str
     ) -> Grant | Refusal:
         """Reserves room for the whole sequence, or says why not. A duplicate gets the same answer. `router` is the
-        session of the spec's router, None where there is none."""
+        session of the spec's router, None without one."""
         refusal = self._refusal(key, spec, router, transport)
         if refusal is not None or router is None:
             self._counts.add("handoffs_refused")
             return refusal or Refusal(key, RefusalReason.UNKNOWN_ROUTER, "no stream to this router")
-        now = time.monotonic()
-        answer = self._ledger.open(
-            key,
-            writer,
-            self._admission.digests(spec),
-            self._layout.blocks_for(spec.known_tokens),
-            self._layout.blocks_for(spec.kv_tokens),
-            now,
-            None if spec.deadline_s is None else now + spec.deadline_s,
-        )
+        now, digests = time.monotonic(), self._admission.digests(spec)
+        blocks, most = self._layout.blocks_for(spec.known_tokens), self._layout.blocks_for(spec.kv_tokens)
+        deadline = None if spec.deadline_s is None else now + spec.deadline_s
+        answer = self._ledger.open(key, writer, digests, blocks, most, now, deadline)
         self._settle_aborted()
         if isinstance(answer, Refusal):
             self._counts.add("handoffs_refused")
@@ -97,12 +106,11 @@ class DecodeHandoffs:
         self._residents.start_waiting()
         return answer
 
-    def commit(self, key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> Outcome:
-        """The writer is done; see `GrantLedger.commit`. Becoming resident answers the writer by itself."""
-        return self._settled(key, self._ledger.commit(key, generation, blocks, first, time.monotonic()))
+    def commit(self, key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> LedgerOutcome:
+        """See `GrantLedger.commit`. A sequence that becomes resident answers the writer by itself."""
+        return self._settled(key, self._ledger.commit(key, generation, blocks, first))
 
     def closed(self, key: HandoffKey) -> None:
-        """The writer writes nothing more under this handoff."""
         pending = self._pending.get(key)
         proof = pending is not None and not self.receivers[pending.transport].revoke_proves
         self._ledger.closed(key, time.monotonic(), proof)
@@ -110,12 +118,11 @@ class DecodeHandoffs:
         self._check_freed(key)
 
     def renew(self, writer: str) -> None:
-        """Extends the leases of all that this writer was granted."""
-        self._ledger.renew(writer, time.monotonic())
+        self._ledger.writers.renew(writer, time.monotonic())
 
     def writer_back(self, writer: str) -> None:
-        """The writer has a new control stream: it has failed all that was under way on the old one, and the closes
-        that it sent there may be lost. So what it still has here is given up, and its closes are asked for again."""
+        """The writer has a new control stream. It has failed all handoffs of the old one, and its closes may be lost:
+        gives up its grants, and asks for the closes again."""
         now, message = time.monotonic(), "the control stream broke"
         for key in self._of_writer(writer):
             grant = self._ledger.grant(key)
@@ -125,14 +132,14 @@ class DecodeHandoffs:
                 self._writers.aborted(Aborted(grant, RefusalReason.UNREACHABLE, message, proven=False))
 
     def is_aborting(self, key: HandoffKey) -> bool:
-        """The handoff was given up, and its blocks wait for proof."""
+        """Whether the handoff was given up and its blocks wait for proof."""
         return self._ledger.state(key) is GrantState.ABORTING
 
     # From the transports.
 
-    def landed(self, key: HandoffKey, generation: int, indices: tuple[int, ...]) -> None:
-        outcome = self._settled(key, self._ledger.landed(key, generation, indices, time.monotonic()))
-        if outcome is Outcome.PENDING and (grant := self._ledger.grant(key)) is not None:
+    def landed(self, key: HandoffKey, generation: int, indices: Sequence[int]) -> None:
+        outcome = self._settled(key, self._ledger.landed(key, generation, indices))
+        if outcome is LedgerOutcome.PENDING and (grant := self._ledger.grant(key)) is not None:
             self._wake(grant)
 
     def revoked(self, key: HandoffKey) -> None:
@@ -153,29 +160,24 @@ class DecodeHandoffs:
     # From the role.
 
     def cancel(self, attempt: AttemptKey) -> bool:
-        """Gives the attempt's handoff up, and refuses any later one; False where none was on its way."""
-        cancelled = self._ledger.cancel(attempt, time.monotonic())
+        """Gives the attempt's handoff up, and refuses any later one. False when none was on its way."""
+        answer = self._ledger.cancel(attempt, time.monotonic())
         self._settle_aborted()
-        return cancelled.aborted
+        return answer.aborted
 
     def tell_freed(self, router: RouterSession, attempt: AttemptKey) -> bool:
-        """Once nothing of the attempt's handoffs waits for proof, `router` hears Freed. False where nothing waits."""
+        """Sends Freed once no handoff of the attempt waits for proof. False when none waits now: nothing is sent."""
         waiting = [key for key in self._pending if key.attempt == attempt]
         for key in waiting:
             self._awaiting_proof[key] = router
             self._check_freed(key)
         return bool(waiting)
 
-    def of_router(self, router: RouterSession) -> set[AttemptKey]:
-        """What is on its way for that router."""
-        return {key.attempt for key, pending in self._pending.items() if pending.router is router}
-
     def expire(self) -> None:
-        """Gives up what has run out."""
         self._ledger.expire(time.monotonic())
         self._settle_aborted()
 
-    # What follows.
+    # Inside.
 
     def _refusal(
         self, key: HandoffKey, spec: SequenceSpec, router: RouterSession | None, transport: str
@@ -188,14 +190,14 @@ class DecodeHandoffs:
             offered = ", ".join(self.receivers)
             return Refusal(key, RefusalReason.MISMATCH, f"transport differs: sender {transport}, receiver {offered}")
         if not self._residents.has_slot(key.attempt):
-            message = f"all {self._max_sequences} sequence slots are taken"
+            message = f"all {self._residents.max_sequences} sequence slots are taken"
             return Refusal(key, RefusalReason.NO_CAPACITY, message, SLOT_RETRY_S)
         return None
 
-    def _settled(self, key: HandoffKey, outcome: Outcome) -> Outcome:
-        if outcome is Outcome.RESIDENT:
+    def _settled(self, key: HandoffKey, outcome: LedgerOutcome) -> LedgerOutcome:
+        if outcome is LedgerOutcome.RESIDENT:
             self._start(key)
-        elif outcome is Outcome.CONFLICT:
+        elif outcome is LedgerOutcome.CONFLICT:
             self._ledger.abort(key, RefusalReason.MISMATCH, time.monotonic(), "a message contradicts the grant")
             self._settle_aborted()
         return outcome
@@ -206,7 +208,7 @@ class DecodeHandoffs:
         assert isinstance(first, FirstToken), "a commit carries the first token"
         self.receivers[pending.transport].revoke(key)
         spec, known, now = pending.spec, pending.spec.known_tokens, time.monotonic()
-        sequence = Sequence.from_spec(spec, self._ledger.table(key), computed=known)
+        sequence = api.Sequence.from_spec(spec, self._ledger.table(key), computed=known)
         sequence.tokens.append(first.token)
         took_s = now - first.drawn_at
         if key.handoff == 1:  # a later one waited for room, too
@@ -216,13 +218,13 @@ class DecodeHandoffs:
         self._residents.add(Resident(key, spec, pending.router, list(sequence.tokens), now, known), sequence)
         self._writers.committed(pending.writer, key)
         pending.router.send(HandoffDone(key))
-        # The first token once more: should the prefill worker's own message be lost, this one can't be.
+        # The first token once more: the prefill worker's own message may be lost.
         logprobs = (first.logprobs,) if first.logprobs else ()
         pending.router.send(Tokens([TokenRun(key.attempt, known, (first.token,), logprobs)]))
         self._residents.start_waiting()
 
     def _settle_aborted(self) -> None:
-        """Of each grant that the ledger gave up: stops the writer, and waits for proof where there is none yet."""
+        """Stops the writer of each grant that the ledger gave up, and frees those that are proved safe already."""
         while self._aborted:
             aborted = self._aborted.pop(0)
             key = aborted.grant.key
@@ -239,7 +241,7 @@ class DecodeHandoffs:
                     self._check_freed(key)
 
     def _check_freed(self, key: HandoffKey) -> None:
-        """Drops what is left of an aborted grant once the ledger holds none of its blocks."""
+        """Forgets an aborted handoff once the ledger holds none of its blocks."""
         if self._ledger.state(key) is not None:
             return
         self._pending.pop(key, None)
@@ -253,7 +255,7 @@ class DecodeHandoffs:
         return [key for key, pending in self._pending.items() if pending.writer == writer]
 
     def _expect(self) -> None:
-        """Those on their way, as the scheduler may know them. O(their number), which slots bound."""
+        """Tells the scheduler which sequences are on their way. O(their number), which slots bound."""
         self._scheduler.expected = tuple(
             pending.expected
             for key, pending in self._pending.items()
@@ -261,7 +263,6 @@ class DecodeHandoffs:
         )
 
     def _wake(self, grant: Grant) -> None:
-        """A sequence is on its way to an engine that may have rested for long."""
         now = time.monotonic()
         if not len(self._residents) and now - self._woken_at >= WAKE_EVERY_S:
             self._woken_at = now

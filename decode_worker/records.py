@@ -1,4 +1,4 @@
-"""What the decode role keeps of a sequence before and after it is resident."""
+"""What the decode role keeps of a sequence before and while it is resident."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvtransfer.blocks.admission import Room
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """What a commit carries: the token that the sender drew, and when, in this worker's monotonic seconds."""
+    """A commit's payload. `drawn_at` is in this worker's monotonic seconds."""
 
     token: int
     logprobs: TokenLogprobs | None
@@ -32,7 +32,7 @@ class Pending:
 
     @property
     def expected(self) -> Expected | None:
-        """What the scheduler has to know of it; None where nothing hangs on when it comes."""
+        """None for a sequence without an objective that its arrival could miss."""
         gaps = self.spec.max_tokens - len(self.spec.output) - 1
         tpot_ms = self.spec.objectives.tpot_ms
         return None if tpot_ms is None or gaps < 1 else Expected(gaps, tpot_ms / 1e3)
@@ -40,7 +40,7 @@ class Pending:
 
 @dataclass(slots=True)
 class PromptHere:
-    """Of a sequence whose prompt is computed on this worker: its room, and what it took. Monotonic seconds."""
+    """A prompt that is computed on this worker; times are monotonic seconds unless in milliseconds."""
 
     room: Room
     digests: list[bytes]
@@ -49,7 +49,6 @@ class PromptHere:
     first_token_at: float | None = None
 
     def report(self, attempt: bytes) -> PrefillReport:
-        """What computing it cost."""
         done = self.started_at if self.first_token_at is None else self.first_token_at
         return PrefillReport(attempt, self.queue_ms, (done - self.started_at) * 1e3, self.room.cached_tokens)
 
@@ -62,12 +61,9 @@ class ResidentState(enum.Enum):
 
 @dataclass(slots=True)
 class Resident:
-    """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's and `computed` is how many of
-    them have their KV; times are monotonic seconds.
-
-    `prompt` is set where the prompt is computed here, and `rank` orders such. `farewell` is told to the router when a
-    sequence that is STOPPING is out of the engine.
-    """
+    """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's; the first `computed` of them
+    have their KV. Times are monotonic seconds. `prompt` and `rank` count only where the prompt is computed here. The
+    router gets `farewell` when a STOPPING sequence is out of the engine."""
 
     key: HandoffKey
     spec: SequenceSpec
@@ -83,6 +79,5 @@ class Resident:
 
     @property
     def uncomputed(self) -> int:
-        """Prompt tokens still to compute here."""
         waits = self.prompt is not None and self.prompt.first_token_at is None
         return len(self.tokens) - self.computed if waits else 0

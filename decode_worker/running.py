@@ -1,4 +1,4 @@
-"""The sequences that the engine has: their steps become tokens, and their ends free blocks.
+"""The sequences in the engine: turns their steps into tokens, and frees their blocks at the end.
 
     handed over ----------------------------+
                                             v
@@ -6,14 +6,14 @@
                                                |                                              ^
                                                +--cancelled, or broken--> STOPPING --removed--+
 
-A resident's blocks belong to the ledger, wherever its prompt was computed. They are freed at RELEASED and nowhere else:
-once the engine has confirmed, by the step that finished the sequence or by `on_removed`, that no step touches them.
+The ledger owns a resident's blocks, wherever its prompt was computed. They are freed at RELEASED and nowhere else: once
+the engine has confirmed, by the step that finished the sequence or by `on_removed`, that no step touches them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
@@ -21,10 +21,10 @@ from baton.errors import Internal
 from baton.messages import Ended, Freed, Started, TokenRun
 from baton.spec import AttemptKey, HandoffKey
 from baton.telemetry import Counts
+from baton.worker.admission_queue import AdmissionQueue, WaitingPrompt
 from baton.worker.load import LoadReporter
 from baton.worker.runner import Runner, StepItem, StepReport, for_each
-from baton.worker.session import RouterSession, StepTokens
-from decode_worker.queue import DirectQueue, WaitingPrompt
+from baton.worker.session import StepTokens
 from decode_worker.records import Pending, PromptHere, Resident, ResidentState
 from decode_worker.scheduler import DecodeScheduler
 from kvtransfer.blocks.admission import Admission, Room
@@ -33,7 +33,7 @@ from kvtransfer.handoffs.grants import GrantLedger
 
 
 class Residents:
-    """Owns the engine's thread. Everything else runs on the event loop."""
+    """Owns the engine's thread; everything else runs on the event loop."""
 
     def __init__(
         self,
@@ -41,19 +41,19 @@ class Residents:
         engine: Engine,
         scheduler: DecodeScheduler,
         model: CostModel,
-        queue: DirectQueue,
+        queue: AdmissionQueue[WaitingPrompt],
         ledger: GrantLedger,
         admission: Admission,
-        pending: Mapping[HandoffKey, Pending],
         max_sequences: int,
         fingerprint: str,
         counts: Counts,
         load: LoadReporter,
     ) -> None:
-        """`pending` are the sequences that are granted room here; each takes a slot, as a resident does."""
-        self._queue, self._ledger, self._admission, self._pending = queue, ledger, admission, pending
+        self._queue, self.ledger, self.admission = queue, ledger, admission
+        self.pending: dict[HandoffKey, Pending] = {}
+        """Granted sequences; each takes a slot, as a resident does."""
         self._block_tokens, self._fingerprint = engine.layout.block_tokens, fingerprint
-        self._max_sequences, self._counts, self._load = max_sequences, counts, load
+        self.max_sequences, self.counts, self._load = max_sequences, counts, load
         self._held: dict[AttemptKey, Resident] = {}
         self.runner = Runner(engine, scheduler, self, model)
 
@@ -68,16 +68,15 @@ class Residents:
 
     @property
     def uncomputed(self) -> int:
-        """Prompt tokens still to compute here, of prompts that have started."""
+        """Prompt tokens still to compute here, of started prompts."""
         return sum(resident.uncomputed for resident in self)
 
     def has_slot(self, attempt: AttemptKey = b"") -> bool:
-        """Whether one more sequence may run here, beside all others but this attempt."""
-        others = sum(other.attempt != attempt for other in self._pending)
-        return len(self._held) + others < self._max_sequences
+        """Whether one more sequence may run beside all others; `attempt` itself does not count."""
+        others = sum(other.attempt != attempt for other in self.pending)
+        return len(self._held) + others < self.max_sequences
 
     def add(self, resident: Resident, sequence: Sequence) -> None:
-        """The engine gets it."""
         self._held[resident.key.attempt] = resident
         self.runner.add(sequence)
 
@@ -88,20 +87,15 @@ class Residents:
         self._load.changed()
 
     def cancel(self, attempt: AttemptKey) -> bool:
-        """Takes it out of the engine, after which it is freed and acknowledged. False when it is not here."""
+        """Takes the sequence out of the engine; frees and acknowledges it after that. False when it is not here."""
         resident = self._held.get(attempt)
         if resident is None:
             return False
         self._stop(resident, Freed(attempt))
         return True
 
-    def of_router(self, router: RouterSession) -> set[AttemptKey]:
-        """What runs for that router."""
-        return {resident.key.attempt for resident in self if resident.router is router}
-
     def on_step(self, report: StepReport) -> None:
-        """One event per router carries the tokens of all its sequences; what raises for one sequence ends that
-        alone."""
+        """An exception over one sequence ends that one alone."""
         tokens = StepTokens()
         for_each(report.items, lambda item: self._advanced(item, report, tokens), self._broken)
         tokens.send()
@@ -119,22 +113,22 @@ class Residents:
         spec, cached, now = prompt.spec, room.cached_tokens, time.monotonic()
         here = PromptHere(room, prompt.digests, now, (now - prompt.received_at) * 1e3)
         key = HandoffKey(spec.attempt, 0)
-        self._ledger.hold(key, room.blocks)
+        self.ledger.hold(key, room.blocks)
         prompt.router.send(Started(spec.attempt, here.queue_ms, cached))
         tokens = [*spec.prompt, *spec.output]
         resident = Resident(key, spec, prompt.router, tokens, now, cached, prompt=here, rank=prompt.rank)
-        blocks = self._ledger.table(key)
+        blocks = self.ledger.table(key)
         self.add(resident, Sequence.from_spec(spec, blocks, cached, prompt.rank, prompt.late))
 
     def _advanced(self, item: StepItem, report: StepReport, tokens: StepTokens) -> None:
         resident = self._held.get(item.key)
         if resident is None:
-            self._counts.add("late_steps")
+            self.counts.add("late_steps")
             return
         stopping = resident.state is ResidentState.STOPPING
         if resident.uncomputed:
             new = max(item.computed - resident.computed, 0)
-            self._counts.add("prompt_tokens_wasted" if stopping else "prompt_tokens", new)
+            self.counts.add("prompt_tokens_wasted" if stopping else "prompt_tokens", new)
         resident.computed = max(resident.computed, item.computed)
         if stopping or not item.token_ids:
             return  # cancelled while the step ran, or in the middle of its prompt
@@ -146,19 +140,18 @@ class Residents:
         tokens.add(resident.router, TokenRun(item.key, item.position, item.token_ids, item.logprobs))
 
     def _first_token(self, resident: Resident, prompt: PromptHere, now: float) -> None:
-        """The prompt is computed; its blocks can be found from now on."""
+        """From here on other prompts can find the computed blocks."""
         prompt.first_token_at = resident.resident_at = now
-        self._admission.remember(list(prompt.room.blocks), prompt.digests)
+        self.admission.remember(list(prompt.room.blocks), prompt.digests)
         resident.router.send(prompt.report(resident.key.attempt))
 
     def _broken(self, item: StepItem, reason: str) -> None:
-        self._counts.add("results_failed")
+        self.counts.add("results_failed")
         resident = self._held.get(item.key)
         if resident is not None and resident.state is ResidentState.RUNNING:
             self._stop(resident, Ended(item.key, error=Internal(f"decode failed: {reason}")))
 
     def _stop(self, resident: Resident, farewell: Freed | Ended) -> None:
-        """Ends the sequence, once no step touches its blocks."""
         resident.farewell = farewell
         if resident.state is ResidentState.RUNNING:
             resident.state = ResidentState.STOPPING
@@ -185,10 +178,10 @@ class Residents:
         )
 
     def _release(self, resident: Resident) -> None:
-        """Blocks whose tokens were all computed stay in the prefix cache for a next turn: the last token is not."""
+        """Blocks whose tokens are all computed stay in the prefix cache for the next turn; the last token never is."""
         computed = resident.tokens[: resident.computed]
         digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
         del self._held[resident.key.attempt]
         resident.state = ResidentState.RELEASED
-        self._ledger.release(resident.key, time.monotonic(), digests)
+        self.ledger.release(resident.key, time.monotonic(), digests)
         self.start_waiting()

@@ -1,13 +1,12 @@
-"""Which sequences a decode step works on: all residents, one token each (continuous batching), and beside them chunks
-of the prompts that are computed here, as large as the residents' objectives leave room for.
+"""Picks the sequences of a decode step: all residents, one token each (continuous batching), and chunks of the prompts
+that are computed here, as large as the residents' objectives allow.
 
-A chunk makes every resident wait, so it may take what the strictest objective among them leaves of a step: then none
-is missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with the budget in
-time, from the worker's own cost, in place of a number of tokens. An objective is for the mean: whoever has waited, as
-a sequence that was handed over in the middle of a long step has, gets shorter steps until that is made good, unless it
-can't be any more. Where nobody is resident, somebody may come in before the chunk ends: then the prompts' own
-objectives stand for theirs. Whoever is known to be on the way, and has only few tokens to make a wait good with, gets
-chunks that are over in time.
+Every resident waits for a chunk, so a chunk gets what the strictest of their objectives leaves of a step: then none is
+missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with a budget in time,
+from the worker's own cost, in place of a number of tokens. An objective is for the mean: a resident that is behind, as
+after a handoff in the middle of a long step, gets shorter steps until it has caught up, unless it can't any more.
+Without residents, one may arrive before the chunk ends: then the prompts' own objectives count. A sequence that is on
+its way, with few tokens to make up for a wait, gets chunks that end in time.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from baton.spec import AttemptKey
 
 
 class Expected(NamedTuple):
-    """A sequence on its way here: the gaps between its tokens, at the most, and its objective for their mean."""
+    """A sequence on its way here: at most so many gaps between its tokens, and its objective for their mean."""
 
     gaps: int
     tpot_s: float
 
 
 class DecodeScheduler:
-    """Implements `baton.worker.runner.Scheduler`. Admission bounds the residents, so none ever waits for a turn."""
+    """A `baton.worker.runner.Scheduler`. Slots bound the residents, so none ever waits for a turn."""
 
     def __init__(
         self,
@@ -38,26 +37,25 @@ class DecodeScheduler:
         tpot_budget_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tpot_budget_s` bounds every step that has residents, whatever their objectives are."""
+        """`tpot_budget_s` bounds every step with residents, whatever their objectives are."""
         self._chunk_tokens, self._cost, self._budget_s, self._clock = chunk_tokens, cost, tpot_budget_s, clock
         self._residents: dict[AttemptKey, Sequence] = {}
         self._at_first: dict[AttemptKey, int] = {}  # a resident's output tokens at `first_token_at`
         self._prompts: dict[AttemptKey, Sequence] = {}
         self.expected: tuple[Expected, ...] = ()
-        """Whoever is on the way. Replaced as a whole, from any thread."""
+        """Replaced as a whole, from any thread."""
         self.handoff_s = HANDOFF_S
-        """What such a handoff takes after the first token. Set from any thread."""
+        """The time from first token to resident. Set from any thread."""
 
     def add(self, sequence: Sequence) -> None:
-        """Joins from the next step on. With more than its last token left to compute it is a prompt, until that is."""
-        if sequence.remaining == 1 and sequence.output_tokens > 0:
+        """The sequence joins from the next step on: as a prompt, until its first token is drawn."""
+        if self._is_computed(sequence):
             self._settle(sequence)
             return
         self._prompts[sequence.key] = sequence
         self._prompts = dict(sorted(self._prompts.items(), key=lambda entry: entry[1].rank))  # stable
 
     def remove(self, key: AttemptKey) -> None:
-        """See `Scheduler`."""
         self._residents.pop(key, None)
         self._at_first.pop(key, None)
         self._prompts.pop(key, None)
@@ -79,15 +77,14 @@ class DecodeScheduler:
         return batch
 
     def _settle(self, sequence: Sequence) -> None:
-        """It is resident from now on."""
         self._residents[sequence.key] = sequence
         self._at_first[sequence.key] = sequence.output_tokens
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
 
     def _chunk(self) -> int:
-        """Prompt tokens of this step. Residents give way to no more than their objectives allow; and the first prompt
-        waits for others with it only where the step's fixed cost would weigh too much otherwise."""
+        """Prompt tokens of this step. Residents wait no longer than their objectives allow. The step takes more than
+        the first prompt only where its fixed cost would weigh too much otherwise."""
         cost, first = self._cost(), next(iter(self._prompts.values()))
         resident_tokens = sum(len(other.tokens) for other in self._residents.values())
         if not self._residents:
@@ -108,8 +105,8 @@ class DecodeScheduler:
         return min(most, max(cost.worth_computing(fixed, most), first.remaining))
 
     def _left_s(self, alone_s: float) -> list[float]:
-        """For this step, of each resident's objective: all of it, or less for one that is behind and can still be in
-        time where its steps take `alone_s`; nothing of one that is lost and that no step could keep."""
+        """What each resident's objective leaves for this step: all of it, or less for one that is behind and can still
+        catch up by steps of `alone_s`. A resident that can't, and whose objective no step keeps, has no say."""
         now, left = self._clock(), []
         for key, resident in self._residents.items():
             if resident.tpot_s is None:
@@ -124,10 +121,8 @@ class DecodeScheduler:
         return left
 
     def _strictest(self, limits: list[float]) -> float | None:
-        """Of these, and the worker's own budget."""
         return min(limits if self._budget_s is None else [*limits, self._budget_s], default=None)
 
     @staticmethod
     def _is_computed(prompt: Sequence) -> bool:
-        """Its first token is drawn."""
         return prompt.remaining == 1 and prompt.output_tokens > 0

@@ -1,4 +1,4 @@
-"""The decode role: the router's commands in, and what the role holds out."""
+"""The decode role: carries out the router's commands, and reports what it holds."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from baton.cost import CostModel
 from baton.engine.api import Engine
 from baton.errors import ResourceExhausted
 from baton.messages import CancelCommand, Command, DirectCommand, Ended, Freed, LoadReport
-from baton.spec import AttemptKey, HandoffKey, SequenceSpec
+from baton.spec import AttemptKey, SequenceSpec
 from baton.telemetry import Counts
+from baton.worker.admission_queue import AdmissionQueue, WaitingPrompt
 from baton.worker.load import LoadReporter
-from baton.worker.runner import Runner
 from baton.worker.service import WorkerService
 from baton.worker.session import RouterSession
 from decode_worker.handoffs import DecodeHandoffs, MakeReceivers
-from decode_worker.queue import DirectQueue
-from decode_worker.records import Pending
 from decode_worker.running import Residents
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.writer_streams import WriterStreams
@@ -26,7 +24,7 @@ from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits
 
 
 class DecodeRole:
-    """Composes queue, residents and handoffs, each of which knows those before it alone. A `RoleHandler`."""
+    """Composes queue, residents and handoffs; each knows only those before it. A `RoleHandler`."""
 
     def __init__(
         self,
@@ -44,17 +42,15 @@ class DecodeRole:
         model: CostModel,
         tpot_budget_s: float | None = None,
     ) -> None:
-        """`make_receivers` makes the transports' receivers, which report to what it is given; `model` learns from the
-        engine's steps."""
+        """`make_receivers` makes the transports' receivers, which report to its argument."""
         self.layout, self.fingerprint = engine.layout, fingerprint
         self._counts = counts
-        self._pending: dict[HandoffKey, Pending] = {}
         aborted: list[Aborted] = []
         self.ledger = GrantLedger(pool, limits, aborted.append, counts=counts)
         self._load = LoadReporter(worker, pool, model, chunk_tokens, self._report)
         admission = Admission(pool, engine.layout, fingerprint)
         scheduler = DecodeScheduler(chunk_tokens, lambda: model.cost, tpot_budget_s)
-        self._queue = DirectQueue(admission, model, chunk_tokens)
+        self._queue = AdmissionQueue[WaitingPrompt](admission, model, chunk_tokens, lambda spec: spec.kv_tokens)
         self._residents = Residents(
             engine=engine,
             scheduler=scheduler,
@@ -62,30 +58,13 @@ class DecodeRole:
             queue=self._queue,
             ledger=self.ledger,
             admission=admission,
-            pending=self._pending,
             max_sequences=max_sequences,
             fingerprint=fingerprint,
             counts=counts,
             load=self._load,
         )
-        self.handoffs = DecodeHandoffs(
-            ledger=self.ledger,
-            aborted=aborted,
-            pending=self._pending,
-            residents=self._residents,
-            scheduler=scheduler,
-            admission=admission,
-            layout=engine.layout,
-            writers=writers,
-            make_receivers=make_receivers,
-            max_sequences=max_sequences,
-            counts=counts,
-        )
-
-    @property
-    def runner(self) -> Runner:
-        """The engine's thread."""
-        return self._residents.runner
+        self.runner, self._pending = self._residents.runner, self._residents.pending
+        self.handoffs = DecodeHandoffs(self._residents, aborted, scheduler, writers, engine.layout, make_receivers)
 
     @property
     def live(self) -> dict[str, int]:
@@ -107,16 +86,16 @@ class DecodeRole:
                 self._cancel(router, attempt)
 
     def on_router_lost(self, router: RouterSession) -> None:
-        lost = self._residents.of_router(router) | self._queue.of_router(router) | self.handoffs.of_router(router)
-        for attempt in lost:
+        running = {resident.key.attempt for resident in self._residents if resident.router is router}
+        waiting = {prompt.key for prompt in self._queue if prompt.router is router}
+        on_the_way = {key.attempt for key, pending in self._pending.items() if pending.router is router}
+        for attempt in running | waiting | on_the_way:
             self._cancel(router, attempt)
 
     def expire(self) -> None:
-        """Gives up what has run out."""
         self.handoffs.expire()
 
     async def stop(self) -> None:
-        """Ends the engine's thread; whatever is resident is lost with it."""
         self._load.close()
         await self.runner.stop()
 
@@ -124,11 +103,11 @@ class DecodeRole:
         if spec.attempt in self._queue or spec.attempt in self._residents:
             self._counts.add("duplicate_messages")
             return
-        if self.ledger.is_cancelled(spec.attempt):  # its cancel came first, and was acknowledged
+        if self.ledger.attempts.is_cancelled(spec.attempt):  # its cancel came first, and was acknowledged
             self._counts.add("late_messages")
             return
         try:
-            self._queue.push(router, spec)
+            self._queue.add(WaitingPrompt(spec, router))
         except ResourceExhausted as error:
             router.send(Ended(spec.attempt, error=error))
         self._residents.start_waiting()
@@ -139,7 +118,7 @@ class DecodeRole:
             return
         waited = self._queue.remove(attempt)
         if waited:
-            self._residents.start_waiting()  # the next one may fit where this one did not
+            self._residents.start_waiting()  # the next prompt may fit where this one did not
         unproven = self.handoffs.tell_freed(router, attempt)
         if not unproven:
             router.send(Freed(attempt))

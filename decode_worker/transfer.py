@@ -1,4 +1,4 @@
-"""The Transfer service: the control stream of one prefill worker, first a handshake, then its handoffs."""
+"""The Transfer service: one control stream per prefill worker, a handshake first and then its handoffs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ import structlog
 
 from baton import errors
 from baton.identity import fingerprint_difference, host_id
-from baton.rpc.convert import (
-    handoff_from_wire,
-    layout_from_wire,
-    logprobs_from_wire,
-    process_from_wire,
-    process_to_wire,
-    spec_from_wire,
-)
+from baton.rpc import convert
 from baton.rpc.lanes import Assembler
 from baton.rpc.net import cancelling
 from baton.rpc.status import abort
@@ -32,14 +25,14 @@ from decode_worker.records import FirstToken
 from decode_worker.service import DecodeRole
 from decode_worker.writer_streams import WriterStream, WriterStreams
 from kvtransfer.handoffs.messages import Grant, Refusal
-from kvtransfer.handoffs.outcomes import Outcome
+from kvtransfer.handoffs.outcomes import LedgerOutcome
 
 HANDSHAKE_S = 5.0
 log = structlog.get_logger(__name__)
 
 
 class TransferService(TransferServicer):
-    """Serves `Transfer` for one decode role. `streams` are those that the role answers on."""
+    """Serves `Transfer` for one decode role, which answers on `streams`."""
 
     def __init__(
         self,
@@ -71,7 +64,7 @@ class TransferService(TransferServicer):
         yield wire.ReceiverFrame(handshake=answer)
         if answer.HasField("mismatch"):
             return
-        stream = WriterStream(process_from_wire(first.handshake.process))
+        stream = WriterStream(convert.process_from_wire(first.handshake.process))
         self._streams.add(stream)
         self._role.handoffs.writer_back(stream.process.incarnation)
         reader = asyncio.create_task(self._read(stream, request_iterator))
@@ -85,64 +78,49 @@ class TransferService(TransferServicer):
             self._streams.discard(stream)
 
     def handshake(self, theirs: wire.HandshakeRequest) -> wire.HandshakeResponse:
-        """What this worker offers the sender, or the first thing in which the two differ."""
+        """What this worker offers the sender, or the first field in which the two differ."""
         answer = wire.HandshakeResponse(
-            process=process_to_wire(self._process), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
+            process=convert.process_to_wire(self._process), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
         )
-        mismatch = self._mismatch(theirs)
-        if mismatch is None:
+        try:
+            self._check(theirs)
             answer.endpoints.extend(self._endpoints(theirs))
-            mismatch = None if answer.endpoints else self._no_way(theirs)
-        if mismatch is not None:
-            answer.mismatch.CopyFrom(mismatch)
-            self._counts.add("handshakes_refused")
-            log.warning(
-                "handshake refused",
-                sender=theirs.process.name,
-                field=mismatch.field,
-                theirs=mismatch.sender_value,
-                ours=mismatch.receiver_value,
+        except errors.Mismatch as error:
+            answer.mismatch.CopyFrom(
+                wire.Mismatch(field=error.field, sender_value=error.theirs, receiver_value=error.ours)
             )
+            self._counts.add("handshakes_refused")
+            about = {"field": error.field, "theirs": error.theirs, "ours": error.ours}
+            log.warning("handshake refused", sender=theirs.process.name, **about)
         return answer
 
     def _endpoints(self, theirs: wire.HandshakeRequest) -> list[wire.Endpoint]:
-        """What both sides can use, best first."""
-        return [
-            wire.Endpoint(transport=kind, address=transport.endpoint())
-            for kind, transport in self._role.handoffs.receivers.items()
-            if kind in theirs.transports and (kind != "shm" or theirs.host == host_id())
-        ]
+        """The transports that both sides can use, best first. Raises Mismatch where there is none."""
+        receivers = self._role.handoffs.receivers
+        common = [kind for kind in receivers if kind in theirs.transports]
+        if not common:
+            raise errors.Mismatch("transports", ", ".join(receivers), ", ".join(theirs.transports))
+        usable = [kind for kind in common if kind != "shm" or theirs.host == host_id()]
+        if not usable:
+            raise errors.Mismatch("host", host_id(), theirs.host)
+        return [wire.Endpoint(transport=kind, address=receivers[kind].endpoint()) for kind in usable]
 
-    def _no_way(self, theirs: wire.HandshakeRequest) -> wire.Mismatch:
-        offered = list(self._role.handoffs.receivers)
-        if set(offered) & set(theirs.transports):  # only shm is refused by anything else
-            return wire.Mismatch(field="host", sender_value=theirs.host, receiver_value=host_id())
-        return wire.Mismatch(
-            field="transports", sender_value=", ".join(theirs.transports), receiver_value=", ".join(offered)
-        )
-
-    def _mismatch(self, theirs: wire.HandshakeRequest) -> wire.Mismatch | None:
+    def _check(self, theirs: wire.HandshakeRequest) -> None:
+        """Raises Mismatch where the two workers can't understand each other's KV."""
         if not theirs.version_min <= PROTOCOL_VERSION <= theirs.version_max:
-            versions = f"{theirs.version_min} to {theirs.version_max}"
-            return wire.Mismatch(field="version", sender_value=versions, receiver_value=str(PROTOCOL_VERSION))
-        try:
-            difference = layout_from_wire(theirs.kv_layout).difference(self._role.layout)
-        except errors.Mismatch as error:
-            return wire.Mismatch(field=error.field, sender_value=error.theirs, receiver_value=error.ours)
-        if difference is not None:
+            raise errors.Mismatch("version", str(PROTOCOL_VERSION), f"{theirs.version_min} to {theirs.version_max}")
+        if difference := convert.layout_from_wire(theirs.kv_layout).difference(self._role.layout):
             field, sender, receiver = difference
-            return wire.Mismatch(field=f"kv_layout.{field}", sender_value=sender, receiver_value=receiver)
+            raise errors.Mismatch(f"kv_layout.{field}", receiver, sender)
         for field, ours in self._options.items():
             if (offered := bool(getattr(theirs, field))) != ours:
-                return wire.Mismatch(field=field, sender_value=str(offered).lower(), receiver_value=str(ours).lower())
+                raise errors.Mismatch(field, str(ours).lower(), str(offered).lower())
         if theirs.fingerprint != self._role.fingerprint:
-            field, receiver, sender = fingerprint_difference(self._role.fingerprint, theirs.fingerprint)
-            return wire.Mismatch(field=field, sender_value=sender, receiver_value=receiver)
-        return None
+            raise errors.Mismatch(*fingerprint_difference(self._role.fingerprint, theirs.fingerprint))
 
     async def _read(self, stream: WriterStream, source: AsyncIterator[wire.SenderFrame]) -> None:
-        """The stream has no deadline of its own: gRPC's keepalive ends it when the peer is gone, and what the peer
-        holds is under leases."""
+        """The stream needs no deadline: gRPC's keepalive ends it when the peer is gone, and leases end what the peer
+        holds."""
         assembler: Assembler[wire.SenderFrame] = Assembler(wire.SenderFrame)
         try:
             async for frame in source:
@@ -152,7 +130,7 @@ class TransferService(TransferServicer):
         except (errors.ResourceExhausted, errors.InvalidArgument) as error:
             log.warning("control stream ended", writer=stream.process.name, error=str(error))
             stream.error = error
-        except Exception as error:  # a boundary: the stream ends, and the writer comes back with a new one
+        except Exception as error:  # a boundary: the writer comes back with a new stream
             log.error("unexpected error on a control stream", writer=stream.process.name, exc_info=error)
         finally:
             stream.end()
@@ -160,14 +138,14 @@ class TransferService(TransferServicer):
     def _take(self, stream: WriterStream, frame: wire.SenderFrame) -> None:
         kind = frame.WhichOneof("body")
         if not self._streams.is_current(stream):
-            self._counts.add("late_messages")  # a newer stream took its place, on which all is asked again
+            self._counts.add("late_messages")  # the writer asks again on its newer stream
             return
         if kind == "open":
             self._open(stream, frame.open)
         elif kind == "commit":
             self._commit(stream, frame.commit)
         elif kind == "close":
-            self._role.handoffs.closed(handoff_from_wire(frame.close))
+            self._role.handoffs.closed(convert.handoff_from_wire(frame.close))
         elif kind == "renew":
             self._role.handoffs.renew(stream.process.incarnation)
             stream.send(renewed=wire.RenewResponseFrame(lease_ms=int(self._lease_s * 1e3)))
@@ -175,9 +153,9 @@ class TransferService(TransferServicer):
             self._counts.add("frames_unknown")
 
     def _open(self, stream: WriterStream, message: wire.OpenRequest) -> None:
-        key = handoff_from_wire(message)
+        key = convert.handoff_from_wire(message)
         try:
-            spec = spec_from_wire(message.spec)
+            spec = convert.spec_from_wire(message.spec)
         except errors.InvalidArgument as error:
             stream.send(refused=_refused(Refusal(key, RefusalReason.MISMATCH, str(error))))
             return
@@ -189,13 +167,13 @@ class TransferService(TransferServicer):
             stream.send(grant=_grant(answer))
 
     def _commit(self, stream: WriterStream, message: wire.CommitRequest) -> None:
-        key = handoff_from_wire(message)
-        logprobs = logprobs_from_wire(message.first_logprobs) if message.HasField("first_logprobs") else None
+        key = convert.handoff_from_wire(message)
+        logprobs = convert.logprobs_from_wire(message.first_logprobs) if message.HasField("first_logprobs") else None
         first = FirstToken(message.first_token, logprobs, time.monotonic() - message.first_token_age_us / 1e6)
         outcome = self._role.handoffs.commit(key, message.generation, message.blocks, first)
-        if outcome is Outcome.ALREADY:
+        if outcome is LedgerOutcome.ALREADY:
             stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
-        elif outcome is Outcome.IGNORED and not self._role.handoffs.is_aborting(key):
+        elif outcome is LedgerOutcome.IGNORED and not self._role.handoffs.is_aborting(key):
             gone = "no such grant here, or not any more"
             stream.send(refused=_refused(Refusal(key, RefusalReason.EXPIRED, gone)))
 

@@ -1,4 +1,4 @@
-"""The control streams of the workers that hand over to this one."""
+"""The control streams of the prefill workers that send to this worker."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ log = structlog.get_logger(__name__)
 
 
 class WriterStream:
-    """One writer's control stream, while it lasts."""
+    """One writer's control stream. `error` is set where the writer's fault ended it."""
 
     def __init__(self, process: ProcessRef) -> None:
         self.process = process
         self.error: errors.BatonError | None = None
-        """Why it was ended, where that was the writer's fault."""
         self._outgoing: asyncio.Queue[wire.ReceiverFrame | None] = asyncio.Queue()
         self._ended = False
 
     def send(self, **body: Any) -> None:
-        """Queues a frame. A writer that reads nothing for thousands of frames is cut off: it asks again later."""
+        """Queues a frame. Cuts off a writer that leaves `OUTGOING_LIMIT` frames unread: it asks again later."""
         if self._ended:
             return
         if self._outgoing.qsize() < OUTGOING_LIMIT:
@@ -38,19 +37,17 @@ class WriterStream:
             self.end()
 
     def end(self) -> None:
-        """Nothing more is sent than what is queued. Idempotent."""
         if not self._ended:
             self._ended = True
             self._outgoing.put_nowait(None)
 
     async def outgoing(self) -> AsyncIterator[wire.ReceiverFrame]:
-        """The frames to write, until the end."""
         while (frame := await self._outgoing.get()) is not None:
             yield frame
 
 
 class WriterStreams:
-    """By the writers' incarnations. A writer without a stream asks again when it is back."""
+    """The streams by their writers' incarnations. A writer without one asks again when it is back."""
 
     def __init__(self) -> None:
         self._streams: dict[str, WriterStream] = {}
@@ -62,11 +59,11 @@ class WriterStreams:
         return iter(list(self._streams.values()))
 
     def add(self, stream: WriterStream) -> None:
-        """It takes the place of an older stream of the same writer."""
+        """Replaces an older stream of the same writer."""
         self._streams[stream.process.incarnation] = stream
 
     def discard(self, stream: WriterStream) -> None:
-        """Nothing happens where a newer stream took its place."""
+        """Does nothing when a newer stream has replaced this one."""
         if self.is_current(stream):
             del self._streams[stream.process.incarnation]
 
@@ -74,7 +71,6 @@ class WriterStreams:
         return self._streams.get(stream.process.incarnation) is stream
 
     def committed(self, writer: str, key: HandoffKey) -> None:
-        """Tells the writer that the sequence is resident."""
         if (stream := self._streams.get(writer)) is not None:
             stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
 
@@ -87,6 +83,5 @@ class WriterStreams:
             stream.send(abort=notice)
 
     def end(self) -> None:
-        """Ends every control stream in order."""
         for stream in self._streams.values():
             stream.end()

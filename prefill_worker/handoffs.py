@@ -1,4 +1,4 @@
-"""From a computed prompt to a decode worker: binding, and what becomes of each handoff."""
+"""Binds prompts to decode workers, and follows each handoff to its end."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from baton.worker.sending.outbound import Outbound
 from baton.worker.sending.senders import Senders
 from baton.worker.session import RouterSession
 from kvtransfer.transports.base import Writer
-from prefill_worker.prompt import Prompt, PromptState
+from prefill_worker.prompt import PromptState
 from prefill_worker.running import HOLD_S, Prompts
 
 log = structlog.get_logger(__name__)
 
 
 class PrefillHandoffs:
-    """Binds prompts to decode workers; an `OutboundEvents`."""
+    """An `OutboundEvents`."""
 
     def __init__(
         self,
-        running: Prompts,
+        prompts: Prompts,
         handshake: wire.HandshakeRequest,
         writers: dict[str, Writer],
         deadline_s: float,
@@ -33,11 +33,10 @@ class PrefillHandoffs:
         counts: Counts,
     ) -> None:
         """`deadline_s` bounds each wait of a handoff."""
-        self._prompts, self._block_tokens, self._counts = running, block_tokens, counts
+        self._prompts, self._block_tokens, self._counts = prompts, block_tokens, counts
         self.senders = Senders(handshake, writers, self, deadline_s, counts)
 
     def bind(self, router: RouterSession, key: HandoffKey, decode: ProcessRef) -> None:
-        """The next handoff of the prompt goes to `decode`."""
         prompt = self._prompts.find(key.attempt)
         if prompt is None:
             self._counts.add("late_messages")
@@ -50,8 +49,13 @@ class PrefillHandoffs:
         outbound = prompt.outbound
         if outbound is None:
             outbound = prompt.hand_over(key, self._block_tokens)
-        elif not self._bind_again(prompt, outbound, key):
+        elif key.handoff <= outbound.key.handoff:
+            self._counts.add("duplicate_messages")
             return
+        else:
+            prompt.drop_handoff("bound anew")
+            if not outbound.delivery.rebind(key):
+                return
         prompt.hold_until = None
         prompt.sender = self.senders.to(decode)
         prompt.sender.start(outbound)
@@ -78,10 +82,3 @@ class PrefillHandoffs:
     def settled(self, outbound: Outbound) -> None:
         if (prompt := self._prompts.find(outbound.key.attempt)) is not None:
             self._prompts.release_if_idle(prompt)
-
-    def _bind_again(self, prompt: Prompt, outbound: Outbound, key: HandoffKey) -> bool:
-        if key.handoff <= outbound.key.handoff:
-            self._counts.add("duplicate_messages")
-            return False
-        prompt.drop_handoff("bound anew")
-        return outbound.delivery.rebind(key)

@@ -21,16 +21,15 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from baton.engine.api import Sequence
 from baton.messages import Event, PrefillReport, Transfer
-from baton.spec import AttemptKey, HandoffKey, SequenceSpec
+from baton.spec import HandoffKey
+from baton.worker.admission_queue import WaitingPrompt
 from baton.worker.runner import StepItem
 from baton.worker.sending.outbound import Outbound
 from baton.worker.sending.sender import Sender
-from baton.worker.session import RouterSession
 from kvtransfer.handoffs.delivery import Delivery, DeliveryState
 
 
@@ -43,18 +42,11 @@ class PromptState(enum.Enum):
     RELEASED = enum.auto()
 
 
-OVER = frozenset({PromptState.STOPPING, PromptState.DRAINING, PromptState.RELEASED})
-
-
 @dataclass(slots=True)
-class Prompt:
+class Prompt(WaitingPrompt):
     """Times are monotonic seconds. `hold_until`: when a computed prompt that no decode worker takes is given up.
-    `farewell` is told to the router at RELEASED. `rank`, `work_s` and `late` are the queue's."""
+    The router gets `farewell` at RELEASED."""
 
-    spec: SequenceSpec
-    router: RouterSession
-    digests: list[bytes] = field(default_factory=list)
-    received_at: float = field(default_factory=time.monotonic)
     state: PromptState = PromptState.WAITING
     blocks: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -66,42 +58,32 @@ class Prompt:
     sender: Sender | None = None
     hold_until: float | None = None
     farewell: list[Event] = field(default_factory=list)
-    rank: float = 0.0
-    work_s: float = 0.0
-    late: bool = False
-
-    @property
-    def key(self) -> AttemptKey:
-        return self.spec.attempt
 
     @property
     def over(self) -> bool:
-        """Nothing more is done for it."""
-        return self.state in OVER
+        return self.state in (PromptState.STOPPING, PromptState.DRAINING, PromptState.RELEASED)
 
     @property
     def in_engine(self) -> bool:
-        """A step may touch its blocks."""
+        """Whether a step may touch its blocks."""
         return self.state in (PromptState.COMPUTING, PromptState.STOPPING)
 
     @property
     def writing(self) -> bool:
-        """A write may read its blocks."""
+        """Whether a write may read its blocks."""
         return self.outbound is not None and self.outbound.delivery.in_flight > 0
 
     @property
     def granted(self) -> bool:
-        """A decode worker has reserved room, or has the sequence already."""
+        """Whether a decode worker has reserved room, or has the sequence already."""
         return self.outbound is not None and self.outbound.delivery.ticket is not None
 
     @property
     def handed_over(self) -> bool:
-        """A decode worker has the sequence."""
         return self.outbound is not None and self.outbound.delivery.state is DeliveryState.RELEASED
 
     @property
     def uncomputed(self) -> int:
-        """Prompt tokens still to compute."""
         return self.spec.known_tokens - max(self.computed, self.cached_tokens)
 
     @property
@@ -110,20 +92,15 @@ class Prompt:
         return ((self.started_at or time.monotonic()) - self.received_at) * 1e3
 
     def advance(self, computed: int) -> int:
-        """So many of its tokens are computed now; returns how many of them are new."""
+        """Notes that `computed` of its tokens are computed; returns how many of them are new."""
         before, self.computed = self.computed, max(computed, self.computed)
         return self.computed - before
 
-    def tokens_ahead(self, started: Iterable[Prompt]) -> int:
-        """Prompt tokens that the engine has to compute first."""
-        return sum(other.uncomputed for other in started if other.in_engine and other.rank <= self.rank)
-
     def sequence(self) -> Sequence:
-        """What the engine gets."""
         return Sequence.from_spec(self.spec, self.blocks, self.cached_tokens, self.rank, self.late)
 
     def hand_over(self, key: HandoffKey, block_tokens: int) -> Outbound:
-        """Its first handoff, which knows what is computed so far."""
+        """Begins its first handoff, which knows what is computed so far."""
         deadline = None if self.spec.deadline_s is None else self.received_at + self.spec.deadline_s
         delivery = Delivery(key, self.blocks, self.spec.known_tokens, block_tokens)
         self.outbound = Outbound(self.spec, delivery, deadline)
@@ -131,7 +108,7 @@ class Prompt:
         return self.outbound
 
     def tell_progress(self) -> None:
-        """Lets the handoff, if there is one, know what is computed and the first token, and go on with it."""
+        """Tells its handoff, if any, what is computed and the first token, and sends what that allows."""
         outbound = self.outbound
         if outbound is None:
             return
@@ -144,12 +121,10 @@ class Prompt:
             self.sender.advance(outbound)
 
     def drop_handoff(self, reason: str) -> None:
-        """Ends the handoff under way, if there is one."""
         if self.sender is not None and self.outbound is not None:
             self.sender.drop(self.outbound, reason)
 
     def report(self) -> PrefillReport:
-        """What it cost here."""
         done = self.first_token_at or time.monotonic()
         transfer = None
         if self.outbound is not None and self.granted:

@@ -11,18 +11,21 @@ from baton.errors import BatonError, Internal
 from baton.messages import Ended, Started, TokenRun
 from baton.spec import AttemptKey
 from baton.telemetry import Counts
+from baton.worker.admission_queue import AdmissionQueue
 from baton.worker.load import LoadReporter
 from baton.worker.runner import Runner, StepItem, StepReport, for_each
 from baton.worker.session import StepTokens
-from kvtransfer.blocks.admission import Admission
+from kvtransfer.blocks.admission import Admission, Room
 from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.handoffs.leases import LeaseTable
 from prefill_worker.prompt import Prompt, PromptState
-from prefill_worker.queue import PrefillQueue
 from prefill_worker.scheduler import PrefillScheduler
-from prefill_worker.tombstones import Tombstones
 
 HOLD_S = 60.0
-"""A computed prompt that no decode worker takes is kept for so long."""
+"""How long a computed prompt that no decode worker takes is kept."""
+TOMBSTONE_S = 120.0
+TOMBSTONES = 100_000
+"""How long attempts that are over are remembered, and how many: beyond that, the oldest is forgotten early."""
 
 
 class Prompts:
@@ -33,16 +36,18 @@ class Prompts:
         engine: Engine,
         scheduler: PrefillScheduler,
         model: CostModel,
-        queue: PrefillQueue,
+        queue: AdmissionQueue[Prompt],
+        max_ungranted: int,
         pool: BlockPool,
         admission: Admission,
         counts: Counts,
         load: LoadReporter,
     ) -> None:
-        self._queue, self._pool, self._admission, self._counts, self._load = queue, pool, admission, counts, load
+        self._queue, self._max_ungranted, self._pool, self._admission = queue, max_ungranted, pool, admission
+        self._counts, self._load = counts, load
         self._prompts: dict[AttemptKey, Prompt] = {}
         self._started: dict[AttemptKey, Prompt] = {}
-        self.tombstones = Tombstones()
+        self.tombstones: LeaseTable[AttemptKey] = LeaseTable()
         self.runner = Runner(engine, scheduler, self, model)
 
     def __len__(self) -> int:
@@ -58,47 +63,45 @@ class Prompts:
 
     @property
     def computing_tokens(self) -> int:
-        """Prompt tokens that the engine has and that are not computed."""
-        return sum(prompt.uncomputed for prompt in self._started.values() if prompt.in_engine)
+        return sum(prompt.uncomputed for prompt in self._in_engine())
 
     def find(self, key: AttemptKey) -> Prompt | None:
         return self._prompts.get(key)
 
     def add(self, prompt: Prompt) -> None:
         """Queues a prompt. Raises ResourceExhausted for one that the pool could never hold."""
-        self._queue.push(prompt)
+        self._queue.add(prompt)
         self._prompts[prompt.key] = prompt
         self.start_waiting()
 
     def start_waiting(self) -> None:
-        """Starts the prompts whose turn it is. To be called when blocks or grants have come free."""
-        while (prompt := self._queue.next(self._started.values(), self.runner.under_way_s)) is not None:
-            self._start(prompt)
+        """To be called when blocks have come free or a grant has come: starts prompts, if decode workers keep up."""
+        while found := self._queue.next(self._in_engine(), self.runner.under_way_s, self._has_few_ungranted()):
+            self._start(*found)
         self._load.changed()
 
     def fail(self, prompt: Prompt, error: BatonError) -> None:
-        """Tells the router, and ends the prompt."""
         prompt.router.send(Ended(prompt.key, error=error))
         self.end(prompt)
 
     def end(self, prompt: Prompt) -> None:
-        """Nothing more is done for the prompt; its blocks are freed once neither step nor write touches them."""
+        """Stops all work for the prompt; its blocks are freed once neither step nor write touches them."""
         if not prompt.over:
             in_engine = prompt.state is PromptState.COMPUTING
             prompt.state = PromptState.STOPPING if in_engine else PromptState.DRAINING
-            self._queue.remove(prompt)
+            self._queue.remove(prompt.key)
             prompt.drop_handoff("the attempt is over")
             if in_engine:
                 self.runner.remove(prompt.key)
         self.release_if_idle(prompt)
 
     def release_if_idle(self, prompt: Prompt) -> None:
-        """Frees the blocks of a prompt that is over, if nothing touches them any more."""
+        """Frees the blocks of a prompt that is over, unless a step or a write may touch them."""
         if prompt.state is not PromptState.DRAINING or prompt.writing:
             return
         prompt.state = PromptState.RELEASED
         del self._prompts[prompt.key]
-        self.tombstones.add(prompt.key, time.monotonic())
+        self.bury(prompt.key)
         self._started.pop(prompt.key, None)
         self._pool.release(prompt.blocks)
         if prompt.handed_over:  # not earlier: the last write may return after the news that it arrived
@@ -107,8 +110,14 @@ class Prompts:
             prompt.router.send(event)
         self.start_waiting()
 
+    def bury(self, key: AttemptKey) -> None:
+        """Late commands for the attempt must not bring it back."""
+        self.tombstones.grant(key, time.monotonic(), TOMBSTONE_S)
+        if len(self.tombstones) > TOMBSTONES:
+            self.tombstones.pop_earliest()
+
     def on_step(self, report: StepReport) -> None:
-        """What raises for one sequence ends that one alone."""
+        """An exception over one sequence ends that one alone."""
         tokens = StepTokens()
         for_each(report.items, lambda item: self._computed(item, report, tokens), self._broken)
         tokens.send()
@@ -122,7 +131,14 @@ class Prompts:
             prompt.state = PromptState.DRAINING
             self.release_if_idle(prompt)
 
-    def _start(self, prompt: Prompt) -> None:
+    def _in_engine(self) -> list[Prompt]:
+        return [prompt for prompt in self._started.values() if prompt.in_engine]
+
+    def _has_few_ungranted(self) -> bool:
+        return sum(not prompt.granted for prompt in self._started.values()) < self._max_ungranted
+
+    def _start(self, prompt: Prompt, room: Room) -> None:
+        prompt.blocks, prompt.cached_tokens = list(room.blocks), room.cached_tokens
         self._started[prompt.key] = prompt
         prompt.state = PromptState.COMPUTING
         prompt.started_at = time.monotonic()

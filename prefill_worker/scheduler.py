@@ -1,12 +1,12 @@
-"""Which prompts a prefill step works on: the most urgent one, in chunks, and where that is little work others with it.
+"""Picks the prompts of a prefill step: the most urgent one, in chunks, and others with it where that is little work.
 
-All first tokens of a step come at its end. So a step takes in less urgent prompts only as far as its fixed cost would
-weigh too much otherwise: where computing is what takes the time, two prompts one after the other are both computed no
-later than in one step. A more urgent prompt that starts later goes first from the next step on: that is preemption
-between chunks, which are short where the prompt can't be in time anyway.
+All first tokens of a step come at its end. So a step takes less urgent prompts only as far as its fixed cost would
+weigh too much otherwise: where computing dominates, two prompts in turn are both computed no later than in one step. A
+more urgent prompt goes first from the next step on. Chunks, after which it can, are short where the prompt under way is
+late anyway.
 
-A prompt that is alone ends in a short step, by itself: what the last step computed is what its decode worker still has
-to be sent after the first token, and all before goes while that step computes.
+A prompt that is alone ends in a short step: only the blocks of its last step must move after the first token, and all
+blocks before them move while that step computes.
 """
 
 from __future__ import annotations
@@ -18,29 +18,28 @@ from baton.engine.api import Sequence, Work
 from baton.spec import AttemptKey
 
 LAST_TOKENS = 64
-"""Of the last step of a prompt that is alone: four blocks, which any transport moves in a millisecond or two."""
+"""The last step of a prompt that is alone: four blocks, which any transport moves in a millisecond or two."""
 WORTH = 4
-"""A last chunk of fewer times as many tokens is not cut: it would cost more than it saves."""
+"""A last chunk of less than WORTH * LAST_TOKENS is not cut: it would cost more than it saves."""
 
 
 class PrefillScheduler:
-    """Implements `baton.worker.runner.Scheduler`. A sequence is out of it as soon as its first token is drawn."""
+    """A `baton.worker.runner.Scheduler`. A sequence leaves as soon as its first token is drawn."""
 
     def __init__(self, chunk_tokens: int, cost: Callable[[], StepCost] = StepCost) -> None:
-        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits. Where the
-        cost is not known, steps are filled up to it."""
+        """`chunk_tokens` bounds the tokens of one step, and so how long a cancel or an urgent prompt waits. While the
+        cost is unknown, each step takes so many."""
         self._chunk_tokens, self._cost = chunk_tokens, cost
         self._sequences: dict[AttemptKey, tuple[Sequence, int]] = {}
-        self._ending: AttemptKey | None = None  # what is left of it is its last step
+        self._ending: AttemptKey | None = None  # its next step is its last
 
     def add(self, sequence: Sequence) -> None:
-        """Its known tokens are the prompt; one token is drawn after them, no more."""
+        """Its known tokens are the prompt, after which one token is drawn."""
         self._sequences[sequence.key] = (sequence, len(sequence.tokens))
         ordered = sorted(self._sequences.items(), key=lambda entry: entry[1][0].rank)  # stable: ties by arrival
         self._sequences = dict(ordered)
 
     def remove(self, key: AttemptKey) -> None:
-        """See `Scheduler`."""
         self._sequences.pop(key, None)
 
     def pick(self) -> list[Work]:
@@ -66,7 +65,6 @@ class PrefillScheduler:
         return WORTH * LAST_TOKENS <= sequence.remaining <= self._chunk_tokens
 
     def _budget(self) -> int:
-        """Tokens of the next step."""
         cost, first = self._cost(), next(iter(self._sequences.values()), None)
         if first is None:
             return 0

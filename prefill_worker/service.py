@@ -1,4 +1,4 @@
-"""The prefill role: the router's commands in, and what the role holds out."""
+"""The prefill role: carries out the router's commands, and reports what it holds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from baton.messages import BindCommand, CancelCommand, Command, Ended, Freed, Lo
 from baton.spec import AttemptKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
+from baton.worker.admission_queue import AdmissionQueue
 from baton.worker.load import LoadReporter
-from baton.worker.runner import Runner
-from baton.worker.sending.senders import Senders
 from baton.worker.service import WorkerService
 from baton.worker.session import RouterSession
 from kvtransfer.blocks.admission import Admission
@@ -21,13 +20,12 @@ from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.transports.base import Writer
 from prefill_worker.handoffs import PrefillHandoffs
 from prefill_worker.prompt import Prompt
-from prefill_worker.queue import PrefillQueue
 from prefill_worker.running import HOLD_S, Prompts
 from prefill_worker.scheduler import PrefillScheduler
 
 
 class PrefillRole:
-    """Composes queue, running and handoffs, each of which knows those before it alone. A `RoleHandler`."""
+    """Composes queue, prompts and handoffs; each knows only those before it. A `RoleHandler`."""
 
     def __init__(
         self,
@@ -44,26 +42,18 @@ class PrefillRole:
         counts: Counts,
         model: CostModel,
     ) -> None:
-        """`model` learns from the engine's steps."""
         self._pool, self._block_tokens, self._counts = pool, engine.layout.block_tokens, counts
         self._load = LoadReporter(worker, pool, model, chunk_tokens, self._report)
         admission = Admission(pool, engine.layout, fingerprint)
         scheduler = PrefillScheduler(chunk_tokens, lambda: model.cost)
-        self._queue = PrefillQueue(admission, model, chunk_tokens, max_ungranted)
-        self._prompts = Prompts(engine, scheduler, model, self._queue, pool, admission, counts, self._load)
+        self._queue = AdmissionQueue[Prompt](admission, model, chunk_tokens, lambda spec: spec.known_tokens)
+        self._prompts = Prompts(
+            engine, scheduler, model, self._queue, max_ungranted, pool, admission, counts, self._load
+        )
         self._handoffs = PrefillHandoffs(
             self._prompts, handshake, writers, handoff_deadline_s, self._block_tokens, counts
         )
-
-    @property
-    def runner(self) -> Runner:
-        """The engine's thread."""
-        return self._prompts.runner
-
-    @property
-    def senders(self) -> Senders:
-        """To each decode worker that prompts were bound to."""
-        return self._handoffs.senders
+        self.runner, self.senders = self._prompts.runner, self._handoffs.senders
 
     @property
     def live(self) -> dict[str, int]:
@@ -90,7 +80,7 @@ class PrefillRole:
                 self._prompts.end(prompt)
 
     def expire(self) -> None:
-        """Gives up computed prompts that no decode worker came for, and forgets old cancels."""
+        """Gives up computed prompts that no decode worker took in time, and forgets old attempts."""
         now = time.monotonic()
         self._prompts.tombstones.expire(now)
         for prompt in self._prompts:
@@ -98,7 +88,6 @@ class PrefillRole:
                 self._prompts.fail(prompt, ResourceExhausted(f"no decode worker took it within {HOLD_S:g} s"))
 
     async def stop(self) -> None:
-        """Ends senders, threads and the engine."""
         self._load.close()
         await self.senders.stop()
         await self.runner.stop()
@@ -106,7 +95,7 @@ class PrefillRole:
     def _prefill(self, router: RouterSession, spec: SequenceSpec) -> None:
         live = self._prompts.find(spec.attempt) is not None
         if live or spec.attempt in self._prompts.tombstones:
-            # A tombstone: it is over, or its cancel came first, and that was acknowledged.
+            # A tombstone: the attempt is over, or its cancel came first and was acknowledged.
             self._counts.add("duplicate_messages" if live else "late_messages")
             return
         try:
@@ -115,7 +104,7 @@ class PrefillRole:
             router.send(Ended(spec.attempt, error=error))
 
     def _cancel(self, router: RouterSession, key: AttemptKey) -> None:
-        self._prompts.tombstones.add(key, time.monotonic())
+        self._prompts.bury(key)
         prompt, freed = self._prompts.find(key), Freed(key)
         self._counts.add("cancels" if prompt is not None else "cancels_unknown")
         if prompt is None:

@@ -1,5 +1,4 @@
-"""A process that serves, once it is set up: Python's cycle collector comes rarely and never over what stays for ever,
-and the system gets back what is not needed any more."""
+"""Settles a process that has been set up: makes Python's cycle collector rare, and gives unneeded memory back."""
 
 from __future__ import annotations
 
@@ -10,27 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 THRESHOLDS = (50_000, 20, 50)
-"""A thousand streams have a thousand writes under way, which the default of 700 takes for garbage piling up: collecting
-them again and again was a third of a token's cost in the router."""
+"""A thousand streams have a thousand writes under way. The default of 700 takes them for garbage; collecting again and
+again was a third of a token's cost in the router."""
 LEAST_CODE_BYTES = 1 << 20
-"""Of a library whose code is let go of; those of smaller ones are not worth a call."""
+"""Smaller mappings of code are not worth a call."""
 
 
 def settle() -> None:
-    """To be called once the process is set up: what is there by then, modules and a model, is not looked at again.
+    """Call it once the process is set up: the collector never again looks at the objects of that time (all that torch
+    imports takes some 80 ms, a gap between two tokens).
 
-    Looking through everything that torch imports takes some 80 ms, which a stream sees as a gap between two tokens.
+    Gives back the memory that loading freed, which glibc keeps in the arenas of the loading threads. Unmaps code, most
+    of which ran only once (torch's is 57 to 99 MB): it stays in the page cache and is mapped again without a read.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)
-    _give_back()
-
-
-def _give_back() -> None:
-    """What only setting up needed. Memory that loading freed: glibc keeps it in the arenas of the threads that loaded.
-    And the code that was run once: torch's alone is 57 to 99 MB in memory, by how the file happens to lie in the page
-    cache. It stays there, so what is run again is mapped again without a read."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -39,7 +33,7 @@ def _give_back() -> None:
 
 
 def _code(maps: Path) -> Iterator[tuple[int, int]]:
-    """Start and end of large mappings of code: of files, and never written to, so that nothing is lost with them."""
+    """Start and end of large mappings of code that come from files and were never written to."""
     if not maps.exists():
         return
     for line in maps.read_text().splitlines():

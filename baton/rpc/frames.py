@@ -1,6 +1,6 @@
-"""Between `baton.messages` and the frames of the stream between a router and a worker.
+"""Translates `baton.messages` to and from the frames of the stream between a router and a worker.
 
-What a newer peer says is read as far as it is known: an unknown message as None, an unknown reason as no reason.
+A newer peer's unknown message reads as None, its unknown reason as no reason.
 """
 
 from __future__ import annotations
@@ -28,18 +28,7 @@ from baton.messages import (
     Tokens,
     Transfer,
 )
-from baton.rpc.convert import (
-    cost_from_wire,
-    cost_to_wire,
-    handoff_from_wire,
-    logprobs_from_wire,
-    logprobs_to_wire,
-    process_from_wire,
-    process_to_wire,
-    refusal_from_wire,
-    spec_from_wire,
-    spec_to_wire,
-)
+from baton.rpc import convert
 from baton.rpc.status import error_of_code, number_of
 from baton.spec import FinishReason
 from baton.v1 import worker_pb2 as wire
@@ -48,16 +37,21 @@ LOAD_COUNTS = (
     "waiting", "running", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "quarantined_blocks",
     "resident_tokens", "granted_blocks",
 )  # fmt: skip
+PREFILL = ("attempt", "queue_ms", "prefill_ms", "cached_tokens")
+TRANSFER = ("ms", "exposed_ms", "bytes", "blocks", "cached_blocks")
+Write = Callable[[Any], Any]
+Read = Callable[[Any], Event]
 
 
 def command_to_frame(command: Command) -> wire.RouterFrame:
     match command:
         case PrefillCommand(spec):
-            return wire.RouterFrame(prefill=wire.PrefillCommand(spec=spec_to_wire(spec)))
+            return wire.RouterFrame(prefill=wire.PrefillCommand(spec=convert.spec_to_wire(spec)))
         case DirectCommand(spec):
-            return wire.RouterFrame(direct=wire.DirectCommand(spec=spec_to_wire(spec)))
+            return wire.RouterFrame(direct=wire.DirectCommand(spec=convert.spec_to_wire(spec)))
         case BindCommand(key, decode):
-            bind = wire.BindCommand(attempt=key.attempt, handoff=key.handoff, decode_worker=process_to_wire(decode))
+            process = convert.process_to_wire(decode)
+            bind = wire.BindCommand(attempt=key.attempt, handoff=key.handoff, decode_worker=process)
             return wire.RouterFrame(bind=bind)
         case CancelCommand(attempt, reason):
             return wire.RouterFrame(cancel=wire.CancelCommand(attempt=attempt, reason=reason))
@@ -69,18 +63,18 @@ def command_from_frame(frame: wire.RouterFrame) -> Command | None:
     """Raises InvalidArgument for a spec that no router of ours sends."""
     kind = frame.WhichOneof("body")
     if kind == "prefill":
-        return PrefillCommand(spec_from_wire(frame.prefill.spec))
+        return PrefillCommand(convert.spec_from_wire(frame.prefill.spec))
     if kind == "direct":
-        return DirectCommand(spec_from_wire(frame.direct.spec))
+        return DirectCommand(convert.spec_from_wire(frame.direct.spec))
     if kind == "bind":
-        return BindCommand(handoff_from_wire(frame.bind), process_from_wire(frame.bind.decode_worker))
+        return BindCommand(convert.handoff_from_wire(frame.bind), convert.process_from_wire(frame.bind.decode_worker))
     if kind == "cancel":
         return CancelCommand(frame.cancel.attempt, frame.cancel.reason)
     return CacheSyncCommand(frame.cache_sync.sync) if kind == "cache_sync" else None
 
 
 def attempt_of(frame: wire.RouterFrame) -> bytes:
-    """The attempt that a prompt or a bind is about, also where the rest can't be read; empty for other commands."""
+    """The attempt of a prompt or a bind, also where the rest can't be read; empty for other commands."""
     kind = frame.WhichOneof("body")
     if kind == "bind":
         return frame.bind.attempt
@@ -88,7 +82,8 @@ def attempt_of(frame: wire.RouterFrame) -> bytes:
 
 
 def event_to_frame(event: Event) -> wire.WorkerFrame:
-    return wire.WorkerFrame(**{_BODIES[type(event)]: _WRITERS[type(event)](event)})
+    body, write = _WRITERS[type(event)]
+    return wire.WorkerFrame(**{body: write(event)})
 
 
 def event_from_frame(frame: wire.WorkerFrame) -> Event | None:
@@ -97,26 +92,32 @@ def event_from_frame(frame: wire.WorkerFrame) -> Event | None:
     return None if read is None else read(getattr(frame, kind or ""))
 
 
-def _tokens_to_wire(event: Tokens) -> wire.TokenFrame:
-    return wire.TokenFrame(
-        runs=[
-            wire.TokenRun(
-                attempt=run.attempt, position=run.position, ids=run.ids, logprobs=map(logprobs_to_wire, run.logprobs)
-            )
-            for run in event.runs
-        ]
+def _same(event_type: Callable[..., Event], message_type: Callable[..., Any], *names: str) -> tuple[Write, Read]:
+    """For an event whose fields, all of them, have the message's names."""
+    return (
+        lambda event: message_type(**{name: getattr(event, name) for name in names}),
+        lambda message: event_type(**{name: getattr(message, name) for name in names}),
     )
+
+
+def _optional(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _tokens_to_wire(event: Tokens) -> wire.TokenFrame:
+    message = wire.TokenFrame()
+    for run in event.runs:
+        logprobs = map(convert.logprobs_to_wire, run.logprobs)
+        message.runs.add(attempt=run.attempt, position=run.position, ids=run.ids, logprobs=logprobs)
+    return message
 
 
 def _tokens_from_wire(message: wire.TokenFrame) -> Tokens:
-    return Tokens(
-        [
-            TokenRun(run.attempt, run.position, run.ids, [*map(logprobs_from_wire, run.logprobs)])
-            if run.logprobs
-            else TokenRun(run.attempt, run.position, run.ids)
-            for run in message.runs
-        ]
-    )
+    runs = []
+    for run in message.runs:
+        logprobs = [*map(convert.logprobs_from_wire, run.logprobs)] if run.logprobs else ()
+        runs.append(TokenRun(run.attempt, run.position, run.ids, logprobs))
+    return Tokens(runs)
 
 
 def _failed_to_wire(event: HandoffFailed) -> wire.HandoffFailed:
@@ -131,40 +132,25 @@ def _failed_to_wire(event: HandoffFailed) -> wire.HandoffFailed:
 
 def _failed_from_wire(message: wire.HandoffFailed) -> HandoffFailed:
     retry = message.retry_after_ms / 1e3 if message.HasField("retry_after_ms") else None
-    return HandoffFailed(handoff_from_wire(message), refusal_from_wire(message.reason), message.message, retry)
+    reason = convert.refusal_from_wire(message.reason)
+    return HandoffFailed(convert.handoff_from_wire(message), reason, message.message, retry)
 
 
 def _report_to_wire(event: PrefillReport) -> wire.PrefillReport:
-    message = wire.PrefillReport(
-        attempt=event.attempt,
-        queue_ms=event.queue_ms,
-        prefill_ms=event.prefill_ms,
-        cached_tokens=event.cached_tokens,
-    )
+    message = wire.PrefillReport(**{name: getattr(event, name) for name in PREFILL})
     if (moved := event.transfer) is not None:
-        transfer = wire.PrefillReport(
-            transport=moved.transport,
-            transfer_ms=moved.ms,
-            transfer_exposed_ms=moved.exposed_ms,
-            transfer_bytes=moved.bytes,
-            transfer_blocks=moved.blocks,
-            transfer_cached_blocks=moved.cached_blocks,
-        )
-        message.MergeFrom(transfer)
+        transfer = {f"transfer_{name}": getattr(moved, name) for name in TRANSFER}
+        message.MergeFrom(wire.PrefillReport(transport=moved.transport, **transfer))
     return message
 
 
 def _report_from_wire(message: wire.PrefillReport) -> PrefillReport:
-    moved = Transfer(
-        message.transport,
-        message.transfer_ms if message.HasField("transfer_ms") else None,
-        message.transfer_exposed_ms if message.HasField("transfer_exposed_ms") else None,
-        message.transfer_bytes,
-        message.transfer_blocks,
-        message.transfer_cached_blocks,
-    )
-    transfer = moved if message.transport else None
-    return PrefillReport(message.attempt, message.queue_ms, message.prefill_ms, message.cached_tokens, transfer)
+    transfer = None
+    if message.transport:
+        costs = {name: getattr(message, f"transfer_{name}") for name in ("bytes", "blocks", "cached_blocks")}
+        ms, exposed_ms = _optional(message, "transfer_ms"), _optional(message, "transfer_exposed_ms")
+        transfer = Transfer(message.transport, ms, exposed_ms, **costs)
+    return PrefillReport(**{name: getattr(message, name) for name in PREFILL}, transfer=transfer)
 
 
 def _ended_to_wire(event: Ended) -> wire.Ended:
@@ -185,19 +171,19 @@ def _ended_from_wire(message: wire.Ended) -> Ended:
         FinishReason(message.reason) if message.reason in _FINISHED else None,
         error_of_code(message.status, message.message) if message.status else None,
         message.output_tokens,
-        message.first_step_wait_ms if message.HasField("first_step_wait_ms") else None,
-        message.decode_ms if message.HasField("decode_ms") else None,
+        _optional(message, "first_step_wait_ms"),
+        _optional(message, "decode_ms"),
     )
 
 
 def load_to_wire(event: LoadReport) -> wire.LoadReport:
-    cost = None if event.cost is None else cost_to_wire(event.cost, event.cost_error, event.chunk_tokens)
+    cost = None if event.cost is None else convert.cost_to_wire(event.cost, event.cost_error, event.chunk_tokens)
     return wire.LoadReport(cost=cost, pairs=event.pairs, **{name: getattr(event, name) for name in LOAD_COUNTS})
 
 
 def _load_from_wire(message: wire.LoadReport) -> LoadReport:
     return LoadReport(
-        cost=cost_from_wire(message.cost) if message.HasField("cost") else None,
+        cost=convert.cost_from_wire(message.cost) if message.HasField("cost") else None,
         cost_error=message.cost.error,
         chunk_tokens=message.cost.chunk_tokens,
         pairs=dict(message.pairs),
@@ -206,40 +192,23 @@ def _load_from_wire(message: wire.LoadReport) -> LoadReport:
 
 
 _FINISHED = frozenset(reason.value for reason in FinishReason)
-_BODIES: dict[type, str] = {
-    Started: "started",
-    Tokens: "tokens",
-    HandoffFailed: "handoff_failed",
-    HandoffDone: "resident",
-    PrefillReport: "prefill_report",
-    Ended: "ended",
-    Freed: "freed",
-    LoadReport: "load",
-    CacheUpdate: "cache_events",
-}
-_WRITERS: dict[type, Callable[[Any], Any]] = {
-    Started: lambda event: wire.Started(
-        attempt=event.attempt, queue_ms=event.queue_ms, cached_tokens=event.cached_tokens
+_EVENTS: dict[type, tuple[str, tuple[Write, Read]]] = {
+    Started: ("started", _same(Started, wire.Started, "attempt", "queue_ms", "cached_tokens")),
+    Tokens: ("tokens", (_tokens_to_wire, _tokens_from_wire)),
+    HandoffFailed: ("handoff_failed", (_failed_to_wire, _failed_from_wire)),
+    HandoffDone: (
+        "resident",
+        (
+            lambda event: wire.Resident(attempt=event.key.attempt, handoff=event.key.handoff),
+            lambda message: HandoffDone(convert.handoff_from_wire(message)),
+        ),
     ),
-    Tokens: _tokens_to_wire,
-    HandoffFailed: _failed_to_wire,
-    HandoffDone: lambda event: wire.Resident(attempt=event.key.attempt, handoff=event.key.handoff),
-    PrefillReport: _report_to_wire,
-    Ended: _ended_to_wire,
-    Freed: lambda event: wire.Freed(attempt=event.attempt),
-    LoadReport: load_to_wire,
-    CacheUpdate: lambda event: wire.CacheEvents(
-        sync=event.sync, sequence=event.sequence, inserted=event.inserted, evicted=event.evicted
-    ),
+    PrefillReport: ("prefill_report", (_report_to_wire, _report_from_wire)),
+    Ended: ("ended", (_ended_to_wire, _ended_from_wire)),
+    Freed: ("freed", _same(Freed, wire.Freed, "attempt")),
+    LoadReport: ("load", (load_to_wire, _load_from_wire)),
+    CacheUpdate: ("cache_events", _same(CacheUpdate, wire.CacheEvents, "sync", "sequence", "inserted", "evicted")),
 }
-_READERS: dict[str, Callable[[Any], Event]] = {
-    "started": lambda message: Started(message.attempt, message.queue_ms, message.cached_tokens),
-    "tokens": _tokens_from_wire,
-    "handoff_failed": _failed_from_wire,
-    "resident": lambda message: HandoffDone(handoff_from_wire(message)),
-    "prefill_report": _report_from_wire,
-    "ended": _ended_from_wire,
-    "freed": lambda message: Freed(message.attempt),
-    "load": _load_from_wire,
-    "cache_events": lambda message: CacheUpdate(message.sync, message.sequence, message.inserted, message.evicted),
-}
+"""The event's name on the wire, and how it is written and read."""
+_WRITERS = {kind: (body, write) for kind, (body, (write, _)) in _EVENTS.items()}
+_READERS = {body: read for body, (_, read) in _EVENTS.values()}

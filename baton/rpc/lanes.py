@@ -1,7 +1,7 @@
-"""What waits to be written to a stream: control first, then bulk, and large messages in pieces.
+"""The frames that wait to be written to a stream: control first, then bulk.
 
-One huge prompt must not stand between a cancel and its reader. So a message above `FRAGMENT_BYTES` is cut into pieces
-that travel on the bulk lane, each a frame of its own, and any small frame overtakes them.
+A huge prompt must not delay a cancel. So a message above `FRAGMENT_BYTES` is cut into pieces that travel on the bulk
+lane, each a frame of its own, and any small frame overtakes them.
 """
 
 from __future__ import annotations
@@ -43,17 +43,16 @@ class Lanes(Generic[Frame]):
         self._event.set()
 
     def take(self) -> Frame | None:
-        """The next frame to write."""
         if self._control:
             return self._control.popleft()
         return self._bulk.popleft() if self._bulk else None
 
     def wake(self) -> None:
-        """Ends a `wait` although nothing was put."""
+        """Ends a `wait` without a frame."""
         self._event.set()
 
     async def wait(self, seconds: float) -> bool:
-        """Until something is put or `wake` is called; False after `seconds`. Call it when `take` gave None."""
+        """Waits for `put` or `wake`; False after `seconds`. Call it when `take` gave None."""
         try:
             async with asyncio.timeout(seconds):
                 await self._event.wait()
@@ -64,7 +63,6 @@ class Lanes(Generic[Frame]):
         return True
 
     def clear(self) -> None:
-        """Drops what is queued."""
         self._control.clear()
         self._bulk.clear()
 
@@ -86,11 +84,8 @@ class Assembler(Generic[Frame]):
         self._bytes = 0
 
     def add(self, fragment: worker_pb2.Fragment) -> Frame | None:
-        """The whole frame when this was its last piece.
-
-        Raises ResourceExhausted past the limit, and InvalidArgument where the pieces make no frame. Either way a
-        message is lost, and no piece can be taken after that: whoever reads the stream has to give it up.
-        """
+        """The whole frame when this was its last piece. Raises ResourceExhausted past the limit, and InvalidArgument
+        where the pieces make no frame: a message is lost, and the caller must give the stream up."""
         self._parts.setdefault(fragment.message_id, bytearray()).extend(fragment.data)
         self._bytes += len(fragment.data)
         if self._bytes > ASSEMBLY_LIMIT_BYTES:

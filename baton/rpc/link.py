@@ -1,13 +1,12 @@
 """A multiplexed stream that survives its connection.
 
-Between a router and a worker there is one stream for everything. Frames are numbered in each direction; a side keeps
-what the other has not acknowledged and sends it again when the stream is taken up after a break. So a frame is
-delivered exactly once and in order as long as both processes live and the break is shorter than the grace time.
+A router and a worker have one stream for everything. Frames are numbered in each direction; a side keeps those that the
+other has not acknowledged, and sends them again after a break. So each frame arrives exactly once and in order, as long
+as both processes live and the break is shorter than the grace time.
 
-    FRESH -> ATTACHED <-> DETACHED -> CLOSED        a session; who owns it closes it, closing is final
+    FRESH -> ATTACHED <-> DETACHED -> CLOSED        a session; its owner closes it, for good
 
-Two lanes leave a session: control first, then bulk. A large frame goes out in pieces on the bulk lane
-(`baton.rpc.lanes`), so that a cancel waits for at most one piece and never for a prompt.
+Frames leave by `baton.rpc.lanes`, so that a cancel waits for at most one piece of a prompt.
 """
 
 from __future__ import annotations
@@ -23,33 +22,28 @@ from baton.v1 import worker_pb2 as wire
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 5.0
-"""A peer that said nothing for this long (five heartbeats) is taken for stalled, and the stream is broken off."""
+"""A stream whose peer is silent for so long (five heartbeats) is broken off."""
 GRACE_S = 3.0
 """How long a session outlives its stream."""
 ACK_EVERY = 64
 UNACKNOWLEDGED_LIMIT = 20_000
-"""Frames kept for a peer that does not acknowledge; past it the session is given up rather than the memory."""
+"""A session with more unacknowledged frames is given up, to bound memory."""
 
 Out = TypeVar("Out", wire.RouterFrame, wire.WorkerFrame)
 In = TypeVar("In", wire.RouterFrame, wire.WorkerFrame)
 
 
 class Session(Generic[Out, In]):
-    """One side's memory of a stream. Lives on one event loop; `on_frame` is called there for each new frame."""
+    """One side's memory of a stream. Lives on one event loop, where it calls `on_frame` for each new frame."""
 
     def __init__(self, out_type: type[Out], in_type: type[In], name: str, on_frame: Callable[[In], None]) -> None:
-        self.name = name
-        self.received = 0
-        self.closed = False
+        self.name, self.received, self.closed = name, 0, False
         self._out_type: type[Out] = out_type
-        self._in_type: type[In] = in_type
         self._on_frame: Callable[[In], None] = on_frame
         self._lanes: Lanes[Out] = Lanes(out_type)
         self._unacknowledged: deque[Out] = deque()
         self._resend: deque[Out] = deque()
-        self._next_number = 1
-        self._acknowledged_to_peer = 0
-        self._epoch = 0
+        self._next_number, self._acknowledged_to_peer, self._epoch = 1, 0, 0
         self._assembler: Assembler[In] = Assembler(in_type)
 
     @property
@@ -58,7 +52,7 @@ class Session(Generic[Out, In]):
         return len(self._lanes) + len(self._unacknowledged)
 
     def send(self, frame: Out) -> None:
-        """Queues a frame with its body set. After `close` frames are dropped: nobody is there to read them."""
+        """Queues a frame with its body set; drops it after `close`. Raises ResourceExhausted past the limit."""
         if self.closed:
             return
         if self.pending >= UNACKNOWLEDGED_LIMIT:
@@ -66,12 +60,9 @@ class Session(Generic[Out, In]):
         self._lanes.put(frame)
 
     def receive(self, frame: In) -> None:
-        """Takes a frame from the wire: acknowledges ours, drops duplicates, assembles pieces, delivers the rest.
-
-        Raises TransferError on a gap: the stream has to be broken off and taken up again. Raises ResourceExhausted
-        when pieces exceed their limit, InvalidArgument when they make no frame: the session has to be given
-        up. A closed session drops everything.
-        """
+        """Takes a frame from the wire; drops it when closed. Raises TransferError on a gap: the stream must be broken
+        off and taken up again. Raises ResourceExhausted or InvalidArgument where pieces exceed their limit or make no
+        frame: the session must be given up."""
         if self.closed:
             return
         while self._unacknowledged and self._unacknowledged[0].number <= frame.acknowledged:
@@ -91,8 +82,8 @@ class Session(Generic[Out, In]):
             self._on_frame(frame)
 
     def attach(self, received_by_peer: int) -> int:
-        """A (new) stream starts: what the peer has not received goes out again, ahead of everything else. Returns the
-        stream's number in this session; an older one is replaced."""
+        """A new stream replaces any older one; frames that the peer has not received go out first. Returns the stream's
+        number in this session."""
         while self._unacknowledged and self._unacknowledged[0].number <= received_by_peer:
             self._unacknowledged.popleft()
         self._resend = deque(self._unacknowledged)
@@ -101,14 +92,13 @@ class Session(Generic[Out, In]):
         return self._epoch
 
     def detach(self, stream: int | None = None) -> None:
-        """The stream broke: `outgoing` ends; the session waits to be attached again or closed. Nothing happens when
-        `stream` has been replaced already."""
+        """The stream broke: `outgoing` ends. Does nothing when a newer stream has replaced `stream`."""
         if stream is None or stream == self._epoch:
             self._epoch += 1
             self._lanes.wake()
 
     def close(self) -> None:
-        """Nothing more is sent or kept. Idempotent."""
+        """Sends and keeps nothing more. Idempotent."""
         self.closed = True
         self._lanes.clear()
         self._unacknowledged.clear()
@@ -116,8 +106,7 @@ class Session(Generic[Out, In]):
         self._lanes.wake()
 
     async def outgoing(self, stream: int | None = None) -> AsyncIterator[Out]:
-        """Frames to write to `stream` (the current one), heartbeats among them, until it is detached, replaced or
-        closed."""
+        """Frames to write to `stream` (the current one), with heartbeats, until it is detached, replaced or closed."""
         epoch = self._epoch if stream is None else stream
         while not self.closed and epoch == self._epoch:
             frame = self._take()
@@ -142,7 +131,6 @@ class Session(Generic[Out, In]):
         return frame
 
     def heartbeat(self) -> Out:
-        """Says no more than that this side lives, and what it has received."""
         self._acknowledged_to_peer = self.received
         return self._out_type(acknowledged=self.received, heartbeat=wire.Heartbeat())
 
@@ -153,8 +141,7 @@ def _nothing() -> None: ...
 async def read_frames(
     session: Session[Out, In], source: AsyncIterator[In], on_first: Callable[[], None] = _nothing
 ) -> None:
-    """Feeds a stream into its session until it ends; raises TimeoutError when the peer falls silent. `on_first` is
-    called when something has come."""
+    """Feeds a stream into its session until it ends. Raises TimeoutError when the peer falls silent."""
     while True:
         async with asyncio.timeout(SILENCE_S):
             try:

@@ -1,4 +1,4 @@
-"""Addresses, channels and servers: the settings that every gRPC endpoint of ours shares."""
+"""Addresses, channels and servers, with the settings that all our gRPC endpoints share."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from baton.errors import ConfigError
 from baton.v1 import admin_pb2, generation_pb2, transfer_pb2, worker_pb2
 
 MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
-"""What gRPC itself takes; requests are held to less by validation, which can name the field."""
+"""gRPC's own limit; validation, which can name the field, holds requests to less."""
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-    # A peer that is gone without a word is noticed within seconds, also on an idle stream.
+    # Notice a silent death of the peer within seconds, also on an idle stream.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     ("grpc.http2.max_ping_strikes", 0),
-    # A worker that comes back must be found at once, not after gRPC's two-minute backoff.
+    # Find a worker that comes back at once, not after gRPC's two-minute backoff.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Two processes on one port would share its connections by chance; the second must fail instead.
+    # A second process on the same port must fail, not take some of the connections.
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
 ]
@@ -48,17 +48,16 @@ def parse_address(text: str, what: str = "address") -> tuple[str, int]:
 
 
 def format_address(host: str, port: int) -> str:
-    """The inverse of `parse_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel of its own, never shared behind our back with another one to the same address."""
+    """A channel whose connection is its own; gRPC shares those to the same address by default."""
     return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
 
 
 async def listens(address: str, timeout: float = 1.0) -> bool:
-    """Whether something accepts connections there. False is certain (refused); a time-out counts as True."""
+    """Whether connections are accepted there. False is certain (refused); a time-out counts as True."""
     host, port = parse_address(address)
     try:
         async with asyncio.timeout(timeout):
@@ -91,8 +90,8 @@ def service(add: Callable[[Any, grpc.aio.Server], None], servicer: object, name:
 
 
 class Server:
-    """A gRPC server with health and reflection: bound when it is made, serving from `start` on, ready when `set_ready`
-    says so. So a process knows its own address before anything is composed."""
+    """A gRPC server with health and reflection. It is bound when made, so that a process knows its address early; it
+    serves from `start` on."""
 
     def __init__(self, listen: str) -> None:
         """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours."""
@@ -108,7 +107,6 @@ class Server:
         self._names: list[str] = []
 
     async def start(self, services: Sequence[Service]) -> None:
-        """Answers from here on."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for entry in services:
             entry.add(entry.servicer, self._server)
@@ -120,7 +118,7 @@ class Server:
         await self.set_ready(False)
 
     async def set_ready(self, ready: bool) -> None:
-        """What load balancers see under ``, `readiness` and each service's name."""
+        """Sets the health of ``, `readiness` and each service's name, which load balancers ask for."""
         state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", READINESS, *self._names):
             await self._health.set(name, state)
@@ -131,14 +129,13 @@ class Server:
 
 
 async def start_server(listen: str, services: Sequence[Service]) -> Server:
-    """A server that needs no address of its own before it starts."""
     server = Server(listen)
     await server.start(services)
     return server
 
 
 def _check_free(host: str, port: int) -> None:
-    """Says why an address can't be bound, which gRPC tells only in its own log."""
+    """Raises ConfigError with the reason, which gRPC writes only to its own log."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

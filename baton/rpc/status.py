@@ -41,23 +41,19 @@ log = structlog.get_logger(__name__)
 
 
 def code_of(error: errors.BatonError) -> grpc.StatusCode:
-    """The status code that stands for this kind of error."""
     return next((code for kind, code in CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def number_of(error: errors.BatonError) -> int:
-    """The number of its status code, as google.rpc.Code has it."""
     return int(code_pb2.Code.Value(code_of(error).name))
 
 
 def error_of_code(number: int, message: str) -> errors.BatonError:
-    """The error that stands for a status code's number."""
     kind = next((kind for kind, code in CODES if code.value[0] == number), errors.Internal)
     return _rebuild(kind, message, "", None, {})
 
 
 def to_status(error: errors.BatonError) -> status_pb2.Status:
-    """The error as a status with its details."""
     metadata = {}
     details: list[Any] = []
     if isinstance(error, errors.FieldError) and error.field:
@@ -83,7 +79,7 @@ def to_status(error: errors.BatonError) -> status_pb2.Status:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
-    """Ends the call with the error's status. What is not ours is INTERNAL, logged here and not shown to the peer."""
+    """Ends the call with the error's status. A foreign exception is logged here; the peer sees INTERNAL."""
     if not isinstance(error, errors.BatonError):
         log.error("unexpected error in a call", exc_info=error)
         error = errors.Internal("internal error; the log has the details")
@@ -92,13 +88,13 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> errors.BatonError:
-    """The exception that a peer raised, as far as the status tells."""
+    """The exception that the peer raised, as far as the status tells."""
     message = error.details() or error.code().name
     kind = next((kind for kind, code in CODES if code == error.code()), errors.Internal)
     field, retry, metadata = "", None, {}
     try:
         status = rpc_status.from_call(error)
-    except ValueError:  # details that contradict the code: an intermediary's; the plain code stands
+    except ValueError:  # an intermediary's details contradict the code: the code stands
         status = None
     for detail in status.details if status else []:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):

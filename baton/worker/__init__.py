@@ -1,1 +1,1 @@
-"""What both roles of a worker share: the router's session, the engine's thread, load reports, handing over."""
+"""What both roles of a worker share: router sessions, the engine's thread, load reports, sending blocks."""

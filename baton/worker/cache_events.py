@@ -1,8 +1,8 @@
-"""What a worker's pool knows, told to the routers that place by it: first all of it, then what changes.
+"""Tells routers which prefixes the pool holds: first all, then each change.
 
-A router asks by `CacheSyncCommand`, and asks again whenever it finds a number missing. Changes are gathered for
-`INTERVAL_S`; an insertion and an eviction of the same digest within that time cancel out. So what waits for a router is
-at most what differs between its knowledge and the pool, however long it takes no frames.
+A router asks by `CacheSyncCommand`, and again when it finds a number missing. Changes are gathered for `INTERVAL_S`;
+an insertion and an eviction of the same digest cancel out. So what waits for a router is at most the difference between
+its knowledge and the pool, however long it takes no frames.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kvtransfer.blocks.pool import BlockPool, CacheChange
 
 INTERVAL_S = 0.05
 PIECE_DIGESTS = 1024
-"""In one message: 18 KiB, so that a cancel behind it waits for no more than that."""
+"""In one message: 18 KiB, so that a cancel behind it does not wait long."""
 PIECE_S = 0.005
-"""Between two pieces of what is too much for one message: other frames come in between."""
+"""Between two messages of one sync: other frames come in between."""
 BACKLOG_FRAMES = 256
 """A router with so many frames unread gets its changes later, and fewer of them."""
 
 
 class CacheFeed:
-    """One sync of one router: what it has been told of the pool, and what it has yet to be told. Pure."""
+    """One sync of one router: the changes that it has yet to be told. Pure."""
 
     def __init__(self, sync: int, digests: Iterable[bytes]) -> None:
         self._sync, self._sequence = sync, 0
@@ -34,16 +34,15 @@ class CacheFeed:
 
     @property
     def due(self) -> bool:
-        """Whether there is something to tell; at first there always is, if only that the pool knows nothing."""
+        """Whether a message is due; the first one always is, even if the pool is empty."""
         return bool(self._pending) or self._sequence == 0
 
     def changed(self, change: CacheChange, digest: bytes) -> None:
-        """The pool's next change. A digest comes and goes in turn, so a second change undoes the first."""
+        """Notes a change. A digest comes and goes in turn, so a second change undoes the first."""
         if self._pending.pop(digest, None) is None:
             self._pending[digest] = change
 
     def take(self) -> CacheUpdate:
-        """The next message."""
         self._sequence += 1
         inserted: list[bytes] = []
         evicted: list[bytes] = []
@@ -53,7 +52,7 @@ class CacheFeed:
 
 
 class CacheEvents:
-    """Feeds every router that asks. Implements `RoleHandler`; lives on the pool's event loop."""
+    """Feeds every router that asks. A `RoleHandler`, on the pool's event loop."""
 
     def __init__(self, pool: BlockPool, counts: Counts) -> None:
         self._pool, self._counts = pool, counts
@@ -84,7 +83,7 @@ class CacheEvents:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._flush)
 
     def _flush(self) -> None:
-        """One message to each router that has something due; the rest comes after a pause."""
+        """Sends one message to each router for which one is due; the rest comes after a pause."""
         self._timer = None
         for router, feed in self._feeds.items():
             if feed.due and router.link.pending < BACKLOG_FRAMES:

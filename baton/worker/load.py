@@ -1,4 +1,4 @@
-"""Load reports: at once when something changed, but no more often than the router can use."""
+"""Load reports: soon after a change, but no more often than a router can use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoadReporter:
         chunk_tokens: int,
         report: Callable[[], LoadReport],
     ) -> None:
-        """`report` tells of a role's queue and sequences; the pool's books and the costs are added to it."""
+        """`report` has the role's queue and sequences; the pool's counts and the costs are added to it."""
         self._worker, self._pool, self._model, self._chunk_tokens = worker, pool, model, chunk_tokens
         self._report = report
         self._timer: asyncio.TimerHandle | None = None
@@ -33,12 +33,11 @@ class LoadReporter:
         worker.on_attach.append(lambda session: session.send(self._whole()))
 
     def changed(self) -> None:
-        """Something that a router places by is different now."""
+        """To be called when something by which a router places has changed."""
         if self._timer is None and not self._closed:
             self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._flush)
 
     def close(self) -> None:
-        """Sends nothing more."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()

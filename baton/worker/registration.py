@@ -1,4 +1,4 @@
-"""How a worker joins a router and stays: it registers itself, and renews its lease until told to leave."""
+"""Registers a worker with a router, and renews its lease until told to leave."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ log = structlog.get_logger(__name__)
 
 
 class Membership:
-    """Keeps one worker registered with one router. `request` is sent again whenever the router has forgotten it."""
+    """Keeps one worker registered with one router: sends `request` again when the router has forgotten the worker."""
 
     def __init__(self, router_address: str, request: wire.RegisterRequest) -> None:
         self._address, self._request = router_address, request
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Returns after `stop`, having left. Raises Mismatch or InvalidArgument where the router refuses the worker:
-        trying again would not help."""
+        """Leaves and returns after `stop`. Raises Mismatch or InvalidArgument where the router refuses the worker."""
         channel = open_channel(self._address)
         stub: RegistryStub = RegistryStub(channel)
         try:
@@ -60,26 +59,26 @@ class Membership:
     async def _renew_until_forgotten(
         self, stub: RegistryStub, stop: asyncio.Event, lease_s: float, incarnation: str
     ) -> None:
-        """A router that is unreachable for a moment keeps us registered; one that restarted does not know us."""
+        """A router that is briefly unreachable keeps the worker registered; one that restarted does not know it."""
         while not await _pause(stop, lease_s / 3):
             try:
                 answer = await call(stub.Renew(wire.RenewRequest(worker=self._request.worker)), CALL_TIMEOUT_S)
             except errors.NotFound:
                 log.info("the router forgot this worker; registering again")
                 return
-            except errors.BatonError as error:  # whatever it is: only the lease decides whether we are still known
+            except errors.BatonError as error:  # only the lease decides whether the worker is still known
                 log.warning("lease not renewed", router=self._address, error=str(error))
                 continue
             if answer.router.incarnation != incarnation:
                 return
 
     async def _leave(self, stub: RegistryStub) -> None:
-        with contextlib.suppress(errors.BatonError):  # a router that is gone already needs no goodbye
+        with contextlib.suppress(errors.BatonError):  # the router may be gone already
             await call(stub.Deregister(wire.DeregisterRequest(worker=self._request.worker)), CALL_TIMEOUT_S)
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> bool:
-    """Waits; True when `stop` came meanwhile."""
+    """Waits so long or until `stop`. True in the latter case."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stop.wait(), seconds)
     return stop.is_set()

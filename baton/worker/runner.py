@@ -1,8 +1,8 @@
-"""The engine's thread. Its loop is the whole story: take commands, pick a batch, run it, publish.
+"""The engine's thread. Its loop: take commands, pick a batch, run it, publish.
 
-The event loop owns requests and blocks; this thread owns sequences while they compute. They speak through a queue of
-commands one way and `call_soon_threadsafe` the other, one call per step. A sequence's blocks may be freed only after
-`on_removed`, or after the step that reported it finished: from then on no step touches them.
+The event loop owns requests and blocks; this thread owns sequences while they compute. Commands come by a queue, and
+reports go by `call_soon_threadsafe`, one call per step. A sequence's blocks may be freed only after `on_removed`, or
+after the step that reported it finished: from then on no step touches them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from baton.cost import CostModel, StepCost
+from baton.cost import CostModel
 from baton.engine.api import Engine, Sampled, Sequence, Work, shape_of
 from baton.spec import AttemptKey, FinishReason, TokenLogprobs
 
@@ -33,19 +33,18 @@ log = structlog.get_logger(__name__)
 class Scheduler(Protocol):
     """A policy over the engine's step; lives on the engine thread."""
 
-    def add(self, sequence: Sequence) -> None:
-        """Takes a sequence in."""
+    def add(self, sequence: Sequence) -> None: ...
 
     def remove(self, key: AttemptKey) -> None:
-        """Forgets it; nothing happens when it is unknown."""
+        """Does nothing when the sequence is unknown."""
 
     def pick(self) -> list[Work]:
-        """The next batch; empty when there is nothing to do."""
+        """The next batch; empty when there is no work."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepItem:
-    """What one step did for one sequence. `token_ids[0]` is at absolute `position`."""
+    """One sequence's result of a step. `token_ids[0]` is at absolute `position`."""
 
     key: AttemptKey
     computed: int
@@ -57,7 +56,7 @@ class StepItem:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step: monotonic start in seconds, how long it took, and what it did. `error` when it failed as a whole."""
+    """One step. `started` is monotonic seconds; `error` is set when the step failed as a whole."""
 
     started: float
     seconds: float
@@ -66,10 +65,10 @@ class StepReport:
 
 
 class StepEvents(Protocol):
-    """Who hears of steps, on the event loop."""
+    """Called on the event loop."""
 
     def on_step(self, report: StepReport) -> None:
-        """A step is done. Sequences with a `finish` are out of the engine already; those of a failed step too."""
+        """Sequences with a `finish`, and all of a failed step, are out of the engine already."""
 
     def on_removed(self, key: AttemptKey) -> None:
         """A sequence that `Runner.remove` named is out of the engine, if it ever was in."""
@@ -81,7 +80,7 @@ class Runner:
     def __init__(
         self, engine: Engine, scheduler: Scheduler, events: StepEvents, model: CostModel | None = None
     ) -> None:
-        """`model` learns from every step; a new one where none was measured before."""
+        """`model` learns from every step."""
         self._engine, self._scheduler, self._events = engine, scheduler, events
         self.model = model or CostModel()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -92,22 +91,17 @@ class Runner:
         self._thread.start()
 
     @property
-    def cost(self) -> StepCost:
-        """What steps cost, as learned so far. May be read from any thread."""
-        return self.model.cost
-
-    @property
     def under_way_s(self) -> float:
-        """How long the present step has been computed; 0 between two. May be read from any thread."""
+        """The age of the step under way; 0 between two steps. May be read from any thread."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence in; its blocks must stay held until it is out again."""
+        """The sequence's blocks must stay held until it is out again."""
         self._commands.put(lambda: self._scheduler.add(sequence))
 
     def remove(self, key: AttemptKey) -> None:
-        """Takes a sequence out between two steps; `on_removed` confirms it."""
+        """Takes the sequence out between two steps; `on_removed` confirms it."""
         self._commands.put(lambda: self._remove(key))
 
     def wake(self, blocks: Iterable[int]) -> None:
@@ -115,9 +109,8 @@ class Runner:
         self._commands.put(lambda: self._engine.wake(tuple(blocks)))
 
     def stand_back(self, by: int) -> None:
-        """Lets threads that pass messages go first where they share a core with this one and with those that it starts
-        from now on: computing takes milliseconds at a time, a message microseconds. `by` is added to the nice value, in
-        sched(7)'s sense; elsewhere than on Linux threads have none of their own, and nothing is done."""
+        """Adds `by` to the nice value (sched(7)) of this thread and of those that it starts later. So threads that pass
+        messages, which take microseconds, go first on a shared core. Only on Linux do threads have nice values."""
         thread = self._thread.native_id
         if not by or sys.platform != "linux" or thread is None:
             return
@@ -140,11 +133,11 @@ class Runner:
                 self._take_commands()
                 batch = self._scheduler.pick()
                 if batch:
-                    self._publish(self._step(batch))
+                    self._call(self._events.on_step, self._step(batch))
                 else:
                     self._wait_for_command()
         except BaseException:
-            # Nothing would ever be computed again, and nobody would be told: better to end, which everybody notices.
+            # Nothing would be computed any more, and no router would know: end the process, which routers notice.
             log.critical("the engine thread failed; the worker ends", exc_info=True)
             os.kill(os.getpid(), signal.SIGTERM)
             raise
@@ -164,7 +157,7 @@ class Runner:
         self._step_began = started
         try:
             sampled = self._engine.step(batch)
-        except Exception as error:  # a boundary: these sequences fail, the worker lives on
+        except Exception as error:  # a boundary: these sequences fail, the worker goes on
             log.error("a step failed", sequences=len(batch), exc_info=error)
             for work in batch:
                 self._scheduler.remove(work.sequence.key)
@@ -189,9 +182,6 @@ class Runner:
         ids, logprobs = (drawn.token_ids[:kept], drawn.logprobs[:kept]) if drawn else ((), ())
         return StepItem(sequence.key, sequence.computed, position, ids, logprobs, finish)
 
-    def _publish(self, report: StepReport) -> None:
-        self._call(self._events.on_step, report)
-
     def _remove(self, key: AttemptKey) -> None:
         self._scheduler.remove(key)
         self._call(self._events.on_removed, key)
@@ -199,13 +189,12 @@ class Runner:
     def _call(self, callback: Callable[..., None], argument: object) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, argument)
-        except RuntimeError:  # the event loop is closed: the process ends and nobody is left to hear it
+        except RuntimeError:  # the event loop is closed: the process ends
             self._stopping = True
 
 
 def for_each(items: Iterable[T], act: Callable[[T], None], fail: Callable[[T, str], None]) -> None:
-    """Calls `act` with each item. Where that raises, `fail` gets the item and the reason, and the others go on: one
-    sequence's trouble must not cost the rest of its step their tokens."""
+    """Calls `act` with each item. Where that raises, `fail` gets the item and the reason, and the others go on."""
     for item in items:
         try:
             act(item)

@@ -1,7 +1,7 @@
 """The Worker service: one multiplexed stream per router, and the model card's files.
 
-A router's session outlives its stream by the grace time. When it is lost for good, everything that the router had
-placed here is freed: `RoleHandler.on_router_lost`.
+A router's session outlives its stream by the grace time. When it is lost, `RoleHandler.on_router_lost` frees all that
+the router had placed here.
 """
 
 from __future__ import annotations
@@ -31,40 +31,36 @@ log = structlog.get_logger(__name__)
 
 
 class RoleHandler(Protocol):
-    """What a role does with a router's commands. Called on the event loop; must not block."""
+    """Called on the event loop; must not block."""
 
     def on_command(self, router: RouterSession, command: Command) -> None:
-        """A command, exactly once and in order; ignored where it is for another role."""
+        """Called with each command once and in order; ignores those for another role."""
 
     def on_router_lost(self, router: RouterSession) -> None:
-        """No router waits for this router's sequences any more."""
+        """Ends all sequences of this router."""
 
 
 class WorkerService(WorkerServicer):
     """Serves `Worker`. `artifacts` maps SHA-256 (hexadecimal) to bytes."""
 
     def __init__(self, process: ProcessRef, artifacts: dict[str, bytes], counts: Counts) -> None:
-        self._process = process
-        self._artifacts = artifacts
-        self._counts = counts
+        self._process, self._artifacts, self._counts = process, artifacts, counts
         self._sessions: dict[str, RouterSession] = {}
         self._handlers: list[RoleHandler] = []
         self.on_attach: list[Callable[[RouterSession], None]] = []
-        """Each is called with a router that starts a session."""
         self.attached, self.detached = asyncio.Event(), asyncio.Event()
         self.detached.set()
 
     def add_handler(self, handler: RoleHandler) -> None:
-        """Every handler hears every command."""
         self._handlers.append(handler)
 
     def session(self, router: ProcessRef) -> RouterSession | None:
-        """The session of exactly this incarnation, if it is known here."""
+        """The session of exactly this incarnation, if there is one."""
         return self._sessions.get(router.incarnation)
 
     @property
     def sessions(self) -> list[RouterSession]:
-        """All routers that are attached or within their grace time."""
+        """Of all routers that are attached or within their grace time."""
         return list(self._sessions.values())
 
     async def Attach(
@@ -79,14 +75,9 @@ class WorkerService(WorkerServicer):
             await abort(context, errors.InvalidArgument("hello", "must name the process, its incarnation, the session"))
         record, resumed, stream = self._enter(first.hello)
         try:
-            yield wire.WorkerFrame(
-                hello=wire.Hello(
-                    process=process_to_wire(self._process),
-                    session=record.session_id,
-                    received=record.link.received,
-                    resumed=resumed,
-                )
-            )
+            process, received = process_to_wire(self._process), record.link.received
+            hello = wire.Hello(process=process, session=record.session_id, received=received, resumed=resumed)
+            yield wire.WorkerFrame(hello=hello)
             reader = asyncio.create_task(self._read(record, stream, request_iterator))
             async with cancelling(reader):
                 async for frame in record.link.outgoing(stream):
@@ -104,7 +95,6 @@ class WorkerService(WorkerServicer):
             yield wire.FetchArtifactResponse(data=data[start : start + FRAGMENT_BYTES])
 
     def close(self) -> None:
-        """Gives up every session."""
         for record in self.sessions:
             self._lose(record, "this worker stops")
 
@@ -118,7 +108,7 @@ class WorkerService(WorkerServicer):
         if record is not None and not resumed:
             self._lose(record, "the router started a new session")
         if record is None or not resumed:
-            record = self._sessions[router.incarnation] = self._begin(router, hello.session)
+            record = self._sessions[router.incarnation] = RouterSession(router, hello.session, self._dispatch)
         if record.grace is not None:
             record.grace.cancel()
             record.grace = None
@@ -131,14 +121,10 @@ class WorkerService(WorkerServicer):
         return record, resumed, stream
 
     def _confirmed(self, record: RouterSession) -> None:
-        """The router has taken our hello: it places requests here from now on, and not a moment before."""
+        """The router has our hello: from now on, and not before, it places requests here."""
         if self._sessions.get(record.router.incarnation) is record:
             self.attached.set()
             self.detached.clear()
-
-    def _begin(self, router: ProcessRef, session_id: str) -> RouterSession:
-        record = RouterSession(router, session_id, lambda frame: self._dispatch(record, frame))
-        return record
 
     async def _read(self, record: RouterSession, stream: int, source: AsyncIterator[wire.RouterFrame]) -> None:
         try:
@@ -181,7 +167,7 @@ class WorkerService(WorkerServicer):
                 self._fail(record, handler, attempt_of(frame), f"{type(error).__name__}: {error}")
 
     def _fail(self, record: RouterSession, handler: RoleHandler, attempt: AttemptKey, reason: str) -> None:
-        """Ends the attempt that a command failed on: what it took is given back first."""
+        """Ends the attempt of a command that failed, and frees first what the attempt holds."""
         if not attempt:
             return
         try:
@@ -205,5 +191,5 @@ class WorkerService(WorkerServicer):
 
 
 def artifact_table(*artifacts: bytes) -> dict[str, bytes]:
-    """The artifacts by their SHA-256."""
+    """The artifacts by their SHA-256; empty ones are left out."""
     return {hashlib.sha256(data).hexdigest(): data for data in artifacts if data}

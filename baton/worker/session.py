@@ -1,4 +1,4 @@
-"""A router as a worker sees it: what is said to it, until it is lost."""
+"""A worker's session with one router."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ log = structlog.get_logger(__name__)
 class RouterSession:
     """`link` numbers and keeps the frames; `grace` is set while no stream is up."""
 
-    def __init__(self, router: ProcessRef, session_id: str, on_frame: Callable[[wire.RouterFrame], None]) -> None:
+    def __init__(
+        self, router: ProcessRef, session_id: str, on_frame: Callable[[RouterSession, wire.RouterFrame], None]
+    ) -> None:
         self.router, self.session_id = router, session_id
         self.link: Session[wire.WorkerFrame, wire.RouterFrame] = Session(
-            wire.WorkerFrame, wire.RouterFrame, f"to {router.name}", on_frame
+            wire.WorkerFrame, wire.RouterFrame, f"to {router.name}", lambda frame: on_frame(self, frame)
         )
         self.streams = 0
         self.grace: asyncio.TimerHandle | None = None
 
     def send(self, event: Event) -> None:
-        """Queues an event; dropped when the router is lost. A router that does not acknowledge is given up: its stream
-        ends, and it is lost when that has been noticed."""
+        """Drops the event when the router is lost. Closes the link to a router that does not acknowledge."""
         try:
             self.link.send(event_to_frame(event))
         except errors.ResourceExhausted as error:

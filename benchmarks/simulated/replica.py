@@ -128,7 +128,7 @@ class ReplicaWorker:
         while (served := self.queue.first(self.replica.now, self._ahead_s)) is not None:
             if self._ahead(served) >= 2 * CHUNK:
                 break
-            self.queue.remove(served)
+            self.queue.remove(served.key)
             served.sequence = api.Sequence.from_spec(served.spec, [], 0, served.rank, served.late)
             self.started[served.key] = served
             self.scheduler.add(served.sequence)

@@ -1,8 +1,8 @@
-"""Leases: what is held across processes, and until when.
+"""Leases on things that another process holds.
 
 A lease travels as a duration; each side puts it on its own monotonic clock. The grantor counts from sending its reply,
 the holder from sending its request, which came earlier: so the holder always stops before the grantor takes back.
-Time only ever ends a wait. It is no proof that a peer stopped writing.
+Time only ends a wait. It is no proof that a peer stopped writing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ K = TypeVar("K", bound=Hashable)
 class LeaseTable(Generic[K]):
     """The grantor's side: a deadline for each key. Not thread-safe.
 
-    A heap with lazy deletion: each live key has at least one heap entry that is not later than its deadline. An entry
-    that turns out early is pushed back with the true deadline, so extensions in any order are right and cost O(1).
-    Memory stays proportional to the live keys.
+    A heap with lazy deletion: each live key has at least one entry that is not later than its deadline. An early entry
+    at the top is pushed back with the true deadline, so an extension costs O(1). Memory is O(live keys).
     """
 
     def __init__(self) -> None:
@@ -35,7 +34,7 @@ class LeaseTable(Generic[K]):
         return key in self._until
 
     def grant(self, key: K, now: float, seconds: float) -> None:
-        """Give `key` a lease until `now + seconds`, in place of any that it has, be that later or earlier."""
+        """Set the lease of `key` to `now + seconds`, be that later or earlier than before."""
         until = now + seconds
         known = self._until.get(key)
         self._until[key] = until
@@ -43,7 +42,7 @@ class LeaseTable(Generic[K]):
             self._push(until, key)
 
     def renew(self, key: K, now: float, seconds: float) -> bool:
-        """Extend a live lease to `now + seconds` if that is later; False when there is none: it is never revived."""
+        """Extend a live lease to `now + seconds` if that is later. False when there is none: it is never revived."""
         known = self._until.get(key)
         if known is None or known <= now:
             return False
@@ -91,7 +90,7 @@ class LeaseTable(Generic[K]):
         self._compact()
 
     def _compact(self) -> None:
-        """Rebuild the heap when most of it is stale: constant cost per change, spread out."""
+        """Rebuild the heap when most of it is stale: O(1) per change, amortized."""
         if len(self._heap) <= 2 * len(self._until) + 64:
             return
         self._heap = [(until, n, key) for n, (key, until) in enumerate(self._until.items())]
@@ -102,35 +101,29 @@ class LeaseTable(Generic[K]):
 class PeerLease:
     """The holder's side: one lease that covers all that this process holds with one peer.
 
-    `asked` when a request that the peer answers with a lease is sent, `granted` when its reply comes; replies come in
-    the order of the requests. Not thread-safe.
+    Call `asked` for each request that the peer answers with a lease, and `granted` for each reply; replies come in the
+    order of the requests. Not thread-safe.
     """
 
     def __init__(self) -> None:
+        self.deadline: float | None = None
+        """In monotonic seconds; None before the first reply."""
         self._asked: deque[float] = deque()
-        self._until: float | None = None
         self._seconds = 0.0
 
     def asked(self, now: float) -> None:
-        """A request has just been sent."""
         self._asked.append(now)
 
     def granted(self, seconds: float) -> None:
-        """The reply to the oldest open request came: the lease counts from when that was sent."""
-        assert self._asked, "a lease that nobody asked for"
+        """Answers the oldest open request; the lease counts from when that was sent."""
+        assert self._asked, "a lease without a request"
         sent = self._asked.popleft()
         self._seconds = seconds
-        self._until = max(self._until or 0.0, sent + seconds)
+        self.deadline = max(self.deadline or 0.0, sent + seconds)
 
     def valid(self, now: float) -> bool:
-        """Whether what is covered may still be used."""
-        return self._until is not None and now < self._until
-
-    @property
-    def deadline(self) -> float | None:
-        """When the lease ends, in monotonic seconds; None before the first reply."""
-        return self._until
+        return self.deadline is not None and now < self.deadline
 
     def renew_at(self) -> float | None:
-        """When to ask again: after a third of the lease, so that two renewals may be lost. None before the first."""
-        return None if self._until is None else self._until - self._seconds * 2 / 3
+        """After a third of the lease, so that two renewals may be lost. None before the first reply."""
+        return None if self.deadline is None else self.deadline - self._seconds * 2 / 3

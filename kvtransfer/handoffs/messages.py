@@ -1,4 +1,4 @@
-"""What the two sides of a handoff say to each other, as plain values; the workers translate to and from protobuf."""
+"""The messages between the two sides of a handoff, as plain values; the workers translate to and from protobuf."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ WRITE_TOKEN_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right to write one grant's blocks. `writer` is the incarnation that it was given to.
-
-    Block `index` of the sequence goes to `blocks[index]`. The first `cached_blocks` are the receiver's already and
-    must not be written.
-    """
+    """The right of one writer (an incarnation) to write one grant's blocks. Block `index` of the sequence goes to
+    `blocks[index]`. The receiver has the first `cached_blocks` already; they must not be written."""
 
     key: HandoffKey
     generation: int
@@ -32,11 +29,10 @@ class Ticket:
 
     @property
     def writable(self) -> range:
-        """The indices that the writer has to write."""
         return range(self.cached_blocks, len(self.blocks))
 
     def destination(self, index: int) -> int | None:
-        """Where block `index` goes; None where this ticket allows no write."""
+        """None where this ticket allows no write."""
         return self.blocks[index] if index in self.writable else None
 
 
@@ -51,7 +47,7 @@ class BlockMove:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Room for one whole sequence on the receiver: its prompt's blocks, and reserved growth that nobody else writes."""
+    """Room for one whole sequence on the receiver: its prompt's blocks, and `growth` for its output."""
 
     ticket: Ticket
     growth: tuple[int, ...]
@@ -75,18 +71,17 @@ class Grant:
 
     @property
     def cached(self) -> tuple[int, ...]:
-        """Leading blocks that the receiver held already: pinned, never written, never quarantined."""
+        """The leading blocks that the receiver had already: pinned, never written, never quarantined."""
         return self.ticket.blocks[: self.ticket.cached_blocks]
 
     @property
     def written(self) -> tuple[int, ...]:
-        """The blocks that the writer may write."""
         return self.ticket.blocks[self.ticket.cached_blocks :]
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The answer to an Open that gets no room. `retry_after_s` only where trying again can help."""
+    """The answer to an Open that gets no room. `retry_after_s` is set only where trying again can help."""
 
     key: HandoffKey
     reason: RefusalReason
@@ -97,9 +92,7 @@ class Refusal:
 @dataclass(frozen=True, slots=True)
 class Aborted:
     """A grant that the receiver gave up. The worker tells the writer, and asks the transport to revoke the ticket.
-
-    `proven`: the writer is known to be gone, or has closed, so that no quarantine was needed.
-    """
+    `proven`: no write can come any more, so that no quarantine was needed."""
 
     grant: Grant
     reason: RefusalReason

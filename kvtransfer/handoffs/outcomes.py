@@ -1,10 +1,13 @@
-"""What the receiver's ledger reports, and its limits."""
+"""What the receiver's ledger keeps and reports, and its limits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from kvtransfer.blocks.pool import BlockPool, PoolCorrupt
 from kvtransfer.handoffs.messages import Grant
 
 
@@ -15,11 +18,9 @@ class GrantState(Enum):
     ABORTING = auto()
 
 
-class Outcome(Enum):
-    """What a `landed` or `commit` did."""
-
+class LedgerOutcome(Enum):
     PENDING = auto()  # noted; not resident yet
-    RESIDENT = auto()  # became resident by this very call: happens once for each grant
+    RESIDENT = auto()  # became resident by this very call: once for each grant
     ALREADY = auto()  # was resident before: answer as the first time
     IGNORED = auto()  # unknown, finished, aborted, or another generation
     CONFLICT = auto()  # contradicts the grant; the caller should abort it
@@ -46,7 +47,7 @@ class LedgerLimits:
 
 @dataclass(frozen=True, slots=True)
 class LedgerStatistics:
-    """A snapshot: grants by state, blocks that wait for proof, remembered attempts, and counts of what was refused."""
+    """A snapshot. `writers` have a live lease; `tombstones` are the ended attempts that are remembered."""
 
     granted: int
     receiving: int
@@ -58,8 +59,37 @@ class LedgerStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
-    """What a cancel met: whether a handoff was given up, and the grant that is resident (the worker ends that one)."""
+class CancelAnswer:
+    """Whether a cancel gave up a handoff, and the grant that is resident, which the worker ends."""
 
     aborted: bool
     resident: Grant | None
+
+
+@dataclass(slots=True)
+class LedgerEntry:
+    """A grant until it is RELEASED. `missing`: indices that have not landed; `table`: a resident's blocks, grown ones
+    included; `payload`: the first commit's."""
+
+    grant: Grant
+    digests: tuple[bytes, ...]
+    missing: set[int]
+    table: list[int]
+    state: GrantState = GrantState.GRANTED
+    committed: bool = False
+    payload: object = None
+    quarantined: list[int] = field(default_factory=list)
+
+
+def check_books(pool: BlockPool, entries: Collection[LedgerEntry]) -> None:
+    """Raises `PoolCorrupt` where a ledger's entries and its pool disagree. O(pool + granted blocks)."""
+    pool.check_integrity()
+    aborting = [entry for entry in entries if entry.state is GrantState.ABORTING]
+    holds = Counter(block for entry in entries if entry.state is not GrantState.ABORTING for block in entry.table)
+    if any(pool.holds(block) < count for block, count in holds.items()):
+        raise PoolCorrupt("a granted block is not held")
+    quarantined = [block for entry in aborting for block in entry.quarantined]
+    if len(set(quarantined)) != len(quarantined) or not all(map(pool.quarantined, quarantined)):
+        raise PoolCorrupt("an abandoned block is not quarantined, or twice")
+    if len(quarantined) != pool.statistics().quarantined:
+        raise PoolCorrupt("a quarantined block belongs to no handoff")

@@ -7,7 +7,8 @@ import threading
 from typing import Any, cast
 
 from baton.spec import HandoffKey
-from decode_worker.events import HandoffEvents, LoopEvents
+from decode_worker.handoffs import LoopEvents
+from kvtransfer.transports.base import ReceiverEvents
 from tests.rpc.waiting import until
 
 KEY = HandoffKey(b"k" * 16, 1)
@@ -30,7 +31,7 @@ class Recorder:
 
 async def test_everything_arrives_in_order_on_the_loop() -> None:
     role = Recorder()
-    events = LoopEvents(cast(HandoffEvents, role))
+    events = LoopEvents(cast(ReceiverEvents, role))
     indices = [1, 2]
 
     def transport() -> None:
@@ -53,7 +54,7 @@ async def test_everything_arrives_in_order_on_the_loop() -> None:
 
 def test_a_closed_loop_hears_nothing() -> None:
     async def make() -> LoopEvents:
-        return LoopEvents(cast(HandoffEvents, Recorder()))
+        return LoopEvents(cast(ReceiverEvents, Recorder()))
 
     events = asyncio.run(make())
     events.revoked(KEY)

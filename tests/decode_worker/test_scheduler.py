@@ -138,7 +138,7 @@ def test_who_is_on_the_way_with_few_tokens_finds_a_short_chunk() -> None:
     long = prompt(600)
     long.tpot_s = 0.080
     scheduler.add(long)
-    assert counts(scheduler)[0] in (69, 70), "nobody"
+    assert counts(scheduler)[0] in (69, 70), "no resident"
     scheduler.expected = (Expected(100, 0.040),)
     assert counts(scheduler)[0] in (69, 70)
     scheduler.expected = (Expected(100, 0.040), Expected(1, 0.040))
@@ -149,7 +149,7 @@ def test_who_is_on_the_way_with_few_tokens_finds_a_short_chunk() -> None:
     scheduler.expected = (Expected(1, 0.020),)
     assert counts(scheduler) == [LEAST_CHUNK]
     scheduler.expected = (Expected(1, 0.010),)
-    assert counts(scheduler)[0] in (69, 70), "it can't be in time: nobody has to wait for that"
+    assert counts(scheduler)[0] in (69, 70), "it can't be in time: no prompt has to wait for that"
 
 
 def test_a_late_prompt_is_computed_in_short_steps() -> None:
@@ -173,7 +173,7 @@ def test_a_prompt_goes_on_however_tight_the_objectives() -> None:
 
 
 def test_nobody_waits_for_an_objective_that_no_step_could_keep() -> None:
-    """A millisecond, where a step takes six: prompts go on as beside somebody without an objective."""
+    """A millisecond, where a step takes six: prompts go on as beside a resident without an objective."""
     scheduler = DecodeScheduler(512, lambda: COST, clock=still)
     impossible, kept = resident(5), resident(5)
     impossible.tpot_s, impossible.rule = 0.001, replace(NEVER_STOP, max_tokens=20)
@@ -187,7 +187,7 @@ def test_nobody_waits_for_an_objective_that_no_step_could_keep() -> None:
 
 @pytest.mark.parametrize("per_pair", [COST.per_pair, 0.0, 1e-9])
 def test_an_objective_without_end_is_no_limit(per_pair: float) -> None:
-    """The greatest number that fits the wire's field, in case a worker is asked by somebody who does not check."""
+    """The greatest number that fits the wire's field, in case a caller does not check."""
     scheduler = DecodeScheduler(512, lambda: replace(COST, per_pair=per_pair), clock=still)
     scheduler.expected = (Expected(1_000_000, sys.float_info.max),)
     loose = resident(5)

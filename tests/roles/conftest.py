@@ -58,7 +58,7 @@ class Cluster:
 
     def writing(self) -> bool:
         """Whether a write of p0 is under way."""
-        return any(sender._mover._under_way for sender in self.p.role.senders)
+        return any(sender.writes for sender in self.p.role.senders)
 
     async def started(self, spec: SequenceSpec) -> None:
         """Queues a prompt on p0 and waits until it computes."""

@@ -66,12 +66,11 @@ class CountingEngine:
         self._pool: Kv = np.frombuffer(memory.buffer, dtype=np.uint32).reshape(shape)
 
     def step(self, batch: list[Work]) -> list[Sampled | None]:
-        """See `Engine`."""
         if self.before_step is not None:
             self.before_step(len(self.batches))
         self.batches.append([(work.sequence.key, work.count) for work in batch])
         self.waiting.set()
-        assert self.gate.wait(GENEROUS), "nobody opened the gate"
+        assert self.gate.wait(GENEROUS), "the gate was not opened"
         self.waiting.clear()
         failure, self.fail = self.fail, None
         if failure is not None:
@@ -82,7 +81,7 @@ class CountingEngine:
         """Nothing is slow."""
 
     def wake(self, blocks: Tokens[int]) -> None:
-        """Nothing sleeps, but who was to be woken is written down."""
+        """Notes the blocks; this engine never sleeps."""
         self.woken.append(tuple(blocks))
 
     def close(self) -> None:

@@ -134,7 +134,6 @@ class PrefillNode(Node):
         self._handshake = transfer_pb2.HandshakeRequest()
 
     def compose(self) -> list[Any]:
-        """See `Node`."""
         settings = self.settings
         self.says()
         self.transport = self.writer()
@@ -183,7 +182,6 @@ class DecodeNode(Node):
     streams: WriterStreams
 
     def compose(self) -> list[Any]:
-        """See `Node`."""
         settings = self.settings
         self.streams = WriterStreams()
         self.role = DecodeRole(
@@ -213,7 +211,6 @@ class DecodeNode(Node):
         return MemoryReceiver(self.memory, events, self.process.incarnation, self.network)
 
     def check(self) -> None:
-        """See `Node`."""
         super().check()
         self.role.ledger.check_integrity()
 
@@ -226,6 +223,6 @@ class DecodeNode(Node):
         return {self.settings.kind: self.transport}
 
 
-def somebody(name: str = "somebody") -> ProcessRef:
-    """A process that nobody runs."""
+def stranger(name: str = "stranger") -> ProcessRef:
+    """A process that does not run."""
     return mint_process("worker", "127.0.0.1:1", name)

@@ -11,7 +11,7 @@ from baton.spec import HandoffKey, SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from decode_worker.records import FirstToken
 from kvtransfer.handoffs.messages import BlockMove, Ticket
-from kvtransfer.handoffs.outcomes import Outcome
+from kvtransfer.handoffs.outcomes import LedgerOutcome
 from kvtransfer.transports.memory import MemoryReceiver
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
@@ -173,12 +173,11 @@ async def test_while_transferring(pair: Cluster, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_no_close_while_a_write_is_under_way(cluster: Cluster) -> None:
-    """With shm the writer's Closed is the proof, so a write in progress must delay it, whoever asks."""
+    """With shm the writer's Closed is the proof, so a write in progress must delay it, for any peer that asks."""
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm")
     await cluster.serve(cluster.router.spec(3))
     (sender,) = cluster.p.role.senders
-    mover = sender._mover
     spec = cluster.router.spec(40)
     with StalledWrite(cluster) as stalled:
         await cluster.bound(spec)
@@ -188,10 +187,10 @@ async def test_no_close_while_a_write_is_under_way(cluster: Cluster) -> None:
         await until(lambda: cluster.d.role.live["aborting"], "the abort")
         await until(lambda: cluster.p.count("late_messages"), "the abort notice at the writer")
         assert cluster.d.pool.statistics().quarantined == 3
-        assert len(mover._under_way) == 1
+        assert sender.writes == 1
         stalled.go_on.set()
         await freed(cluster, spec)
-    assert not mover._under_way
+    assert not sender.writes
 
 
 async def test_after_the_commit(pair: Cluster) -> None:
@@ -200,7 +199,7 @@ async def test_after_the_commit(pair: Cluster) -> None:
     commits: list[object] = []
     landed, commit = pair.d.role.handoffs.landed, pair.d.role.handoffs.commit
 
-    def committing(key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> Outcome:
+    def committing(key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> LedgerOutcome:
         commits.append(key)
         return commit(key, generation, blocks, first)
 

@@ -81,7 +81,7 @@ async def test_a_close_that_was_lost_is_asked_for_again(cluster: Cluster, monkey
 async def test_a_close_that_was_lost_with_its_stream_is_said_again(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody binds anything to that worker any more: the blocks come back all the same."""
+    """Without a later bind to that worker the blocks come back all the same."""
     await cluster.add_prefill(kind="shm")
     await cluster.add_decode(kind="shm")
     cluster.p.engine.gate.clear()
@@ -123,7 +123,7 @@ async def test_closes_that_were_heard_are_forgotten(cluster: Cluster) -> None:
 
 
 async def test_a_token_drawn_while_the_stream_is_coming_down(pair: Cluster) -> None:
-    """Between the break and the word of it nothing is sent, and nobody else's token is lost over it."""
+    """Between the break and its report nothing is sent, and no token of another sequence is lost."""
     pair.p.engine.gate.clear()
     first, second = pair.router.spec(10, max_tokens=3), pair.router.spec(10, max_tokens=3)
     await pair.bound(first)

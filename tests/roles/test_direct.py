@@ -93,7 +93,7 @@ async def test_what_waits_starts_when_a_slot_comes_free(cluster: Cluster) -> Non
 
 
 async def test_what_waits_starts_when_a_grant_is_given_back(cluster: Cluster) -> None:
-    """Nobody is resident, so no step ends that would look for room: what was granted comes free, and that has to do."""
+    """Without a resident no step ends that would look for room: a granted sequence frees room, which must suffice."""
     await cluster.add_prefill()
     node = await cluster.add_decode(blocks=8)
     cluster.p.engine.gate.clear()

@@ -15,7 +15,7 @@ from decode_worker.transfer import TransferService
 from decode_worker.writer_streams import WriterStream
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
-from tests.roles.node import somebody
+from tests.roles.node import stranger
 from tests.roles.scripted import ScriptedRouter
 from tests.rpc.waiting import until
 
@@ -87,7 +87,7 @@ async def test_the_decode_worker_knows_how_long_ago_the_first_token_came(
 
 
 async def test_an_engine_at_rest_is_woken_before_a_sequence_arrives(cluster: Cluster) -> None:
-    """When its room is granted and again as its blocks come in; not where somebody keeps the engine awake."""
+    """When its room is granted and again as its blocks come in; not where a resident keeps the engine awake."""
     await cluster.add_prefill()
     await cluster.add_decode()
     first, second = cluster.router.spec(4 * BLOCK, max_tokens=3), cluster.router.spec(2 * BLOCK, max_tokens=3)
@@ -154,7 +154,7 @@ async def test_a_refused_sequence_can_still_be_cancelled(cluster: Cluster) -> No
 
 async def test_unknown_router(pair: Cluster) -> None:
     """The decode worker has no stream to the router that would get the tokens."""
-    spec = pair.router.spec(20, router=somebody("stranger"))
+    spec = pair.router.spec(20, router=stranger())
     await pair.bound(spec)
     failed = await refused(pair, spec)
     assert reason(failed) == "UNKNOWN_ROUTER"
@@ -231,7 +231,7 @@ async def test_another_incarnation_at_the_address(pair: Cluster) -> None:
 async def test_nobody_there(pair: Cluster, address: str) -> None:
     spec = pair.router.spec(20)
     await pair.started(spec)
-    pair.router.bind(pair.p, spec, replace(somebody(), address=address))
+    pair.router.bind(pair.p, spec, replace(stranger(), address=address))
     assert reason(await refused(pair, spec)) == "UNREACHABLE"
     pair.router.bind(pair.p, spec, pair.d, 2)
     await pair.finished(spec)

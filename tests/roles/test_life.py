@@ -87,7 +87,7 @@ async def test_a_full_hit_recomputes_the_last_token(pair: Cluster) -> None:
     again = pair.router.spec(list(first.prompt), max_tokens=2)
     await pair.serve(again)
     report = pair.router.heard(pair.p, "prefill_report", again)[0]
-    assert report.cached_tokens == 3 * BLOCK  # the last block is computed anew: nobody writes into a shared one
+    assert report.cached_tokens == 3 * BLOCK  # the last block is computed anew: no sequence writes into a shared one
     assert (report.transfer_cached_blocks, report.transfer_blocks) == (4, 0)
 
 
@@ -127,7 +127,7 @@ async def test_chunks_arrive_before_the_prompt_is_computed(pair: Cluster) -> Non
         seen.append(len(landed))
 
     seen: list[int] = []
-    pair.d.role.handoffs.landed = landing  # type: ignore[method-assign]
+    pair.d.role.handoffs.landed = landing  # type: ignore[method-assign,assignment]
     pair.p.engine.before_step = before_step
     spec = pair.router.spec(6 * BLOCK)
     await pair.serve(spec)

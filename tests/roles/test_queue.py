@@ -1,4 +1,4 @@
-"""Whose turn it is on a prefill worker."""
+"""The order of prompts on a prefill worker."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def test_short_prompts_share_a_step(cluster: Cluster) -> None:
 
 
 async def test_it_is_known_how_long_the_step_under_way_has_taken(cluster: Cluster) -> None:
-    """What has passed of it is no work ahead of those who wait."""
+    """Its age is no work ahead of the waiting prompts."""
     await cluster.add_prefill()
     runner = cluster.p.role.runner
     assert runner.under_way_s == 0

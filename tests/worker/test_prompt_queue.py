@@ -1,4 +1,4 @@
-"""Prompts that wait: who is due first goes first, and nobody waits for ever."""
+"""Prompts that wait: the first due goes first, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ class QueueMachine(RuleBasedStateMachine):
         first = self.queue.first(NOW)
         assert first is (self.model[0][1] if self.model else None)
         if first is not None:
-            self.queue.remove(first)
+            self.queue.remove(first.key)
             self.gone.append(self.model.pop(0)[1])
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         if self.model:
             index = data.draw(st.integers(0, len(self.model) - 1))
-            self.queue.remove(self.model[index][1])
+            self.queue.remove(self.model[index][1].key)
             self.gone.append(self.model.pop(index)[1])
 
     @rule()
     def remove_again(self) -> None:
         for former in self.gone:
-            self.queue.remove(former)
+            assert not self.queue.remove(former.key)
 
     @invariant()
     def counts(self) -> None:
@@ -79,7 +79,7 @@ def queue_of(*prompts: tuple[Prompt, float]) -> PromptQueue[Prompt]:
 def drain(queue: PromptQueue[Prompt], now: float) -> list[Prompt]:
     order = []
     while (first := queue.first(now)) is not None:
-        queue.remove(first)
+        queue.remove(first.key)
         order.append(first)
     return order
 
@@ -131,7 +131,7 @@ def test_what_is_late_makes_way_once_and_not_for_ever() -> None:
         queue.push(waiting(5.0, NOW + later), 0.5)
         if queue.first(NOW + later) is late:
             break
-        queue.remove(queue.first(NOW + later) or kept)
+        queue.remove((queue.first(NOW + later) or kept).key)
     assert later <= AGEING_S + 2
 
 
@@ -143,7 +143,7 @@ def test_without_an_objective_a_prompt_is_overtaken_for_a_bounded_time() -> None
         first = queue.first(NOW + later)
         if first is patient:
             break
-        queue.remove(first or patient)
+        queue.remove((first or patient).key)
     assert later <= AGEING_S
 
 

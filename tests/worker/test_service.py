@@ -4,99 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 
 from baton import errors
-from baton.messages import CancelCommand, Command, Freed
+from baton.messages import Freed
 from baton.rpc import lanes, link
-from baton.rpc.net import Server, open_channel, service, start_server
 from baton.rpc.status import from_rpc_error
 from baton.spec import ProcessRef
-from baton.telemetry import Counts
 from baton.v1 import worker_pb2 as wire
-from baton.v1.worker_pb2_grpc import WorkerStub, add_WorkerServicer_to_server
 from baton.worker import service as worker_service
-from baton.worker.service import WorkerService, artifact_table
-from baton.worker.session import RouterSession
 from tests.rpc.waiting import until
-
-
-class Handler:
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.commands: list[str] = []
-        self.lost: list[str] = []
-        self.on_cancel: Callable[[], None] = lambda: None
-
-    def on_command(self, router: RouterSession, command: Command) -> None:
-        self.on_cancel()
-        assert isinstance(command, CancelCommand)
-        self.commands.append(command.attempt.decode())
-
-    def on_router_lost(self, router: RouterSession) -> None:
-        self.lost.append(router.router.incarnation)
-
-
-class Bench:
-    """A worker service behind a real server."""
-
-    def __init__(self, server: Server, worker: WorkerService, handler: Handler, channel: grpc.aio.Channel) -> None:
-        self.server, self.worker, self.handler = server, worker, handler
-        self.stub = WorkerStub(channel)
-
-    async def attach(self, incarnation: str = "r-1", session: str = "s-1", received: int = 0) -> Any:
-        """A call, and the answer to its hello."""
-        call: Any = self.stub.Attach()
-        router = wire.ProcessId(name="r", incarnation=incarnation, address="here")
-        await call.write(wire.RouterFrame(hello=wire.Hello(process=router, session=session, received=received)))
-        return call, (await call.read()).hello
-
-    @property
-    def session(self) -> RouterSession:
-        (session,) = self.worker.sessions
-        return session
-
-
-def cancel(number: int) -> wire.RouterFrame:
-    return wire.RouterFrame(number=number, cancel=wire.CancelCommand(attempt=str(number).encode()))
-
-
-async def freed(call: Any) -> wire.WorkerFrame:
-    """The next frame that is no heartbeat."""
-    while (frame := await call.read()).WhichOneof("body") == "heartbeat":
-        pass
-    assert isinstance(frame, wire.WorkerFrame)
-    return frame
-
-
-async def rest(call: Any) -> list[wire.WorkerFrame]:
-    """All further frames that are no heartbeats; the stream has to end in order."""
-    frames = []
-    while isinstance(frame := await call.read(), wire.WorkerFrame):
-        if frame.WhichOneof("body") != "heartbeat":
-            frames.append(frame)
-    return frames
-
-
-ARTIFACTS = artifact_table(b"x" * 200_000, b"small", b"")
-
-
-@pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
-    monkeypatch.setattr(worker_service, "GRACE_S", 30.0)
-    worker = WorkerService(ProcessRef("w", "w-1", "here"), ARTIFACTS, Counts())
-    handler = Handler()
-    worker.add_handler(handler)
-    server = await start_server("127.0.0.1:0", [service(add_WorkerServicer_to_server, worker, "Worker")])
-    async with open_channel(server.address) as channel:
-        yield Bench(server, worker, handler, channel)
-    worker.close()
-    await server.stop(0)
+from tests.worker.attached import Bench, cancel, freed, rest
 
 
 async def test_hello_comes_first(bench: Bench) -> None:
@@ -251,55 +173,6 @@ async def test_two_routers(bench: Bench) -> None:
     assert len(bench.worker.sessions) == 2
     one.cancel()
     two.cancel()
-
-
-async def test_a_router_that_does_not_acknowledge_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nobody who sends to it ever fails."""
-    monkeypatch.setattr(link, "UNACKNOWLEDGED_LIMIT", 50)
-    call, _ = await bench.attach()
-    session = bench.session
-    for number in range(200):
-        session.send(Freed(str(number).encode()))
-    await until(lambda: bench.handler.lost == ["r-1"])
-    assert bench.worker.sessions == []
-    call, hello = await bench.attach()
-    assert not hello.resumed
-    call.cancel()
-
-
-async def test_pieces_without_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "ASSEMBLY_LIMIT_BYTES", 1000)
-    call, _ = await bench.attach()
-    await call.write(wire.RouterFrame(number=1, fragment=wire.Fragment(message_id=1, data=b"x" * 2000)))
-    await until(lambda: bench.handler.lost == ["r-1"])
-    assert bench.worker.sessions == []
-    call.cancel()
-
-
-async def test_pieces_that_make_no_frame(bench: Bench) -> None:
-    """A command is lost with them: the session can't go on, and the service does."""
-    call, _ = await bench.attach()
-    await call.write(wire.RouterFrame(number=1, fragment=wire.Fragment(message_id=1, data=b"\xff", last=True)))
-    await until(lambda: bench.handler.lost == ["r-1"])
-    assert bench.worker.sessions == []
-    assert await rest(call) == []
-    call, hello = await bench.attach()
-    assert not hello.resumed
-    call.cancel()
-
-
-async def test_a_command_that_fails_fails_alone(bench: Bench) -> None:
-    def fail() -> None:
-        bench.handler.on_cancel = lambda: None
-        raise KeyError("a fault of ours")
-
-    bench.handler.on_cancel = fail
-    call, _ = await bench.attach()
-    await call.write(cancel(1))
-    await call.write(cancel(2))
-    await until(lambda: bench.handler.commands == ["2"])
-    assert bench.session.streams == 1
-    call.cancel()
 
 
 @pytest.mark.parametrize("data", [b"x" * 200_000, b"small"])

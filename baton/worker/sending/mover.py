@@ -1,4 +1,4 @@
-"""Writes blocks to one decode worker: the one owner of the pair's channel."""
+"""Writes blocks to one decode worker; the only user of the pair's channel."""
 
 from __future__ import annotations
 
@@ -16,53 +16,46 @@ from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Channel, WriteReceipt
 
 MOVE_BLOCKS = 64
-"""Blocks in one write: long enough to be efficient, short enough that nobody waits long for the channel."""
+"""Blocks in one write: enough to be efficient, few enough that no handoff waits long for the channel."""
 
 
 class MoverEvents(Protocol):
-    """Who hears of writes, on the event loop. After each the batch is no longer under way."""
+    """Called on the event loop. With `wrote` and `write_failed` the batch is no longer under way."""
 
     def handed_out(self, outbound: Outbound) -> None:
         """A batch is about to be written; after the last one a commit may go, ahead of the data."""
 
-    def wrote(self, outbound: Outbound) -> None:
-        """A batch is in place."""
+    def wrote(self, outbound: Outbound) -> None: ...
 
-    def write_failed(self, outbound: Outbound, key: HandoffKey, error: errors.BatonError) -> None:
-        """A batch is not in place. The channel is good unless the error says otherwise."""
+    def write_failed(self, outbound: Outbound, key: HandoffKey, error: errors.BatonError) -> None: ...
 
 
 class Mover:
-    """Takes what is ready from its attempts, in turns, and writes one batch at a time on a thread of `executor`."""
+    """Takes ready blocks from its attempts in turn, and writes one batch at a time on a thread of `executor`."""
 
     def __init__(
         self, events: MoverEvents, executor: Executor, may_write: Callable[[], bool], deadline_s: float
     ) -> None:
-        """`may_write`: whether the lease on granted memory is valid; asked on the writing thread, last thing."""
+        """`may_write`: whether the lease on granted memory is valid; asked on the writing thread, just before."""
         self._events, self._executor, self._may_write, self._deadline_s = events, executor, may_write, deadline_s
         self._turns: deque[Outbound] = deque()
-        self._under_way: Counter[HandoffKey] = Counter()
+        self.under_way: Counter[HandoffKey] = Counter()
+        """Batches in writes that have not returned, also on a channel that was given up."""
         self._movable = asyncio.Event()
 
     def add(self, outbound: Outbound) -> None:
-        """It gets its turn until it is removed."""
         self._turns.append(outbound)
 
     def remove(self, outbound: Outbound) -> None:
-        """Starts no further batch of it."""
         if outbound in self._turns:
             self._turns.remove(outbound)
 
     def wake(self) -> None:
-        """Some attempt may have more to write."""
+        """To be called when an attempt may have more to write."""
         self._movable.set()
 
-    def writing(self, key: HandoffKey) -> bool:
-        """Whether a batch of this handoff is under way, be it on a channel that was given up."""
-        return self._under_way[key] > 0
-
     async def run(self, channel: Channel) -> None:
-        """Until cancelled, or until the channel breaks (raises)."""
+        """Raises when the channel breaks."""
         while True:
             batch = self._next_batch()
             if batch is not None:
@@ -82,20 +75,21 @@ class Mover:
 
     async def _write(self, channel: Channel, outbound: Outbound, ticket: Ticket, moves: Sequence[BlockMove]) -> None:
         loop = asyncio.get_running_loop()
-        self._under_way[ticket.key] += 1
+        self.under_way[ticket.key] += 1
         writing = loop.run_in_executor(self._executor, self._write_blocking, channel, ticket, moves)
         self._events.handed_out(outbound)
         try:
             receipt = await asyncio.shield(writing)
         except asyncio.CancelledError:
-            # The stream broke or we stop, but the thread may still be copying: only its end settles the batch.
+            # The thread may still be copying: only its end settles the batch.
             channel.close()
             writing.add_done_callback(lambda done: self._settle(outbound, ticket.key, moves, done))
             raise
         except (errors.WriteRefused, errors.ChecksumMismatch) as error:
             self._failed(outbound, ticket.key, moves, error)
-        except Exception as error:  # a boundary: whatever it was, this batch is over, and the channel with it
-            self._failed(outbound, ticket.key, moves, _known(error))
+        except Exception as error:  # a boundary: this batch is over, and the channel with it
+            unknown = errors.PeerClosed(f"{type(error).__name__}: {error}")
+            self._failed(outbound, ticket.key, moves, error if isinstance(error, errors.BatonError) else unknown)
             raise
         else:
             self._placed(outbound, ticket.key, moves, receipt)
@@ -120,19 +114,15 @@ class Mover:
         self._events.write_failed(outbound, key, error)
 
     def _end(self, key: HandoffKey) -> None:
-        self._under_way[key] -= 1
-        if not self._under_way[key]:
-            del self._under_way[key]
+        self.under_way[key] -= 1
+        if not self.under_way[key]:
+            del self.under_way[key]
 
     def _settle(
         self, outbound: Outbound, key: HandoffKey, moves: Sequence[BlockMove], done: asyncio.Future[WriteReceipt]
     ) -> None:
-        """A batch that outlived its channel. Why its write failed says nothing: we closed the channel under it."""
+        """Ends a batch that outlived its channel. An error of its write says nothing: we closed the channel."""
         if done.cancelled() or done.exception() is not None:
             self._failed(outbound, key, moves, errors.PeerClosed("the control stream ended during the write"))
         else:
             self._placed(outbound, key, moves, done.result())
-
-
-def _known(error: BaseException) -> errors.BatonError:
-    return error if isinstance(error, errors.BatonError) else errors.PeerClosed(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""One attempt on its way to a decode worker, and what it cost."""
+"""One attempt on its way to a decode worker, and its cost."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ AGE_LIMIT_US = 3_600_000_000
 
 @dataclass(slots=True)
 class TransferCost:
-    """Seconds spent in writes, bytes and blocks written, blocks that the receiver held already, and when (monotonic)
-    the last write ended."""
+    """`seconds` were spent in writes; the receiver had `cached_blocks` already; `last_written_at` is monotonic."""
 
     seconds: float = 0.0
     bytes: int = 0
@@ -26,19 +25,15 @@ class TransferCost:
 
 
 class Closer(Protocol):
-    """The way to a decode worker that was granted something."""
-
     def send_close(self, key: HandoffKey, reason: str) -> None:
-        """Promises that nothing more is written under this handoff; kept until the peer can hear it."""
+        """Promises the decode worker that nothing more is written under this handoff, as soon as it is connected."""
 
 
 @dataclass(slots=True)
 class Outbound:
-    """An attempt's handoffs, one after another; `delivery` has the state of the current one.
-
-    `routes` says where each handoff went, because a close may be due long after the attempt was bound elsewhere.
-    `deadline_at` is the request's, in monotonic seconds.
-    """
+    """An attempt's handoffs, one after another; `delivery` has the state of the current one. `routes` has the way of
+    each, because a close may be due long after the attempt was bound elsewhere. `deadline_at` is the request's, in
+    monotonic seconds."""
 
     spec: SequenceSpec
     delivery: Delivery
@@ -57,52 +52,49 @@ class Outbound:
 
     @property
     def first_token_age_us(self) -> int:
-        """Since it was drawn; 0 before. An hour or more is an hour."""
+        """0 before the first token; at most an hour."""
         at = self.first_token_at
         return 0 if at is None else min(int((time.monotonic() - at) * 1e6), AGE_LIMIT_US)
 
     @property
     def time_left_s(self) -> float | None:
-        """Until the request's deadline; never negative."""
+        """Until the request's deadline; always positive."""
         return None if self.deadline_at is None else max(0.001, self.deadline_at - time.monotonic())
 
     def bound_to(self, key: HandoffKey, closer: Closer) -> None:
-        """A handoff starts; its costs are its own."""
         self.routes[key.handoff] = closer
         self.cost = TransferCost()
 
     def set_timer(self, timer: asyncio.TimerHandle | None) -> None:
-        """At most one wait is bounded at a time; a new bound replaces the old one."""
+        """Replaces the timer, so that at most one wait is bounded at a time."""
         if self.timer is not None:
             self.timer.cancel()
         self.timer = timer
 
     def wrote(self, size: int, blocks: int, seconds: float) -> None:
-        """Books one write."""
         self.cost.seconds += seconds
         self.cost.bytes += size
         self.cost.blocks += blocks
         self.cost.last_written_at = time.monotonic()
 
     def close_ended(self) -> None:
-        """Tells each decode worker of handoffs that are over and have no write under way any more."""
+        """Sends the closes that are due: of handoffs that are over, without a write under way."""
         for key in self.delivery.take_closed():
             self.routes[key.handoff].send_close(key, self.delivery.reason or "closed")
 
 
 class OutboundEvents(Protocol):
-    """What the role that holds the blocks hears of its handoffs, on the event loop."""
+    """Reports to the role that holds the blocks, on the event loop."""
 
-    def granted(self, outbound: Outbound) -> None:
-        """The decode worker has reserved room."""
+    def granted(self, outbound: Outbound) -> None: ...
 
     def released(self, outbound: Outbound) -> None:
-        """The sequence is resident there; the source blocks may be freed."""
+        """The sequence is resident at the decode worker; the source blocks may be freed."""
 
     def failed(
         self, outbound: Outbound, reason: RefusalReason, message: str, retry_after_s: float | None = None
     ) -> None:
-        """This handoff came to nothing; another may be bound while the blocks are held."""
+        """This handoff is over; another may be bound while the blocks are held."""
 
     def settled(self, outbound: Outbound) -> None:
         """A write has returned; perhaps none is under way any more."""

@@ -32,27 +32,26 @@ Call = grpc.aio.StreamStreamCall[wire.SenderFrame, wire.ReceiverFrame]
 
 
 class PairEvents(Protocol):
-    """Who uses the stream, on the event loop."""
+    """The user of the stream, on the event loop."""
 
     @property
     def has_business(self) -> bool:
-        """Whether a stream that broke is worth coming back for."""
+        """Whether a broken stream should be made anew."""
 
     def stream_up(self) -> None:
         """The handshake is done; frames and writes can go out."""
 
     def stream_down(self, reason: RefusalReason, message: str) -> None:
-        """What was under way on the stream came to nothing."""
+        """All handoffs on the stream have failed."""
 
-    def take(self, frame: wire.ReceiverFrame) -> None:
-        """A frame from the peer, in order."""
+    def take(self, frame: wire.ReceiverFrame) -> None: ...
 
     async def move(self, channel: Channel) -> None:
         """Writes blocks while the stream is up; raises when the channel breaks."""
 
 
 class PairStream:
-    """One incarnation of a decode worker. `closed` means that it will never be up again."""
+    """The stream to one incarnation of a decode worker. Once `closed`, it is never up again."""
 
     def __init__(
         self,
@@ -63,12 +62,11 @@ class PairStream:
         executor: Executor,
     ) -> None:
         self.peer = peer
-        self.closed = False
-        self.up = False
+        self.closed = self.up = False
         self.transport = ""
-        """What blocks travel by while the stream is up."""
+        """The blocks' transport while the stream is up."""
         self.heard = 0
-        """The peer has acted on the stream's first so many frames: it has answered a renewal that came after them."""
+        """The peer has acted on so many frames of the stream: it has answered a later renewal."""
         self._sent = 0
         self._handshake, self._transports, self._events, self._executor = handshake, transports, events, executor
         self._lanes: Lanes[wire.SenderFrame] = Lanes(wire.SenderFrame)
@@ -78,23 +76,22 @@ class PairStream:
         self._task = asyncio.create_task(self._run(), name=f"stream to {peer.name}")
 
     def want(self) -> None:
-        """There is something to say: connect, if it is down."""
+        """Connects, if the stream is down."""
         self._wanted.set()
 
     def send(self, **body: object) -> int:
-        """Queues a frame; only while it is up. Returns its number on this stream, to be compared with `heard`, which
-        holds for small frames: large ones may be overtaken."""
+        """Queues a frame; only while the stream is up. Returns the number to compare with `heard`, for small frames:
+        large ones may be overtaken."""
         assert self.up, "nothing is sent on a stream that is down"
         self._lanes.put(wire.SenderFrame(**body))  # type: ignore[arg-type]
         self._sent += 1
         return self._sent
 
     def may_write(self) -> bool:
-        """Whether the lease on what the peer granted is valid. Safe on any thread."""
+        """Whether the lease on the peer's grants is valid. Safe on any thread."""
         return self._lease.valid(time.monotonic())
 
     async def stop(self) -> None:
-        """Ends the stream for good."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._end("this worker stops")
@@ -106,15 +103,17 @@ class PairStream:
                 await self._converse()
             except errors.Mismatch as error:
                 reason, message = RefusalReason.MISMATCH, str(error)
-            except (errors.BatonError, grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
-                message = _describe(error)
-            except Exception as error:  # a boundary: this stream fails, the next one may do
+            except grpc.aio.AioRpcError as error:
+                message = str(from_rpc_error(error))
+            except (errors.BatonError, asyncio.InvalidStateError, TimeoutError) as error:
+                message = str(error) or type(error).__name__
+            except Exception as error:  # a boundary: this stream fails, the next one may work
                 log.error("unexpected error on a control stream", peer=self.peer.name, exc_info=error)
                 message = f"{type(error).__name__}: {error}"
             log.info("control stream down", peer=self.peer.name, reason=message)
             self._events.stream_down(reason, f"{self.peer.name}: {message}")
             if not await self._listens():
-                break  # refused: the process is gone, and with it the memory that was granted
+                break  # refused: the process is gone, and the granted memory with it
             if self._events.has_business:
                 self._wanted.set()
             await asyncio.sleep(RECONNECT_S)
@@ -127,7 +126,7 @@ class PairStream:
             return False
 
     async def _until_wanted(self) -> bool:
-        """False when nothing was to be said for long; a later bind makes a new sender."""
+        """False after `IDLE_S` without a wish; a later bind makes a new sender."""
         try:
             async with asyncio.timeout(IDLE_S):
                 await self._wanted.wait()
@@ -208,7 +207,7 @@ class PairStream:
                 await self._lanes.wait(IDLE_S)
 
     async def _renew(self) -> None:
-        """Asks for a longer lease in good time; a peer that does not answer until it ends is given up."""
+        """Extends the lease in time. Raises DeadlineExceeded when the peer lets it run out."""
         while (due := self._lease.renew_at()) is not None:
             await asyncio.sleep(max(0.01, due - time.monotonic()))
             self._lease.asked(time.monotonic())
@@ -232,9 +231,3 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return str(from_rpc_error(error))
-    return str(error) or type(error).__name__

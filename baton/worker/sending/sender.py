@@ -1,9 +1,8 @@
-"""All handoffs to one decode worker: opening, committing, closing, on the pair's control stream.
+"""All handoffs to one decode worker: opens, commits and closes them on the pair's control stream.
 
-When the stream breaks, every handoff on it fails, and the router binds anew. What had been granted must still be closed
-towards the peer, which keeps those blocks in quarantine until it hears so: such closes are owed, and are the first
-thing said on the next stream. A close that was said may be lost with its stream, so it is owed again when that breaks
-before the peer has answered a later renewal. To close twice does no harm.
+When the stream breaks, every handoff on it fails, and the router binds anew. The peer quarantines granted blocks until
+it gets a close: such closes are owed, and go first on the next stream. A close may be lost with its stream, so it is
+owed again when the stream breaks before the peer has answered a later renewal. A second close does no harm.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ log = structlog.get_logger(__name__)
 
 
 class Sender:
-    """All handoffs to one incarnation of a decode worker. Runs on the event loop; implements `Closer`, `MoverEvents`.
-
-    `peer` is where it sends; `closed` means that it never will again, and another bind needs another sender.
-    """
+    """All handoffs to one incarnation of a decode worker. A `Closer`, `MoverEvents` and `PairEvents`."""
 
     def __init__(
         self,
@@ -56,21 +52,23 @@ class Sender:
 
     @property
     def closed(self) -> bool:
-        """It never sends again; another bind needs another sender."""
         return self._stream.closed
 
     @property
     def transport(self) -> str:
-        """What blocks travel by to this peer, while it is connected; else empty."""
+        """The transport to this peer while it is connected; else empty."""
         return self._stream.transport if self._stream.up else ""
 
     @property
     def handoffs(self) -> int:
-        """Handoffs that are under way."""
         return len(self._outbound)
 
+    @property
+    def writes(self) -> int:
+        return self._mover.under_way.total()
+
     def start(self, outbound: Outbound) -> None:
-        """Begins the current handoff: asks for a grant, now or as soon as the stream is up."""
+        """Asks for a grant for the current handoff, now or as soon as the stream is up."""
         outbound.bound_to(outbound.key, self)
         self._outbound[outbound.key.attempt] = outbound
         self._mover.add(outbound)
@@ -80,11 +78,11 @@ class Sender:
         self._stream.want()
 
     def advance(self, outbound: Outbound) -> None:
-        """Something changed (a chunk, the first token, an answer): send and write what has become possible."""
+        """Sends and writes what a change (a chunk, the first token, an answer) has made possible."""
         if not self._stream.up:
-            return  # it has just broken, and `stream_down` is about to say so
-        ticket = outbound.delivery.ticket
-        blocks = outbound.delivery.take_commit()
+            return  # `stream_down` is about to fail the handoff
+        delivery = outbound.delivery
+        ticket, blocks = delivery.ticket, delivery.take_commit()
         if blocks is not None and ticket is not None and outbound.first_token is not None:
             logprobs = outbound.first_logprobs
             self._stream.send(
@@ -98,17 +96,13 @@ class Sender:
                     first_token_age_us=outbound.first_token_age_us,
                 )
             )
-        if (
-            outbound.delivery.state is DeliveryState.COMMITTING
-            and not outbound.delivery.in_flight
-            and not outbound.timer
-        ):
+        if delivery.state is DeliveryState.COMMITTING and not delivery.in_flight and not outbound.timer:
             self._bound_wait(outbound, "no answer to the commit")  # writes under way have a deadline of their own
         outbound.close_ended()
         self._mover.wake()
 
     def drop(self, outbound: Outbound, reason: str) -> None:
-        """Ends the current handoff, without a word to `events`."""
+        """Ends the current handoff, without a call to `events`."""
         outbound.delivery.fail(reason)
         self._forget(outbound)
 
@@ -122,10 +116,9 @@ class Sender:
             self._stream.want()
 
     async def stop(self) -> None:
-        """Ends the stream; the process is about to end, which closes everything. Handoffs under way fail."""
         await self._stream.stop()
 
-    # -- what the stream reports (`PairEvents`) ------------------------------------------------------------------
+    # -- `PairEvents` --------------------------------------------------------------------------------------------
 
     @property
     def has_business(self) -> bool:
@@ -142,7 +135,7 @@ class Sender:
         self._owed |= {key: why for key, (number, why) in self._said.items() if number > self._stream.heard}
         self._said.clear()
         if self.closed:
-            self._owed.clear()  # nobody is there to wait for them
+            self._owed.clear()  # the peer is gone
         for outbound in list(self._outbound.values()):
             self._fail(outbound, reason, message)
 
@@ -200,7 +193,6 @@ class Sender:
             self._fail(outbound, _reason(message.reason), message.message, retry)
 
     def _aborted(self, key: HandoffKey, message: wire.AbortNotice) -> None:
-        """The peer gave the handoff up, and waits for our close."""
         outbound = self._known(key)
         if outbound is None:
             self._not_here(key)
@@ -216,9 +208,8 @@ class Sender:
         return outbound
 
     def _not_here(self, key: HandoffKey) -> None:
-        """The peer asks about a handoff that is over here. While a write of it is under way nothing may be promised:
-        its end sends the close."""
-        if not self._mover.writing(key):
+        """Answers about a handoff that is over here. While a write of it is under way, its end sends the close."""
+        if not self._mover.under_way[key]:
             self.send_close(key, "not under way here any more")
 
     def _open(self, outbound: Outbound) -> None:
@@ -232,7 +223,7 @@ class Sender:
         )
         self._stream.send(open=request)
 
-    # -- what the mover reports ----------------------------------------------------------------------------------
+    # -- `MoverEvents` -------------------------------------------------------------------------------------------
 
     def handed_out(self, outbound: Outbound) -> None:
         if self._outbound.get(outbound.key.attempt) is outbound:
@@ -242,7 +233,7 @@ class Sender:
         if self._outbound.get(outbound.key.attempt) is outbound:
             self.advance(outbound)
         else:
-            outbound.close_ended()  # it ended here meanwhile, or is bound to another worker
+            outbound.close_ended()  # the handoff is over here, or bound to another worker
         self._events.settled(outbound)
 
     def write_failed(self, outbound: Outbound, key: HandoffKey, error: errors.BatonError) -> None:
@@ -267,7 +258,7 @@ class Sender:
     def _fail(
         self, outbound: Outbound, reason: RefusalReason, message: str, retry_after_s: float | None = None
     ) -> None:
-        """A handoff is over without success: the role hears it now, the peer as soon as no write is under way."""
+        """Tells the role of a failure now, the peer as soon as no write is under way."""
         outbound.delivery.fail(message)
         self._forget(outbound)
         self._events.failed(outbound, reason, message, retry_after_s)

@@ -1,4 +1,4 @@
-"""A worker's senders, one for each incarnation of a decode worker that it was ever bound to and that still lives."""
+"""A worker's senders, one for each living incarnation of a decode worker that prompts were bound to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from baton.worker.sending.sender import Sender
 from kvtransfer.transports.base import Writer
 
 WRITE_THREADS = 32
-"""Made when needed; a peer that stalls keeps one busy until its deadline, and the others must not wait for it."""
+"""Made when needed. A stalled peer keeps one busy until its deadline; the other peers must not wait for it."""
 
 
 class Senders:
@@ -42,19 +42,16 @@ class Senders:
 
     @property
     def handoffs(self) -> int:
-        """Handoffs under way, to all peers."""
         return sum(sender.handoffs for sender in self._senders.values())
 
     def by_transport(self) -> Counter[str]:
-        """Connected peers."""
         return Counter(sender.transport for sender in self.connected())
 
     def connected(self) -> list[Sender]:
-        """Those whose control stream is up."""
         return [sender for sender in self if sender.transport]
 
     def to(self, peer: ProcessRef) -> Sender:
-        """The sender to exactly this incarnation; a fresh one where the former has closed."""
+        """The sender to exactly this incarnation; a new one where the former has closed."""
         sender = self._senders.get(peer.incarnation)
         if sender is None or sender.closed:
             self._senders = {key: other for key, other in self._senders.items() if not other.closed}
@@ -64,6 +61,6 @@ class Senders:
         return sender
 
     async def stop(self) -> None:
-        """Ends them all, and waits for the writes under way."""
+        """Waits for the writes under way."""
         await asyncio.gather(*(sender.stop() for sender in self._senders.values()))
         await asyncio.to_thread(self._executor.shutdown)

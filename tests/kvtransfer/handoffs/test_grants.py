@@ -8,7 +8,7 @@ from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
-from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
+from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, LedgerOutcome
 
 ATTEMPT = bytes(16)
 KEY = HandoffKey(ATTEMPT, 1)
@@ -41,8 +41,8 @@ class Desk:
 
     def resident(self, key: HandoffKey = KEY, now: float = 0.0) -> Grant:
         grant = self.open(key, now=now)
-        self.ledger.landed(key, grant.generation, grant.ticket.writable, now)
-        assert self.ledger.commit(key, grant.generation, len(grant.ticket.writable), "t", now) is Outcome.RESIDENT
+        self.ledger.landed(key, grant.generation, grant.ticket.writable)
+        assert self.ledger.commit(key, grant.generation, len(grant.ticket.writable), "t") is LedgerOutcome.RESIDENT
         return grant
 
     def conserved(self, quarantined: int = 0, held: int = 0) -> None:
@@ -68,18 +68,18 @@ def test_resident_once_whatever_comes_first() -> None:
         grant = desk.open()
         g = grant.generation
         first, rest = [0, 1], [2, 3]
-        assert desk.ledger.landed(KEY, g, first, 0) is Outcome.PENDING
+        assert desk.ledger.landed(KEY, g, first) is LedgerOutcome.PENDING
         if commit_first:
-            assert desk.ledger.commit(KEY, g, 4, "token", 0) is Outcome.PENDING
-            assert desk.ledger.commit(KEY, g, 4, "other", 0) is Outcome.PENDING
-            assert desk.ledger.landed(KEY, g, first, 0) is Outcome.PENDING
+            assert desk.ledger.commit(KEY, g, 4, "token") is LedgerOutcome.PENDING
+            assert desk.ledger.commit(KEY, g, 4, "other") is LedgerOutcome.PENDING
+            assert desk.ledger.landed(KEY, g, first) is LedgerOutcome.PENDING
             assert desk.pool.peek(DIGESTS) == 0, "nothing is findable before it is resident"
-            assert desk.ledger.landed(KEY, g, rest, 0) is Outcome.RESIDENT
+            assert desk.ledger.landed(KEY, g, rest) is LedgerOutcome.RESIDENT
         else:
-            assert desk.ledger.landed(KEY, g, rest, 0) is Outcome.PENDING
-            assert desk.ledger.commit(KEY, g, 4, "token", 0) is Outcome.RESIDENT
-        assert desk.ledger.commit(KEY, g, 4, "other", 0) is Outcome.ALREADY
-        assert desk.ledger.landed(KEY, g, rest, 0) is Outcome.ALREADY
+            assert desk.ledger.landed(KEY, g, rest) is LedgerOutcome.PENDING
+            assert desk.ledger.commit(KEY, g, 4, "token") is LedgerOutcome.RESIDENT
+        assert desk.ledger.commit(KEY, g, 4, "other") is LedgerOutcome.ALREADY
+        assert desk.ledger.landed(KEY, g, rest) is LedgerOutcome.ALREADY
         assert desk.ledger.payload(KEY) == "token"
         assert desk.pool.peek(DIGESTS) == 3
 
@@ -87,8 +87,8 @@ def test_resident_once_whatever_comes_first() -> None:
 def test_wrong_generation_changes_nothing() -> None:
     desk = Desk()
     grant = desk.open()
-    assert desk.ledger.landed(KEY, grant.generation + 1, range(4), 0) is Outcome.IGNORED
-    assert desk.ledger.commit(KEY, grant.generation - 1, 4, "t", 0) is Outcome.IGNORED
+    assert desk.ledger.landed(KEY, grant.generation + 1, range(4)) is LedgerOutcome.IGNORED
+    assert desk.ledger.commit(KEY, grant.generation - 1, 4, "t") is LedgerOutcome.IGNORED
     assert desk.ledger.state(KEY) is GrantState.GRANTED
     assert desk.ledger.counts.snapshot()["grant_landed_wrong_generation"] == 1
     assert desk.ledger.counts.snapshot()["grant_commit_wrong_generation"] == 1
@@ -97,8 +97,8 @@ def test_wrong_generation_changes_nothing() -> None:
 def test_what_contradicts_the_grant_is_a_conflict() -> None:
     desk = Desk()
     grant = desk.open()
-    assert desk.ledger.landed(KEY, grant.generation, [4], 0) is Outcome.CONFLICT
-    assert desk.ledger.commit(KEY, grant.generation, 3, "t", 0) is Outcome.CONFLICT
+    assert desk.ledger.landed(KEY, grant.generation, [4]) is LedgerOutcome.CONFLICT
+    assert desk.ledger.commit(KEY, grant.generation, 3, "t") is LedgerOutcome.CONFLICT
     assert desk.ledger.state(KEY) is GrantState.GRANTED
 
 
@@ -123,19 +123,19 @@ def test_a_full_hit_needs_only_the_commit() -> None:
     grant = desk.ledger.open(other, "w", DIGESTS[:3], 3, 4, 0.0)
     assert isinstance(grant, Grant)
     assert list(grant.ticket.writable) == []
-    assert desk.ledger.commit(other, grant.generation, 0, "t", 0.0) is Outcome.RESIDENT
+    assert desk.ledger.commit(other, grant.generation, 0, "t") is LedgerOutcome.RESIDENT
 
 
 def test_abort_frees_what_is_proven_and_quarantines_the_rest() -> None:
     desk = Desk()
     grant = desk.open()
-    desk.ledger.landed(KEY, grant.generation, [0, 1], 0)
+    desk.ledger.landed(KEY, grant.generation, [0, 1])
     assert desk.ledger.abort(KEY, RefusalReason.EXPIRED, 1.0)
     desk.conserved(quarantined=4)
     assert not desk.ledger.abort(KEY, RefusalReason.EXPIRED, 1.0)
     assert [(a.grant, a.proven) for a in desk.aborted] == [(grant, False)]
-    assert desk.ledger.landed(KEY, grant.generation, [2, 3], 1.0) is Outcome.IGNORED
-    assert desk.ledger.commit(KEY, grant.generation, 4, "t", 1.0) is Outcome.IGNORED
+    assert desk.ledger.landed(KEY, grant.generation, [2, 3]) is LedgerOutcome.IGNORED
+    assert desk.ledger.commit(KEY, grant.generation, 4, "t") is LedgerOutcome.IGNORED
     desk.ledger.expire(1e9)
     desk.conserved(quarantined=4)  # time is never proof
     assert desk.refused(now=2e9).reason is RefusalReason.EXPIRED
@@ -194,7 +194,7 @@ def test_a_newer_handoff_replaces_the_older_and_never_the_reverse() -> None:
     assert set(new.ticket.blocks).isdisjoint(old.written)
     assert desk.ledger.state(KEY) is GrantState.ABORTING
     assert desk.refused(KEY).reason is RefusalReason.EXPIRED
-    assert desk.ledger.commit(KEY, old.generation, 4, "t", 0) is Outcome.IGNORED
+    assert desk.ledger.commit(KEY, old.generation, 4, "t") is LedgerOutcome.IGNORED
     desk.ledger.proved(KEY)
     assert desk.refused(KEY).reason is RefusalReason.EXPIRED
     desk.conserved(held=6)
@@ -261,19 +261,19 @@ def test_a_silent_writer_loses_all_its_grants() -> None:
     other = HandoffKey(bytes([1]) * 16, 1)
     desk.open(now=0.0)
     desk.open(other, prompt=2, total=2, now=4.0, writer="v")
-    assert desk.ledger.renew("w", 9.0)
+    assert desk.ledger.writers.renew("w", 9.0)
     desk.ledger.expire(14.0)
     assert [a.grant.key for a in desk.aborted] == [other]
     desk.ledger.expire(19.0)
     assert [a.grant.key for a in desk.aborted] == [other, KEY]
-    assert not desk.ledger.renew("w", 19.0)
+    assert not desk.ledger.writers.renew("w", 19.0)
 
 
 def test_a_handoff_ends_though_its_writer_renews_for_ever() -> None:
     desk = Desk()
     desk.open()
     for now in range(0, 60, 5):
-        desk.ledger.renew("w", float(now))
+        desk.ledger.writers.renew("w", float(now))
         desk.ledger.expire(float(now))
     assert desk.ledger.state(KEY) is GrantState.GRANTED
     desk.ledger.expire(60.0)

@@ -13,7 +13,7 @@ from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted, Grant, Ticket
-from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
+from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, LedgerOutcome
 
 BLOCKS = 24
 FAMILIES = [[bytes([family, n]) * 8 for n in range(6)] for family in range(2)]
@@ -58,7 +58,7 @@ class LedgerMachine(RuleBasedStateMachine):
         grant = data.draw(st.sampled_from(self.seen))
         generation = grant.generation + (off == 3)
         before = self.snapshot()
-        outcome = self.ledger.landed(grant.key, generation, indices, self.now)
+        outcome = self.ledger.landed(grant.key, generation, indices)
         self.judge(grant, outcome, before)
 
     @precondition(lambda self: self.seen)
@@ -68,23 +68,23 @@ class LedgerMachine(RuleBasedStateMachine):
         if all_landed:
             self.judge(
                 grant,
-                self.ledger.landed(grant.key, grant.generation, grant.ticket.writable, self.now),
+                self.ledger.landed(grant.key, grant.generation, grant.ticket.writable),
                 self.snapshot(),
             )
         before = self.snapshot()
-        outcome = self.ledger.commit(grant.key, grant.generation, len(grant.ticket.writable), "t", self.now)
+        outcome = self.ledger.commit(grant.key, grant.generation, len(grant.ticket.writable), "t")
         self.judge(grant, outcome, before)
 
-    def judge(self, grant: Grant, outcome: Outcome, before: object) -> None:
+    def judge(self, grant: Grant, outcome: LedgerOutcome, before: object) -> None:
         key = grant.key
-        if outcome is Outcome.RESIDENT:
+        if outcome is LedgerOutcome.RESIDENT:
             assert key not in self.residents
             assert self.ledger.grant(key) is grant
             self.residents.append(key)
             del self.writable[key]  # it has written everything
-        elif outcome in (Outcome.ALREADY, Outcome.IGNORED, Outcome.CONFLICT):
+        elif outcome in (LedgerOutcome.ALREADY, LedgerOutcome.IGNORED, LedgerOutcome.CONFLICT):
             assert self.snapshot() == before, "a late or wrong message changed something"
-        if outcome is Outcome.ALREADY:
+        if outcome is LedgerOutcome.ALREADY:
             assert key in self.residents
 
     @precondition(lambda self: self.seen)
@@ -124,7 +124,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(writer=writers)
     def renew(self, writer: int) -> None:
-        self.ledger.renew(self.incarnations[writer], self.now)
+        self.ledger.writers.renew(self.incarnations[writer], self.now)
 
     @rule(seconds=st.integers(0, 8))
     def pass_time(self, seconds: int) -> None:

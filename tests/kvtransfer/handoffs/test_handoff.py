@@ -12,7 +12,7 @@ from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.delivery import Delivery
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Grant, Ticket
-from kvtransfer.handoffs.outcomes import Outcome
+from kvtransfer.handoffs.outcomes import LedgerOutcome
 from kvtransfer.transports.reactor import Reactor
 
 
@@ -24,17 +24,17 @@ def test_a_handoff_from_open_to_release() -> None:
     grant = ledger.open(key, "w", [bytes([n]) * 16 for n in range(4)], 5, 9, 0.0)
     assert isinstance(grant, Grant)
     delivery.granted(grant.ticket)
-    outcome = Outcome.PENDING
+    outcome = LedgerOutcome.PENDING
     for computed in (32, 64, 70):
         delivery.computed(computed)
         moves = delivery.take_moves(100)
-        outcome = ledger.landed(key, grant.generation, [move.index for move in moves], 0.0)
+        outcome = ledger.landed(key, grant.generation, [move.index for move in moves])
         delivery.written(key, moves)
-    assert outcome is Outcome.PENDING
+    assert outcome is LedgerOutcome.PENDING
     delivery.first_token()
     blocks = delivery.take_commit()
     assert blocks is not None
-    assert ledger.commit(key, grant.generation, blocks, "token", 0.0) is Outcome.RESIDENT
+    assert ledger.commit(key, grant.generation, blocks, "token") is LedgerOutcome.RESIDENT
     assert delivery.committed(key)
     assert delivery.in_flight == 0
     ledger.release(key, 1.0)

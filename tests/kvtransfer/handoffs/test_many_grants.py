@@ -14,7 +14,7 @@ from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Grant
-from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, Outcome
+from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits, LedgerOutcome
 
 GRANTS = 100_000
 WARM = 10_000
@@ -47,7 +47,7 @@ class Traffic:
         self.now += self.dice.random() * 0.05
         self.open(self.dice.randrange(WRITERS))
         if self.dice.random() < 0.7:
-            self.ledger.renew(self.writer(self.dice.randrange(WRITERS)), self.now)
+            self.ledger.writers.renew(self.writer(self.dice.randrange(WRITERS)), self.now)
         self.ledger.expire(self.now)
         for _ in range(self.dice.randrange(3)):
             if self.live:
@@ -82,13 +82,13 @@ class Traffic:
         elif fate < 0.2:
             self.ledger.cancel(key.attempt, self.now)
         elif fate < 0.4:
-            self.ledger.landed(key, grant.generation, grant.ticket.writable[:1], self.now)
-            self.ledger.landed(key, grant.generation + 1, grant.ticket.writable, self.now)  # of another grant
+            self.ledger.landed(key, grant.generation, grant.ticket.writable[:1])
+            self.ledger.landed(key, grant.generation + 1, grant.ticket.writable)  # of another grant
             return
         else:
-            self.ledger.landed(key, grant.generation, grant.ticket.writable, self.now)
-            outcome = self.ledger.commit(key, grant.generation, len(grant.ticket.writable), None, self.now)
-            if outcome is Outcome.RESIDENT:
+            self.ledger.landed(key, grant.generation, grant.ticket.writable)
+            outcome = self.ledger.commit(key, grant.generation, len(grant.ticket.writable), None)
+            if outcome is LedgerOutcome.RESIDENT:
                 self.resident += 1
                 self.residents.append(key)
                 self.let_go(grant)

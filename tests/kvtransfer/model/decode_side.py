@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.spec import HandoffKey
 from kvtransfer.handoffs.messages import Grant, Refusal
-from kvtransfer.handoffs.outcomes import GrantState, Outcome
+from kvtransfer.handoffs.outcomes import GrantState, LedgerOutcome
 from tests.kvtransfer.model.state import HANDOFF_S, LEASE_S, TICK_S, State, Violation
 
 
@@ -26,11 +26,11 @@ class DecodeSide(State):
         self.say("grant", key, answer.ticket)
 
     def on_commit(self, key: HandoffKey, generation: int, blocks: int) -> None:
-        outcome = self.ledger.commit(key, generation, blocks, "token", self.now)
+        outcome = self.ledger.commit(key, generation, blocks, "token")
         self._settled(key, outcome)
-        if outcome is Outcome.ALREADY:
+        if outcome is LedgerOutcome.ALREADY:
             self.say("committed", key)
-        elif outcome is Outcome.IGNORED and self.ledger.state(key) is not GrantState.ABORTING:
+        elif outcome is LedgerOutcome.IGNORED and self.ledger.state(key) is not GrantState.ABORTING:
             self.say("refused", key)
 
     def on_close(self, key: HandoffKey) -> None:
@@ -47,7 +47,7 @@ class DecodeSide(State):
         self.ledger.release(key, self.now)
 
     def do_renew(self, writer: int) -> None:
-        self.ledger.renew(f"w{writer}", self.now)
+        self.ledger.writers.renew(f"w{writer}", self.now)
 
     def do_tick(self) -> None:
         self.now += TICK_S
@@ -59,7 +59,7 @@ class DecodeSide(State):
         self.ledger.expire(self.now)
 
     def on_landed(self, key: HandoffKey, generation: int, index: int) -> None:
-        self._settled(key, self.ledger.landed(key, generation, [index], self.now))
+        self._settled(key, self.ledger.landed(key, generation, [index]))
 
     def on_revoked(self, key: HandoffKey) -> None:
         if self.ledger.state(key) is GrantState.ABORTING:
@@ -71,15 +71,15 @@ class DecodeSide(State):
         for key in [key for key, owner in self.pending.items() if owner == writer]:
             self._check_freed(key)
 
-    def _settled(self, key: HandoffKey, outcome: Outcome) -> None:
-        if outcome is Outcome.RESIDENT:
+    def _settled(self, key: HandoffKey, outcome: LedgerOutcome) -> None:
+        if outcome is LedgerOutcome.RESIDENT:
             grant = self.ledger.grant(key)
             assert grant is not None
             self.check_content(grant)
             self.pending.pop(key)
             self.revoke(key)
             self.say("committed", key)
-        elif outcome is Outcome.CONFLICT:
+        elif outcome is LedgerOutcome.CONFLICT:
             raise Violation(f"{key}: a message contradicts the grant")
 
     def do_place(self, index: int) -> None:

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 
 from baton.spec import HandoffKey
 from kvtransfer.blocks.pool import BlockPool
-from kvtransfer.handoffs.attempts import AttemptMemory, _Attempt
 from kvtransfer.handoffs.delivery import Delivery, DeliveryState
-from kvtransfer.handoffs.grants import GrantLedger, _Entry
+from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.leases import LeaseTable
 from kvtransfer.handoffs.messages import BlockMove, Grant, Refusal, Ticket
-from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits
-from kvtransfer.handoffs.writers import Writers
+from kvtransfer.handoffs.outcomes import GrantState, LedgerEntry, LedgerLimits
+from kvtransfer.handoffs.peers import AttemptMemory, Writers, _Attempt
 from tests.kvtransfer.model.state import FAIR, Action, Attempt, Case, Channels, Write
 from tests.kvtransfer.model.world import World
 
@@ -127,7 +126,7 @@ class Explorer:
 
 T = TypeVar("T")
 MUTABLE = (BlockPool, GrantLedger, AttemptMemory, Writers, LeaseTable, Delivery, World)
-MUTABLE_SLOTS = (_Entry, _Attempt, Write, Attempt, Channels)
+MUTABLE_SLOTS = (LedgerEntry, _Attempt, Write, Attempt, Channels)
 ATOMS = frozenset({int, float, str, bytes, bool, tuple, type(None), GrantState, DeliveryState, Case, LedgerLimits}) | {
     HandoffKey,
     Ticket,
@@ -188,9 +187,9 @@ def canonical(world: World) -> object:
     ]
     remembered = [
         (attempt, known.highest, known.ended and known.ended.reason.value, known.cancelled)
-        for attempt, known in ledger._attempts._attempts.items()
+        for attempt, known in ledger.attempts._attempts.items()
     ]
-    writers = ledger._writers
+    writers = ledger.writers
     deliveries = [
         (
             attempt.cancelled,

@@ -9,8 +9,8 @@ import pytest
 
 from baton.spec import HandoffKey, RefusalReason
 from kvtransfer.handoffs.delivery import Delivery
-from kvtransfer.handoffs.grants import GrantLedger, _Entry
-from kvtransfer.handoffs.outcomes import Outcome
+from kvtransfer.handoffs.grants import GrantLedger
+from kvtransfer.handoffs.outcomes import LedgerEntry, LedgerOutcome
 from tests.kvtransfer.model.explorer import Explorer, Found
 from tests.kvtransfer.model.state import Case
 from tests.kvtransfer.model.world import World
@@ -97,10 +97,10 @@ class FreesOnExpiry(GrantLedger):
 class ResidentTooEarly(GrantLedger):
     """Takes the commit for the arrival of the data."""
 
-    def _settle(self, entry: _Entry, now: float) -> Outcome:
+    def _settle(self, entry: LedgerEntry) -> LedgerOutcome:
         if entry.committed:
             entry.missing.clear()
-        return super()._settle(entry, now)
+        return super()._settle(entry)
 
 
 class LosesGrowth(GrantLedger):

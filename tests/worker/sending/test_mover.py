@@ -1,4 +1,4 @@
-"""Who writes when, and what becomes of a write that goes wrong."""
+"""The order of writes, and the end of a write that goes wrong."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_takes_turns_in_bounded_batches(monkeypatch: pytest.MonkeyPatch) -
         assert bench.channel.batches == [(one, [0, 1]), (two, [0, 1]), (one, [2, 3]), (two, [2]), (one, [4])]
         assert first.delivery.delivered
         assert (first.cost.blocks, first.cost.bytes, first.cost.seconds) == (5, 500, 1.5)
-        assert not bench.mover.writing(first.key)
+        assert not bench.mover.under_way[first.key]
 
 
 async def test_waits_for_more_and_is_woken() -> None:
@@ -147,7 +147,7 @@ async def test_anything_else_ends_the_channel_and_the_batch(error: Exception) ->
         with pytest.raises(type(error)):
             await bench.run()
         assert outbound.delivery.in_flight == 0
-        assert not bench.mover.writing(outbound.key)
+        assert not bench.mover.under_way[outbound.key]
         assert len(bench.failed) == 1
 
 
@@ -172,10 +172,10 @@ async def test_a_write_outlives_its_stream(fails: bool) -> None:
         await asyncio.gather(task, return_exceptions=True)
         assert bench.channel.closed
         assert outbound.delivery.in_flight == 2
-        assert bench.mover.writing(outbound.key)
+        assert bench.mover.under_way[outbound.key]
         bench.channel.errors = [errors.PeerClosed("closed")] if fails else []
         bench.channel.gate.set()
-        await until(lambda: not bench.mover.writing(outbound.key))
+        await until(lambda: not bench.mover.under_way[outbound.key])
         assert outbound.delivery.in_flight == 0
         assert len(bench.failed) == fails
         assert len(bench.wrote_) == (not fails)

@@ -1,7 +1,7 @@
-"""What a decode worker remembers of attempts that it has met: the latest handoff, and how that ended.
+"""A decode worker's memory of its peers: of attempts and of writers. Pure; time is monotonic seconds.
 
 A message for a finished or cancelled attempt must not bring it back. So the memory outlives the attempt by the longest
-lease, after which no peer can still mean it. It is bounded: beyond `limit` ended attempts the oldest is forgotten.
+lease, after which no peer still speaks of it. Beyond `limit` ended attempts the oldest is forgotten.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Attempt:
 
 
 class AttemptMemory:
-    """Pure; time is monotonic seconds. An attempt with a live grant is never forgotten."""
+    """The latest handoff of each attempt, and how that ended. An attempt with a live grant is never forgotten."""
 
     def __init__(self, seconds: float, limit: int) -> None:
         self._seconds = seconds
@@ -31,11 +31,10 @@ class AttemptMemory:
 
     @property
     def tombstones(self) -> int:
-        """How many ended attempts are remembered."""
         return len(self._ended)
 
     def verdict(self, key: HandoffKey) -> Refusal | None:
-        """Why `key` can't be opened; None when it is new, or is the latest and still live."""
+        """Why `key` can't be opened; None when it is new, or the latest and still live."""
         attempt = self._attempts.get(key.attempt)
         if attempt is None:
             return None
@@ -46,23 +45,20 @@ class AttemptMemory:
         return attempt.ended if key.handoff == attempt.highest else None
 
     def is_cancelled(self, attempt: AttemptKey) -> bool:
-        """Whether it was cancelled, and that is not forgotten yet."""
         known = self._attempts.get(attempt)
         return known is not None and known.cancelled
 
     def latest(self, attempt: AttemptKey) -> HandoffKey | None:
-        """The highest handoff of a known attempt."""
         known = self._attempts.get(attempt)
         return HandoffKey(attempt, known.highest) if known else None
 
     def opened(self, key: HandoffKey) -> None:
-        """`key` is the attempt's live handoff from now on."""
         attempt = self._attempts.setdefault(key.attempt, _Attempt())
         attempt.highest, attempt.ended = key.handoff, None
         self._ended.drop(key.attempt)
 
     def ended(self, refusal: Refusal, now: float) -> None:
-        """The handoff is over, or never began: `refusal` answers it from now on. Ignored for an older handoff."""
+        """`refusal` answers the handoff from now on. Ignored for an older handoff than the latest."""
         attempt = self._attempts.setdefault(refusal.key.attempt, _Attempt())
         if refusal.key.handoff < attempt.highest:
             return
@@ -70,7 +66,7 @@ class AttemptMemory:
         self._bury(refusal.key.attempt, now)
 
     def cancelled(self, attempt: AttemptKey, now: float, live: bool) -> None:
-        """No handoff of this attempt may open any more. `live`: one is resident, and ends later."""
+        """No handoff of this attempt may open any more. `live`: one is resident and ends later."""
         self._attempts.setdefault(attempt, _Attempt()).cancelled = True
         if not live:
             self._bury(attempt, now)
@@ -85,3 +81,52 @@ class AttemptMemory:
             oldest = self._ended.pop_earliest()
             assert oldest is not None, "an empty table is over its limit"
             del self._attempts[oldest]
+
+
+class Writers:
+    """The writers' leases and open handoffs, by incarnation. One lease covers all of a writer's grants. An ended writer
+    is remembered for `memory_s`, so that its late messages open nothing."""
+
+    def __init__(self, lease_s: float, memory_s: float) -> None:
+        self._lease_s = lease_s
+        self._memory_s = memory_s
+        self._leases: LeaseTable[str] = LeaseTable()
+        self._ended: LeaseTable[str] = LeaseTable()
+        self._handoffs: dict[str, set[HandoffKey]] = {}
+
+    def __len__(self) -> int:
+        """Writers with a live lease."""
+        return len(self._leases)
+
+    def renew(self, writer: str, now: float) -> bool:
+        """False when the writer has no live lease."""
+        return self._leases.renew(writer, now, self._lease_s)
+
+    def heard(self, writer: str, now: float) -> None:
+        """The writer sent an Open: extend its lease, or begin one."""
+        if not self.renew(writer, now):
+            self._leases.grant(writer, now, self._lease_s)
+
+    def add(self, writer: str, key: HandoffKey) -> None:
+        self._handoffs.setdefault(writer, set()).add(key)
+
+    def discard(self, writer: str, key: HandoffKey) -> None:
+        keys = self._handoffs[writer]
+        keys.discard(key)
+        if not keys:
+            del self._handoffs[writer]
+
+    def handoffs(self, writer: str) -> list[HandoffKey]:
+        """The writer's handoffs that are neither resident nor over, in a stable order."""
+        return sorted(self._handoffs.get(writer, ()), key=lambda key: (key.attempt, key.handoff))
+
+    def end(self, writer: str, now: float) -> None:
+        self._ended.grant(writer, now, self._memory_s)
+        self._leases.drop(writer)
+
+    def has_ended(self, writer: str) -> bool:
+        return writer in self._ended
+
+    def expire(self, now: float) -> list[str]:
+        self._ended.expire(now)
+        return self._leases.expire(now)
