@@ -28,7 +28,7 @@ from router.workers.link import WorkerLink
 from router.workers.served_model import ServedModel, check_card
 from router.workers.worker import Registration, Worker
 
-NOBODY_RETRY_S = 1.0
+NO_WORKER_RETRY_S = 1.0
 PROBE_S = 0.25
 LEFT = "it left"
 """A worker that says goodbye is no cause for alarm."""
@@ -76,7 +76,7 @@ class Registry:
     def find_model(self, name: str) -> ServedModel:
         """The model, or the only one where the name is empty. Raises InvalidArgument, or Unavailable without any."""
         if not self.models:
-            raise Unavailable("no worker has joined this router", NOBODY_RETRY_S, "workers")
+            raise Unavailable("no worker has joined this router", NO_WORKER_RETRY_S, "workers")
         if not name and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -99,7 +99,7 @@ class Registry:
             message = f"{known.name!r} is the name of a live worker at {where}; this one needs another"
             raise InvalidArgument("worker.name", message)
         if self._closed:
-            raise Unavailable("the router is shutting down", NOBODY_RETRY_S)
+            raise Unavailable("the router is shutting down", NO_WORKER_RETRY_S)
         known = self._workers.get(given.process.name)
         if known is not None and known.registration == given:
             known.lease_until = self._now() + self.lease_s
