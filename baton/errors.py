@@ -6,7 +6,7 @@
     │   └── Unimplemented      a known option that does not work yet
     ├── Retryable
     │   ├── ResourceExhausted  no room now
-    │   └── Unavailable        no process is there to serve the request, or it is gone
+    │   └── Unavailable        no process serves the request, or it is gone
     ├── NotFound               no such model, attempt, artifact
     ├── Mismatch               two processes that can't work together
     ├── DeadlineExceeded       a wait reached its deadline

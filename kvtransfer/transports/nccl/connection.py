@@ -15,11 +15,11 @@ from functools import partial
 from baton.spec import HandoffKey
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMemory, ReceiverEvents
-from kvtransfer.transports.check import refusal
 from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import RECEIVER, Span
 from kvtransfer.transports.receiver import Broken, WriterConnection
+from kvtransfer.transports.wire import refusal
 
 READ_BYTES = 16 * 1024
 MAX_BATCH_SECONDS = 600.0
@@ -63,14 +63,9 @@ class NcclConnection(WriterConnection):
         return self.batch is None and not self._buffer
 
     def read(self) -> None:
-        try:
-            data = self.socket.recv(READ_BYTES)
-        except BlockingIOError:
+        data = self.receive(READ_BYTES)
+        if data is None:
             return
-        except OSError as error:
-            raise Broken(str(error)) from error
-        if not data:
-            raise Broken("the writer closed the connection")
         self._buffer += data
         try:
             while (message := wire.take_frame(self._buffer)) is not None:

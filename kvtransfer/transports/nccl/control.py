@@ -9,10 +9,9 @@ from contextlib import suppress
 
 from baton.errors import PeerClosed
 from baton.spec import ProcessRef
-from kvtransfer.transports.check import agree
 from kvtransfer.transports.nccl import wire
-from kvtransfer.transports.sockets import connect_to
-from kvtransfer.transports.streams import Stream, WriterSocket
+from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to
+from kvtransfer.transports.wire import agree
 
 
 class Control(WriterSocket):

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from kvtransfer.transports.nccl.seam import RECEIVER, Communicator, CommunicatorError, Device, Span
@@ -26,24 +27,24 @@ CLOSE_SECONDS = 10.0
 MAX_LINKS = 64
 
 
+@dataclass(eq=False, slots=True)
 class Link:
     """One communicator, as other threads see it. Only the issuing thread changes it, and each field goes one way only,
     so that a late look misses nothing; `changed` is called there after each change."""
 
-    def __init__(self, rank: int, unique_id: bytes, deadline: float, changed: Callable[[Link], None]) -> None:
-        self.rank = rank
-        self.unique_id = unique_id
-        self.deadline = deadline
-        self.changed = changed
-        self.opened = False
-        self.posted = 0
-        """Groups that were issued, and of these `completed` have ended."""
-        self.completed = 0
-        self.failure = ""
-        """Why it was aborted; empty while it is good. `late`: a deadline had passed."""
-        self.late = False
-        self.gone = False
-        """Proof: the abort has returned and the stream is drained."""
+    rank: int
+    unique_id: bytes
+    deadline: float
+    changed: Callable[[Link], None]
+    opened: bool = False
+    posted: int = 0
+    """Groups that were issued; of these `completed` have ended."""
+    completed: int = 0
+    failure: str = ""
+    """Why it was aborted; empty while it is good. `late`: a deadline had passed."""
+    late: bool = False
+    gone: bool = False
+    """Proof: the abort has returned and the stream is drained."""
 
     @property
     def settled(self) -> bool:

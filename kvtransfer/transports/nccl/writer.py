@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused
 from baton.spec import ProcessRef
@@ -16,7 +17,7 @@ from kvtransfer.transports.channel import BlockChannel
 from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.control import Control
 from kvtransfer.transports.nccl.issuer import Issuer, Link
-from kvtransfer.transports.nccl.seam import SENDER, Span
+from kvtransfer.transports.nccl.seam import SENDER, UNIQUE_ID_BYTES, Span
 from kvtransfer.transports.sockets import left
 
 ABORT_SECONDS = 5.0
@@ -24,7 +25,7 @@ Fence = Callable[[], object | None]
 
 
 def no_fence() -> None:
-    """Of a pool that is filled synchronously."""
+    """For a pool that is filled synchronously."""
 
 
 class NcclWriter(Writer):
@@ -50,16 +51,16 @@ class _PairFailed(Exception):
     """The communicator failed, and this attempt at the batch with it."""
 
 
+@dataclass(slots=True)
 class _Attempt:
     """One try at one batch, and how far it has come."""
 
-    def __init__(self, serial: int, group: list[Span]) -> None:
-        self.serial = serial
-        self.group = group
-        self.ready = False
-        self.posted = 0  # groups of the link when this one is done; 0 before it is posted
-        self.sent = False
-        self.done = False
+    serial: int
+    group: list[Span]
+    ready: bool = False
+    posted: int = 0  # groups of the link when this one is done; 0 before it is posted
+    sent: bool = False
+    done: bool = False
 
 
 class NcclChannel(BlockChannel):
@@ -133,22 +134,19 @@ class NcclChannel(BlockChannel):
 
     def _take(self, ticket: Ticket, attempt: _Attempt, op: wire.NcclOp, body: bytes, deadline: float) -> None:
         try:
-            self._act(ticket, attempt, op, body, deadline)
+            if op is wire.NcclOp.PAIR:
+                self._drop_link("the receiver began another communicator")
+                self._pair, unique_id = wire.unpack_number(body, UNIQUE_ID_BYTES)
+                self._link = self._issuer.open(SENDER, unique_id, deadline, lambda _link: self._control.news())
+            elif op is wire.NcclOp.GONE:
+                if wire.unpack_number(body)[0] == self._pair:
+                    self._drop_link("the receiver ended the communicator")
+            elif op is wire.NcclOp.ANSWER:
+                self._answered(ticket, attempt, *wire.unpack_answer(body))
+            else:
+                raise PeerClosed(f"{self._peer.name} sent no answer of ours")
         except wire.Malformed as error:
             raise PeerClosed(f"{self._peer.name} sent {error}") from error
-
-    def _act(self, ticket: Ticket, attempt: _Attempt, op: wire.NcclOp, body: bytes, deadline: float) -> None:
-        if op is wire.NcclOp.PAIR:
-            self._drop_link("the receiver began another communicator")
-            self._pair, unique_id = wire.unpack_pair(body)
-            self._link = self._issuer.open(SENDER, unique_id, deadline, lambda _link: self._control.news())
-        elif op is wire.NcclOp.GONE:
-            if wire.unpack_number(body)[0] == self._pair:
-                self._drop_link("the receiver ended the communicator")
-        elif op is wire.NcclOp.ANSWER:
-            self._answered(ticket, attempt, *wire.unpack_answer(body))
-        else:
-            raise PeerClosed(f"{self._peer.name} sent no answer of ours")
 
     def _answered(self, ticket: Ticket, attempt: _Attempt, serial: int, status: wire.BatchStatus, text: str) -> None:
         if serial != attempt.serial:
@@ -178,7 +176,7 @@ class NcclChannel(BlockChannel):
             self._control.put(wire.pack_number(wire.NcclOp.SENT, attempt.serial), deadline)
 
     def _forget_link(self, why: str) -> None:
-        """Abort our end, and tell the receiver, so that it aborts its own."""
+        """Aborts our end, and tells the receiver, so that it aborts its own."""
         if self._link is not None:
             self._drop_link(why)
             self._control.put(wire.pack_number(wire.NcclOp.GONE, self._pair), time.monotonic() + ABORT_SECONDS)

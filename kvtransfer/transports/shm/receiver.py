@@ -20,10 +20,9 @@ from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import ReceiverEvents
-from kvtransfer.transports.check import corrupt, identity_refusal, intact
 from kvtransfer.transports.receiver import Broken, SocketReceiver, WriterConnection
 from kvtransfer.transports.shm import wire
-from kvtransfer.transports.wire import Flags, Status, unpack_identity
+from kvtransfer.transports.wire import Flags, Status, corrupt, identity_refusal, intact, unpack_identity
 
 SO_PEERPIDFD = 77  # Linux 6.5; not named by Python 3.11
 HELLO_SECONDS = 10.0
@@ -50,15 +49,7 @@ class ShmConnection(WriterConnection):
         return bool(self.incarnation)
 
     def read(self) -> None:
-        while True:
-            try:
-                data = self.socket.recv(wire.MAX_PACKET)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise Broken(str(error)) from error
-            if not data:
-                raise Broken("the writer closed the connection")
+        while (data := self.receive(wire.MAX_PACKET)) is not None:
             self._take(self, data)
 
     def started(self, at: int) -> bool:
@@ -77,7 +68,7 @@ class ShmConnection(WriterConnection):
             raise Broken(str(error)) from error
 
     def take_pidfd(self) -> int:
-        """Hand the pidfd over to the caller."""
+        """The caller owns it."""
         pidfd, self.pidfd = self.pidfd, -1
         return pidfd
 
@@ -115,7 +106,7 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
         (self._request if connection.incarnation else self._hello)(connection, packet)
 
     def _hello(self, connection: ShmConnection, packet: bytes) -> None:
-        """Give the memory to a writer that may have it."""
+        """Gives the memory to a writer that may have it."""
         if len(packet) <= wire.HELLO.size or self._memory.fd is None:
             raise Broken("not a writer of ours")
         magic, version, flags, block_bytes, started = wire.HELLO.unpack_from(packet)
@@ -157,7 +148,7 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
         os.close(pidfd)
 
     def _request(self, connection: ShmConnection, packet: bytes) -> None:
-        """Answer a CLAIM or a DONE."""
+        """Answers a CLAIM or a DONE."""
         if len(packet) < wire.HEAD_BYTES:
             raise Broken("a short request")
         op, body = packet[0], packet[wire.HEAD_BYTES :]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from baton.errors import BatonError, ChecksumMismatch, WriteRefused
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Channel, WriteReceipt
+
+REFUSALS = (WriteRefused, ChecksumMismatch)
 
 
 class ParallelChannel:
@@ -31,7 +33,10 @@ class ParallelChannel:
             for channel, share in zip(self._channels, shares, strict=False)
         ]
         wait(futures)  # each ends by the deadline
-        return WriteReceipt(sum(_first_error(futures)), time.monotonic() - started)
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, REFUSALS)):
+            raise error  # the one that broke the channel, else a refusal
+        return WriteReceipt(sum(future.result() for future in futures), time.monotonic() - started)
 
     def close(self) -> None:
         for channel in self._channels:
@@ -41,18 +46,9 @@ class ParallelChannel:
     def _share(self, channel: Channel, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> int:
         try:
             return channel.write(ticket, moves, deadline).bytes
-        except (WriteRefused, ChecksumMismatch):
+        except REFUSALS:
             raise
         except BatonError:
             for other in self._channels:
                 other.close()
             raise
-
-
-def _first_error(futures: Sequence[Future[int]]) -> list[int]:
-    """The shares' bytes. Raises the error that broke the channel, else a refusal."""
-    errors = [error for future in futures if (error := future.exception()) is not None]
-    refusals = (WriteRefused, ChecksumMismatch)
-    for error in sorted(errors, key=lambda error: isinstance(error, refusals)):
-        raise error
-    return [future.result() for future in futures]

@@ -11,13 +11,11 @@ from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Channel, Writer
 from kvtransfer.transports.channel import BlockChannel
-from kvtransfer.transports.check import agree, checksum
-from kvtransfer.transports.sockets import connect_to
-from kvtransfer.transports.streams import Stream, WriterSocket
+from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to
 from kvtransfer.transports.tcp import wire
 from kvtransfer.transports.tcp.parallel import ParallelChannel
 from kvtransfer.transports.tcp.tls import TlsContexts, tcp_flags
-from kvtransfer.transports.wire import MAX_COUNT, BlockEntry, Flags, pack_batch
+from kvtransfer.transports.wire import MAX_COUNT, BlockEntry, Flags, agree, checksum, pack_batch
 
 
 class TcpWriter(Writer):

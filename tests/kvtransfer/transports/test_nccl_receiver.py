@@ -15,7 +15,7 @@ from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.receiver import NcclReceiver
-from kvtransfer.transports.nccl.seam import SENDER, Span
+from kvtransfer.transports.nccl.seam import SENDER, UNIQUE_ID_BYTES, Span
 from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, moves, settle, until
 
 SIZE = LAYOUT.block_bytes
@@ -43,7 +43,9 @@ class RawWriter:
     def join(self) -> Link:
         op, body = self.take()
         assert op is wire.NcclOp.PAIR
-        return self.issuer.open(SENDER, wire.unpack_pair(body)[1], time.monotonic() + GENEROUS, self._link_changed)
+        return self.issuer.open(
+            SENDER, wire.unpack_number(body, UNIQUE_ID_BYTES)[1], time.monotonic() + GENEROUS, self._link_changed
+        )
 
     def send(self, link: Link, blocks: int) -> None:
         """Post one send of so many blocks, and wait until it has ended."""

@@ -10,7 +10,7 @@ import pytest
 from baton.config import RoleName
 from router.placement.snapshot import Demand, Queued
 from router.workers.ledger import Reported
-from router.workers.ranking import Ranking
+from router.workers.served_model import Ranking
 from router.workers.worker import Worker
 from tests.router.requests.test_placer import worker
 
