@@ -139,7 +139,6 @@ async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], 
 
 
 async def _announce(parts: Parts, server: Server, on_ready: Callable[[str], None]) -> None:
-    """Ready while a router is attached."""
     await parts.worker.attached.wait()
     on_ready(server.address)
     while True:
@@ -158,7 +157,6 @@ async def _expire(parts: Parts) -> None:
 
 
 def _compose(parts: Parts) -> list[Service]:
-    """Makes the roles and their services."""
     config, loaded, counts = parts.config, parts.loaded, parts.counts
     check_books = parts.pool.check_integrity
     services = [service(worker_pb2_grpc.add_WorkerServicer_to_server, parts.worker, "Worker")]

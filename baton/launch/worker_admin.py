@@ -6,9 +6,8 @@ import asyncio
 import resource
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from baton import errors
 from baton.config import RoleName
@@ -22,8 +21,7 @@ from baton.worker.sending.senders import Senders
 from kvtransfer.blocks.pool import BlockPool, PoolCorrupt
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Bytes that a worker allocates at start and keeps."""
 
     pool: int

@@ -141,7 +141,6 @@ class BatchConnection(WriterConnection):
         self._answer(Status.OK)
 
     def _answer(self, status: Status, text: str = "") -> None:
-        """Ends a batch."""
         self.send(wire.pack_ack(status, text))
         self._identity, self._entries = None, []
         self._next_batch()

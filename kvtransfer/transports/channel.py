@@ -1,4 +1,4 @@
-"""The part that all channels have in common: one write at a time, which an error or a close ends."""
+"""What all channels do: one write at a time, which an error or a close ends."""
 
 from __future__ import annotations
 

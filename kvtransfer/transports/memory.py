@@ -38,7 +38,7 @@ class Faults:
 
 
 class MemoryNetwork:
-    """Where the doubles of one process find each other. Thread-safe: single operations on a dictionary are atomic."""
+    """The doubles of one process. Thread-safe: single operations on a dictionary are atomic."""
 
     def __init__(self) -> None:
         self.receivers: dict[str, MemoryReceiver] = {}
@@ -46,7 +46,7 @@ class MemoryNetwork:
         self._faults: dict[tuple[str, str], Faults] = {}
 
     def faults(self, writer: str, endpoint: str) -> Faults:
-        """The switchboard of the pair: the writer's incarnation, the receiver's endpoint."""
+        """Of the pair: the writer's incarnation, the receiver's endpoint."""
         return self._faults.setdefault((writer, endpoint), Faults())
 
     def writer_died(self, incarnation: str) -> None:

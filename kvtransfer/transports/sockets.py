@@ -14,14 +14,14 @@ from kvtransfer.transports import wire
 
 KEEPALIVE_SECONDS = 30
 STALL_SECONDS = 60.0
-"""After which a writer that stopped in the middle of a message is dropped."""
+"""A writer that stops in the middle of a message for so long is dropped."""
 BACKLOG = 128
 WILDCARDS = ("", "0.0.0.0", "::")
 LOCAL_SEND_BYTES = 512 * 1024
-"""A writer's buffer where the receiver is on the same host: no distance has to be filled, and bytes under way lie in
-memory. The fewer, the warmer they are when they are read: a third faster than with the kernel's own growth."""
+"""A writer's buffer where the receiver is on the same host. Fewer bytes under way are still in the cache when they are
+read: a third faster than with the kernel's own growth."""
 CALL_BYTES = 2**20
-"""One call's worth: Python prepares each vector anew for each call, and a socket takes or gives less than this."""
+"""The most per call: Python prepares each vector anew for each call, and a socket moves less than this."""
 READ_BYTES = 4096
 
 
@@ -65,7 +65,7 @@ def prepare(connected: socket.socket) -> None:
 
 
 def left(deadline: float, late: str = "the deadline has passed") -> float:
-    """Seconds until then. Raises `DeadlineExceeded(late)` when there are none."""
+    """Seconds until the deadline. Raises `DeadlineExceeded(late)` after it."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise DeadlineExceeded(late)
@@ -140,7 +140,7 @@ class WriterSocket:
         return data
 
     def read_ack(self, ticket: Ticket, deadline: float) -> TransferError | None:
-        """Read one batch's answer; its error, if it failed."""
+        """Reads one batch's answer; returns its error, if it failed."""
         magic, status, length = wire.ACK.unpack(self.read(wire.ACK.size, deadline))
         if magic != wire.BATCH_MAGIC or length > wire.MAX_TEXT:
             raise PeerClosed(f"{self.name} sent no answer of ours")

@@ -49,8 +49,6 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockEntry:
-    """One block of a batch's table."""
-
     index: int
     destination: int
     checksum: int
@@ -83,8 +81,8 @@ def pack_ack(status: Status, text: str = "") -> bytes:
 def refusal(
     admitted: Ticket | None, identity: Identity, targets: Iterable[tuple[int, int]], writer: str | None = None
 ) -> str | None:
-    """Why the receiver does not take a write; None when it does. `targets` are (index, destination) of its blocks;
-    `writer` is the incarnation at the other end, where the transport knows it."""
+    """The reason to refuse a write, or None. `targets` are (index, destination) of its blocks; `writer` is the
+    incarnation at the other end, where the transport knows it."""
     why = identity_refusal(admitted, identity)
     if why is not None or admitted is None:
         return why
@@ -95,7 +93,7 @@ def refusal(
 
 
 def identity_refusal(admitted: Ticket | None, identity: Identity) -> str | None:
-    """The part that comes first, and that a stranger could have made up."""
+    """The first part of `refusal`: of a claim that a stranger could have made up."""
     if admitted is None:
         return "no such grant"
     if admitted.generation != identity.generation:

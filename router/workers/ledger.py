@@ -120,15 +120,6 @@ def _left_of_chunk(seconds: float, left_s: float, chunk_s: float) -> float:
     return min(left_s, chunk_s - done % chunk_s) if chunk_s > 0 else left_s
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """The part of a decode worker's report that placement needs. `free_blocks` includes blocks that can be evicted, and
-    those granted to sequences that are not resident yet."""
-
-    free_blocks: int
-    resident_tokens: int
-
-
 class DecodeLedger:
     """Sequences bound to a decode worker: their blocks, and the tokens known when they were bound.
 
@@ -150,7 +141,7 @@ class DecodeLedger:
         """In the worker's KV: those of bound prompts, and the excess in the last report."""
         self.strictest_s: float | None = None
         """The least objective per token of the bound sequences, in seconds."""
-        self._report: Reported | None = None
+        self._reported_free: int | None = None
 
     def __len__(self) -> int:
         return len(self._demands)
@@ -158,13 +149,13 @@ class DecodeLedger:
     @property
     def free_blocks(self) -> int:
         """Blocks that are neither held nor promised; may be negative for a moment."""
-        if self._report is None:
+        if self._reported_free is None:
             return self._capacity - self._total_blocks
-        return self._report.free_blocks - self._unreported_blocks
+        return self._reported_free - self._unreported_blocks
 
     @property
     def mean_blocks(self) -> float:
-        """Per bound sequence."""
+        """Per bound sequence; 0 without any."""
         return self._total_blocks / len(self._demands) if self._demands else 0.0
 
     def bind(self, attempt: AttemptKey, demand: Demand, tpot_s: float | None = None) -> None:
@@ -196,13 +187,14 @@ class DecodeLedger:
         if self._unreported.pop(attempt, None) is not None:
             self._unreported_blocks -= demand.blocks
 
-    def reported(self, report: Reported) -> None:
-        self._report = report
+    def reported(self, free_blocks: int, resident_tokens: int) -> None:
+        """`free_blocks` includes blocks that can be evicted, and those granted to sequences not resident yet."""
+        self._reported_free = free_blocks
         for attempt in [attempt for attempt, resident in self._unreported.items() if resident]:
             del self._unreported[attempt]
             self._unreported_blocks -= self._demands[attempt].blocks
         expected = self._total_tokens - sum(self._demands[attempt].tokens for attempt in self._unreported)
-        self._beyond = max(0, report.resident_tokens - expected)
+        self._beyond = max(0, resident_tokens - expected)
         self._count(0)
 
     def _count(self, tokens: int) -> None:

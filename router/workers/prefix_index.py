@@ -71,15 +71,12 @@ class PrefixIndex(Generic[W]):
         for digest in digests:
             still = holders.get(digest, 0) & running
             if still != running:
-                if used:
-                    self._note(found, running & ~still, len(used))
-                if not still:
-                    running = 0
-                    break
+                self._note(found, running & ~still if used else 0, len(used))
                 running = still
+                if not still:
+                    break
             used.append(digest)
-        if used and running:
-            self._note(found, running, len(used))
+        self._note(found, running if used else 0, len(used))
         for digest in reversed(used):
             holders.move_to_end(digest)
         return found

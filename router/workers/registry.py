@@ -111,12 +111,15 @@ class Registry:
 
     def renew(self, process: ProcessRef) -> None:
         """Extends the lease. Raises NotFound without one."""
-        self._holder(process).lease_until = self._now() + self.lease_s
+        worker = self._holder(process)
+        if worker is None:
+            raise NotFound(f"{process.name} is not registered here (any more)")
+        worker.lease_until = self._now() + self.lease_s
 
     def deregister(self, process: ProcessRef) -> None:
         """Idempotent."""
-        worker = self._workers.get(process.name)
-        if worker is not None and worker.process.incarnation == process.incarnation:
+        worker = self._holder(process)
+        if worker is not None:
             self.lose(worker, LEFT)
 
     def lose(self, worker: Worker, reason: str) -> None:
@@ -203,11 +206,9 @@ class Registry:
         model.changed()
         self._on_change()
 
-    def _holder(self, process: ProcessRef) -> Worker:
+    def _holder(self, process: ProcessRef) -> Worker | None:
         worker = self._workers.get(process.name)
-        if worker is None or worker.process.incarnation != process.incarnation:
-            raise NotFound(f"{process.name} is not registered here (any more)")
-        return worker
+        return worker if worker is not None and worker.process.incarnation == process.incarnation else None
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -44,7 +44,6 @@ class RegistryService(RegistryServicer):
         return await _answer(renew(), context)
 
     async def Deregister(self, request: wire.DeregisterRequest, context: Any) -> wire.DeregisterResponse:
-        """Idempotent."""
         self._registry.deregister(process_from_wire(request.worker))
         return wire.DeregisterResponse()
 

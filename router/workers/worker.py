@@ -15,7 +15,7 @@ from baton.model import ModelCard
 from baton.spec import ProcessRef
 from router.placement.accuracy import Accuracy
 from router.placement.snapshot import DecodeLoad, PrefillLoad
-from router.workers.ledger import DecodeLedger, PrefillLedger, Reported
+from router.workers.ledger import DecodeLedger, PrefillLedger
 from router.workers.link import WorkerLink
 
 
@@ -80,7 +80,7 @@ class Worker:
         self.prefill.reported(load.waiting_tokens)
         # Granted blocks are in the ledger as bound: they would be taken off twice until the sequence is resident.
         free = load.free_blocks + load.cached_blocks + load.granted_blocks
-        self.decode.reported(Reported(free, load.resident_tokens))
+        self.decode.reported(free, load.resident_tokens)
 
     def keepable(self, tpot_s: float | None) -> float | None:
         """The objective per token if a step with one more sequence could keep it, else None: an impossible objective

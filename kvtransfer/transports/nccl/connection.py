@@ -74,7 +74,7 @@ class NcclConnection(WriterConnection):
             raise Broken(f"the writer sent {error}") from error
 
     def advance(self) -> None:
-        """Go as far as the communicator allows; called after each of its changes. Raises `Broken`."""
+        """Goes as far as the communicator allows; called after each of its changes. Raises `Broken`."""
         if self.link is not None and self.link.failure:
             self._link_failed(self.link)
         if self.link is None and self.batch is not None:
@@ -178,7 +178,7 @@ class NcclConnection(WriterConnection):
             self.link = None
 
     def _link_failed(self, link: Link) -> None:
-        """Its batch counts for nothing."""
+        """Nothing of its batch counts."""
         batch, self.batch = self.batch, None
         self._end_link(link.failure)
         if batch is not None:

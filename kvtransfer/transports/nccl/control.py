@@ -39,19 +39,19 @@ class Control(WriterSocket):
         self.send([memoryview(message)], deadline)
 
     def message(self) -> tuple[wire.NcclOp, bytes] | None:
-        """The next one that has come whole. Raises `PeerClosed` for bytes that are none."""
+        """The next whole message, if one has come. Raises `PeerClosed` for malformed bytes."""
         try:
             return wire.take_frame(self.received)
         except wire.Malformed as error:
             raise PeerClosed(f"{self.name} sent {error}") from error
 
     def wait_for_any(self, deadline: float) -> None:
-        """Until something came, from the receiver or from the issuing thread."""
+        """Until a message or news of the issuing thread comes."""
         self.wait(deadline, also=self._news)
         self._clear()
 
     def wait_for_news(self, seconds: float) -> None:
-        """Of the issuing thread alone, also when the connection has ended."""
+        """Until the issuing thread has news; works also when the connection has ended."""
         poller = select.poll()
         poller.register(self._news, select.POLLIN)
         poller.poll(seconds * 1000)

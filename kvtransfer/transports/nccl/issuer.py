@@ -108,7 +108,7 @@ class Issuer:
             pass
 
     def _turn(self) -> bool:
-        """Serve the commands and look once at every link under way; whether to go on."""
+        """Serves the commands and looks once at every link under way; returns whether to go on."""
         with self._changed:
             if not self._commands and self._closing_until is None:
                 self._changed.wait(POLL_SECONDS if self._pending() else None)
@@ -175,7 +175,7 @@ class Issuer:
         link.changed(link)
 
     def _give_up(self, link: Link, error: CommunicatorError) -> None:
-        """There will be no proof: the blocks that wait for it stay in quarantine, and the place stays taken."""
+        """No proof can follow: the blocks that wait for it stay in quarantine, and the link still counts as taken."""
         log.error("nccl: a communicator could not be ended: %s", error)
         self._stuck.add(link)
 

@@ -27,7 +27,7 @@ CALL_BYTES = 32 * 2**20
 
 
 class ShmWriter(Writer):
-    """`memory` may be of any kind. `copy_blocks` is how it is copied. `checksums` must be the same on both sides."""
+    """`memory` may be of any kind. `checksums` must be the same on both sides."""
 
     kind = "shm"
 
