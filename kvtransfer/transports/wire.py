@@ -83,24 +83,16 @@ def refusal(
 ) -> str | None:
     """The reason to refuse a write, or None. `targets` are (index, destination) of its blocks; `writer` is the
     incarnation at the other end, where the transport knows it."""
-    why = identity_refusal(admitted, identity)
-    if why is not None or admitted is None:
-        return why
-    if writer is not None and admitted.writer != writer:
-        return "the ticket belongs to another process"
-    wrong = next(((i, block) for i, block in targets if admitted.destination(i) != block), None)
-    return None if wrong is None else f"block {wrong[0]} may not go to {wrong[1]}"
-
-
-def identity_refusal(admitted: Ticket | None, identity: Identity) -> str | None:
-    """The first part of `refusal`: of a claim that a stranger could have made up."""
     if admitted is None:
         return "no such grant"
     if admitted.generation != identity.generation:
         return f"generation {identity.generation}, the grant is of {admitted.generation}"
     if not hmac.compare_digest(admitted.write_token, identity.write_token):
         return "wrong write token"
-    return None
+    if writer is not None and admitted.writer != writer:
+        return "the ticket belongs to another process"
+    wrong = next(((i, block) for i, block in targets if admitted.destination(i) != block), None)
+    return None if wrong is None else f"block {wrong[0]} may not go to {wrong[1]}"
 
 
 def checksum(memory: PoolMemory, block: int, flags: Flags) -> int:

@@ -113,8 +113,6 @@ class WorkerLink:
     async def _run(self) -> None:
         try:
             reason = await self._serve()
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             log.error("unexpected error on a worker's stream", worker=self._worker.name, exc_info=error)
             reason = "internal error on its stream"

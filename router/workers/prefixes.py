@@ -38,20 +38,21 @@ class Prefixes:
     """The index, and the updates that fill it. `limit` bounds its entries; 0 turns it off."""
 
     def __init__(self, limit: int, counts: Counts) -> None:
-        self._index: PrefixIndex[Worker] | None = PrefixIndex(limit) if limit else None
+        self._enabled = limit > 0
+        self._index: PrefixIndex[Worker] = PrefixIndex(max(limit, 1))
         self._counts = counts
         self._expected: dict[Worker, NextUpdate] = {}
 
     def __len__(self) -> int:
         """Entries: blocks, each counted once for every worker that holds it."""
-        return 0 if self._index is None else len(self._index)
+        return len(self._index)
 
     def expects(self, worker: Worker) -> NextUpdate:
         return self._expected[worker]
 
     def held_by(self, worker: Worker) -> frozenset[bytes]:
         """As `PrefixIndex.held_by`. O(entries of the worker)."""
-        return frozenset() if self._index is None else self._index.held_by(worker)
+        return self._index.held_by(worker)
 
     def cached_tokens(self, card: ModelCard, known: int, digests: Digests) -> dict[Worker, int]:
         """How many of `known` tokens with these digests each worker need not compute, a multiple of the block; workers
@@ -59,7 +60,7 @@ class Prefixes:
 
         O(tokens of the longest cached prefix + workers): digests are made only as far as a worker holds them.
         """
-        if self._index is None or not len(self._index):
+        if not len(self._index):
             return {}
         block = card.kv_layout.block_tokens
         usable = usable_prefix(known, known // block, block) // block
@@ -67,19 +68,18 @@ class Prefixes:
 
     def on_joined(self, worker: Worker) -> None:
         """Requests a sync."""
-        if self._index is not None:
+        if self._enabled:
             self._expected[worker] = NextUpdate()
             self._ask(worker, self._expected[worker])
 
     def on_lost(self, worker: Worker) -> None:
         """Drops all entries of the worker. Idempotent."""
         self._expected.pop(worker, None)
-        if self._index is not None:
-            self._index.forget(worker)
+        self._index.forget(worker)
 
     def on_update(self, worker: Worker, events: CacheUpdate) -> None:
         expected = self._expected.get(worker)
-        if self._index is None or expected is None or events.sync != expected.sync:
+        if expected is None or events.sync != expected.sync:
             return  # void: sent before the worker heard of this sync
         if events.sequence != expected.sequence:
             self._counts.add("cache_gaps")

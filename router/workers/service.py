@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from baton.errors import BatonError, ConfigError, InvalidArgument, Mismatch
 from baton.rpc.convert import ROLE_NAMES, card_from_wire, process_from_wire, process_to_wire
@@ -16,7 +15,6 @@ from baton.v1.worker_pb2_grpc import RegistryServicer
 from router.workers.registry import Registry
 from router.workers.worker import Registration
 
-T = TypeVar("T")
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -27,21 +25,19 @@ class RegistryService(RegistryServicer):
     async def Register(self, request: wire.RegisterRequest, context: Any) -> wire.RegisterResponse:
         """FAILED_PRECONDITION, with the field and both values, where the model differs from that of other workers;
         INVALID_ARGUMENT where a live worker has the name."""
-
-        async def register() -> wire.RegisterResponse:
+        try:
             await self._registry.register(read_registration(request))
-            return wire.RegisterResponse(router=process_to_wire(self._router), lease_ms=self._lease_ms)
-
-        return await _answer(register(), context)
+        except BatonError as error:
+            await abort(context, error)
+        return wire.RegisterResponse(router=process_to_wire(self._router), lease_ms=self._lease_ms)
 
     async def Renew(self, request: wire.RenewRequest, context: Any) -> wire.RenewResponse:
         """NOT_FOUND asks the worker to register again."""
-
-        async def renew() -> wire.RenewResponse:
+        try:
             self._registry.renew(process_from_wire(request.worker))
-            return wire.RenewResponse(lease_ms=self._lease_ms, router=process_to_wire(self._router))
-
-        return await _answer(renew(), context)
+        except BatonError as error:
+            await abort(context, error)
+        return wire.RenewResponse(lease_ms=self._lease_ms, router=process_to_wire(self._router))
 
     async def Deregister(self, request: wire.DeregisterRequest, context: Any) -> wire.DeregisterResponse:
         self._registry.deregister(process_from_wire(request.worker))
@@ -50,13 +46,6 @@ class RegistryService(RegistryServicer):
     @property
     def _lease_ms(self) -> int:
         return round(self._registry.lease_s * 1e3)
-
-
-async def _answer(work: Coroutine[Any, Any, T], context: Any) -> T:
-    try:
-        return await work
-    except BatonError as error:
-        await abort(context, error)
 
 
 def read_registration(message: wire.RegisterRequest) -> Registration:

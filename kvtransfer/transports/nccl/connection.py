@@ -101,9 +101,7 @@ class NcclConnection(WriterConnection):
 
     def close(self) -> None:
         self.batch = None
-        if self.link is not None:
-            self._issuer.abort(self.link, "the writer is gone")
-            self.link = None
+        self._abort("the writer is gone")
         super().close()
 
     def _take(self, op: wire.NcclOp, body: bytes) -> None:
@@ -116,8 +114,9 @@ class NcclConnection(WriterConnection):
         elif op is wire.NcclOp.SENT:
             self._writer_sent(wire.unpack_number(body)[0])
         elif op is wire.NcclOp.GONE:
-            if wire.unpack_number(body)[0] == self._number:
-                self._writer_aborted()
+            if wire.unpack_number(body)[0] == self._number:  # the writer's end is aborted; it sends the batch again
+                self.batch = None
+                self._abort("the writer ended the communicator")
         else:
             raise Broken(f"a writer sends no {op.name}")
 
@@ -170,13 +169,6 @@ class NcclConnection(WriterConnection):
         self._sent = True
         self.advance()
 
-    def _writer_aborted(self) -> None:
-        """Its end of the communicator is gone; it sends the batch again."""
-        self.batch = None
-        if self.link is not None:
-            self._issuer.abort(self.link, "the writer ended the communicator")
-            self.link = None
-
     def _link_failed(self, link: Link) -> None:
         """Nothing of its batch counts."""
         batch, self.batch = self.batch, None
@@ -185,10 +177,13 @@ class NcclConnection(WriterConnection):
             self.send(wire.pack_answer(batch.serial, wire.BatchStatus.FAILED, link.failure))
 
     def _end_link(self, why: str) -> None:
-        assert self.link is not None
-        self._issuer.abort(self.link, why)
-        self.link = None
+        self._abort(why)
         self.send(wire.pack_number(wire.NcclOp.GONE, self._number))
+
+    def _abort(self, why: str) -> None:
+        link, self.link = self.link, None
+        if link is not None:
+            self._issuer.abort(link, why)
 
     def _refuse(self, batch: wire.RunBatch, why: str) -> None:
         self.batch = None

@@ -1,4 +1,4 @@
-"""What goes over the control connection of an `nccl` pair. The blocks' bytes never do.
+"""Messages on the control connection of an `nccl` pair; the blocks go from device to device.
 
 writer    HELLO(version, block bytes, incarnation)  -> WELCOME(version, block bytes); closed where they differ
 writer    BATCH(serial, seconds, identity, runs)    -> ANSWER(serial, REFUSED, why), or

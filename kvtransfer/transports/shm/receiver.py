@@ -18,11 +18,10 @@ from contextlib import suppress
 from baton.errors import ConfigError
 from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.receiver import Broken, SocketReceiver, WriterConnection
 from kvtransfer.transports.shm import wire
-from kvtransfer.transports.wire import Flags, Status, corrupt, identity_refusal, intact, unpack_identity
+from kvtransfer.transports.wire import Flags, Identity, Status, corrupt, intact, refusal, unpack_identity
 
 SO_PEERPIDFD = 77  # Linux 6.5; not named by Python 3.11
 HELLO_SECONDS = 10.0
@@ -153,29 +152,26 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
             raise Broken("a short request")
         op, body = packet[0], packet[wire.HEAD_BYTES :]
         identity = unpack_identity(packet, wire.OP.size)
-        ticket = self._tickets.get(identity.key)
-        status = Status.REFUSED
-        indices: list[int] = []
-        why = identity_refusal(ticket, identity)
-        if why is None and ticket is not None:
-            if ticket.writer != connection.incarnation:
-                why = "the ticket belongs to another process"
-            elif op == wire.ShmOp.CLAIM:
-                why = None if body == wire.table_digest(ticket) else "other blocks"
-            elif op == wire.ShmOp.DONE:
-                status, why, indices = self._done(ticket, body)
-            else:
-                raise Broken(f"request {op}")
-        if why is not None:
+        status, why, indices = self._judge(connection, op, identity, body)
+        if status is not Status.OK:
             self._events.refused_write(identity.key, why)
-            connection.send(bytes((status,)) + why.encode())
-            return
-        if indices:
+        elif indices:
             self._events.landed(identity.key, identity.generation, indices)
-        connection.send(bytes((Status.OK,)))
+        connection.send(bytes((status,)) + why.encode())
 
-    def _done(self, ticket: Ticket, body: bytes) -> tuple[Status, str | None, list[int]]:
-        """The status and reason of a refusal, if it is one; the indices of the blocks."""
+    def _judge(
+        self, connection: ShmConnection, op: int, identity: Identity, body: bytes
+    ) -> tuple[Status, str, list[int]]:
+        """The status, the reason of a refusal, and the indices of the blocks that are in place."""
+        ticket = self._tickets.get(identity.key)
+        why = refusal(ticket, identity, (), connection.incarnation)
+        if ticket is None or why is not None:
+            return Status.REFUSED, why or "", []
+        if op == wire.ShmOp.CLAIM:
+            same = body == wire.table_digest(ticket)
+            return (Status.OK, "", []) if same else (Status.REFUSED, "other blocks", [])
+        if op != wire.ShmOp.DONE:
+            raise Broken(f"request {op}")
         if len(body) % wire.ENTRY.size:
             return Status.REFUSED, "malformed entries", []
         entries = list(wire.ENTRY.iter_unpack(body))
@@ -185,7 +181,7 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
         for index, checksum in entries:
             if not intact(self._memory, ticket.blocks[index], checksum, self._flags):
                 return Status.CHECKSUM, corrupt(index), []
-        return Status.OK, None, [index for index, _ in entries]
+        return Status.OK, "", [index for index, _ in entries]
 
     def _close_all(self) -> None:
         super()._close_all()
