@@ -56,7 +56,7 @@ class Mismatch(BatonError):
 
 
 class Retryable(BatonError):
-    """May work later. `constraint` names what was short, as in `decode_blocks`."""
+    """May work later. `constraint` names the scarce resource, as in `decode_blocks`."""
 
     def __init__(self, message: str, retry_after_s: float | None = None, constraint: str = "") -> None:
         super().__init__(message)

@@ -139,7 +139,7 @@ class LocalCluster:
         await self.stop()
 
     async def wait(self) -> None:
-        """Lasts as long as the router; then raises Unavailable with what ended it."""
+        """Lasts as long as the router; then raises Unavailable with the cause of its end."""
         raise Unavailable(f"the router {await asyncio.shield(self._router_gone)}")
 
     async def stop(self) -> None:

@@ -100,7 +100,7 @@ class Channel(Protocol):
         """
 
     def close(self) -> None:
-        """Free what the channel holds; a `write` under way ends with `PeerClosed`. Idempotent."""
+        """Free the channel's resources; a `write` under way ends with `PeerClosed`. Idempotent."""
 
 
 class Writer(Protocol):
@@ -114,5 +114,5 @@ class Writer(Protocol):
         or `Mismatch` where block sizes or options differ."""
 
     def close(self) -> None:
-        """End what the writer holds beside its channels. Idempotent. Most kinds hold nothing, and inherit this."""
+        """Free resources other than channels. Idempotent. Most kinds hold none, and inherit this."""
         return

@@ -1,4 +1,4 @@
-"""What all channels do: one write at a time, which an error or a close ends."""
+"""The common part of all channels: one write at a time, which an error or a close ends."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class BlockChannel(ABC):
 
     @abstractmethod
     def _free(self) -> None:
-        """Free what the channel holds, with no write under way. Idempotent."""
+        """Free the channel's resources, with no write under way. Idempotent."""
 
 
 def _check(ticket: Ticket, moves: Sequence[BlockMove], source_blocks: int) -> None:

@@ -1,4 +1,4 @@
-"""What all receivers over sockets do: accept a writer, read it, bound its silence, drop it.
+"""The common part of all receivers over sockets: accept a writer, read it, bound its silence, drop it.
 
 One thread, the reactor's, serves all writers of a receiver and carries out its revokes.
 """

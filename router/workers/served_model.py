@@ -1,4 +1,4 @@
-"""A model while workers serve it, and its workers in the order of what they carry.
+"""A model while workers serve it, and its workers in the order of their load.
 
 A worker that changes is noted and put in its new place at the next look: a placement costs as much as there were
 changes, not as there are workers.
@@ -19,7 +19,7 @@ from router.text.tokenisation import Language
 from router.workers.worker import Worker
 
 Key = tuple[float, ...]
-"""What is compared, and last the worker's own number."""
+"""The load of a worker, and last its own number."""
 
 
 class Ranking:
@@ -124,7 +124,7 @@ class ServedModel:
 def check_card(ours: ModelCard, theirs: ModelCard) -> None:
     """Raises Mismatch with the first field in which two workers of one model differ, and both values."""
     found = _differences(asdict(ours), asdict(theirs))
-    # The fingerprint covers the other fields, so that any of them says more about what is wrong.
+    # The fingerprint covers the other fields, so that any of them is the better explanation.
     for name, mine, other in sorted(found, key=lambda difference: difference[0] == "fingerprint"):
         if name == "fingerprint":
             name, mine, other = fingerprint_difference(mine, other)

@@ -1,4 +1,4 @@
-"""What only NIXL has: writes that nobody on the receiver places by hand, and how they are stopped all the same."""
+"""Only NIXL has writes that no code on the receiver places; how they are stopped all the same."""
 
 from __future__ import annotations
 
