@@ -39,7 +39,7 @@ that a decode worker assumes."""
 HANDOFF_WINDOW, HANDOFF_SHARE = 64, 0.9
 """Of the last handoffs, the share that took at most the expected time."""
 HANDOFF_PRIOR = (HANDOFF_S,) * 20
-"""Observations to begin with: the first handoff includes the connection, so that it says nothing."""
+"""Observations to begin with: the first handoff includes the connection, so that it shows nothing."""
 STRETCH = 3.0
 """A chunk may prolong a step without objectives to this many times its time."""
 FIXED_SHARE = 0.2
@@ -91,10 +91,10 @@ class StepCost:
         return self.step > 0 or self.per_sequence > 0
 
     def seconds(self, shape: StepShape) -> float:
-        if not shape.sequences:
-            return self.chunk + self._adds(shape.new_tokens, shape.pairs)
-        decode = self.decode(shape.sequences, shape.resident_tokens)
         adds = self._adds(shape.new_tokens, shape.pairs)
+        if not shape.sequences:
+            return self.chunk + adds
+        decode = self.decode(shape.sequences, shape.resident_tokens)
         return self.mixed * (decode + adds) if shape.new_tokens else decode
 
     def decode(self, sequences: float, resident_tokens: float) -> float:
@@ -251,7 +251,7 @@ class _Fits:
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         if shape.new_tokens and shape.sequences:
-            return  # a mixed step tells of the sum of both parts, not of each
+            return  # a mixed step shows the sum of both parts, not each
         if shape.new_tokens:
             self._chunks.observe((1.0, shape.new_tokens, shape.pairs), seconds)
         elif shape.sequences:

@@ -6,7 +6,7 @@
     │   └── Unimplemented      a known option that does not work yet
     ├── Retryable
     │   ├── ResourceExhausted  no room now
-    │   └── Unavailable        no process is there to serve the request, or it is gone
+    │   └── Unavailable        no process serves the request, or it is gone
     ├── NotFound               no such model, attempt, artifact
     ├── Mismatch               two processes that can't work together
     ├── DeadlineExceeded       a wait reached its deadline
@@ -56,7 +56,7 @@ class Mismatch(BatonError):
 
 
 class Retryable(BatonError):
-    """May work later. `constraint` names what was short, as in `decode_blocks`."""
+    """May work later. `constraint` names the scarce resource, as in `decode_blocks`."""
 
     def __init__(self, message: str, retry_after_s: float | None = None, constraint: str = "") -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Objectives that operators set for requests that come without: per model and per priority.
+"""Operators' objectives for requests without: per model and per priority.
 
 [MODEL@]PRIORITY:ttft=MS,tpot=MS      PRIORITY is a number, or * for any; entries are separated by semicolons
 """
@@ -24,7 +24,7 @@ class Rule:
 
 
 class Defaults:
-    """The rules of a text; the one that names most wins, the model before the priority. Raises ConfigError naming
+    """The rules of a text; the most specific one wins, the model before the priority. Raises ConfigError naming
     `field`."""
 
     def __init__(self, text: str, field: str = "slo") -> None:

@@ -20,7 +20,7 @@ from router.clients.service import GenerationService, add_generation
 from router.requests.placer import Placer
 from router.requests.table import Requests
 from router.workers.prefixes import Prefixes
-from router.workers.registry import NOBODY_RETRY_S, Registry
+from router.workers.registry import NO_WORKER_RETRY_S, Registry
 from router.workers.service import RegistryService
 
 STOP_GRACE_S = 2.0
@@ -79,7 +79,7 @@ class Router:
         if self._stopped:
             return
         self._stopped = True
-        self.requests.refuse_all(Unavailable("the router is shutting down", NOBODY_RETRY_S))
+        self.requests.refuse_all(Unavailable("the router is shutting down", NO_WORKER_RETRY_S))
         async with net.cancelling(self._readiness):
             await self._server.set_ready(False)
         if not await self.requests.commands.wait_freed(FREED_S):

@@ -1,1 +1,1 @@
-"""Composition: what turns the roles into processes, alone or as a local cluster."""
+"""Composition: the roles as processes, alone or as a local cluster."""

@@ -1,7 +1,7 @@
 """One child process of a local cluster: started, ready, exited.
 
-Its output is read to the end, line by line, so that it never blocks on a full pipe; each line goes to a sink. The last
-lines are kept, to tell why it ended.
+Its output is read to the end, so that it never blocks on a full pipe. Each line goes to a sink; the last ones are kept,
+to describe its end.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Child:
         return self.address
 
     async def wait_exited(self) -> int:
-        """Its exit status (negative for a signal), after its last words have been read."""
+        """Its exit status (negative for a signal), after its last lines have been read."""
         status = await self._process.wait()
         # Bounded: a process that it started itself may hold its output open.
         await asyncio.wait([self._reading], timeout=DRAIN_S)
@@ -104,7 +104,7 @@ class Child:
             self._process.kill()
 
     def describe_exit(self) -> str:
-        """By which signal it was killed, else the line in which it said what was wrong, else its very last one."""
+        """The signal that killed it, else its line with the fatal error, else its last line."""
         status = self._process.returncode
         assert status is not None, "it has exited"
         if status < 0:
@@ -129,7 +129,7 @@ class Child:
         if not line:
             return
         self._said.append(_COLOUR.sub("", line))
-        # Before it is ready, `wait_ready` raises its last words.
+        # Before it is ready, `wait_ready` raises the fatal line.
         if self.address or not line.startswith(FATAL):
             self._sink(f"({self.name}) {line}")
 

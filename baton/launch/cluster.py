@@ -3,8 +3,8 @@
     starting -> ready -> stopping -> stopped      a failure while starting goes to stopping at once
 
 Every child dies with the thread that started it (PR_SET_PDEATHSIG), so enter a cluster in a thread that outlives it,
-as the main thread does. Workers that die are reported and not started again: that is an orchestrator's task, and a
-developer wants to see it. When the router dies, the cluster is over.
+as the main thread does. Workers that die are reported and not started again, which is an orchestrator's task. When
+the router dies, the cluster is over.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Self
 
 import baton
@@ -87,7 +86,7 @@ class ClusterConfig(WorkerSettings, RoutingSettings, LogSettings):
         parse_address(self.listen, "listen")
 
     def of_worker(self, role: RoleName) -> dict[str, object]:
-        """What a worker of this role gets, by the names of `WorkerConfig`."""
+        """Settings of a worker of this role, by the names of `WorkerConfig`."""
         weights = self.prefill_weights if role == "prefill" else self.decode_weights
         shared = {name: getattr(self, name) for name in settings_of(WorkerSettings, role)}
         return shared | {"weights": weights or self.weights}
@@ -136,17 +135,15 @@ class LocalCluster:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def wait(self) -> None:
-        """Lasts as long as the router; then raises Unavailable with what ended it."""
+        """Lasts as long as the router; then raises Unavailable with the cause of its end."""
         raise Unavailable(f"the router {await asyncio.shield(self._router_gone)}")
 
     async def stop(self) -> None:
-        """SIGTERM to the workers, then to the router, SIGKILL to what is left after `STOP_S`. Idempotent."""
+        """SIGTERM to the workers, then to the router; SIGKILL to the rest after `STOP_S`. Idempotent."""
         for watcher in self._watchers:
             watcher.cancel()
         workers = [child for child in self._children if child.role != ROUTER]
@@ -202,7 +199,7 @@ class LocalCluster:
         return [*flags, *self._worker_flags.get(role, ())]
 
     async def _watch(self, child: Child) -> None:
-        """Reports a death that was not asked for."""
+        """Reports an unexpected death."""
         await child.wait_exited()
         how = child.describe_exit()
         if child.role == ROUTER:
@@ -212,7 +209,7 @@ class LocalCluster:
 
 
 def _counts(config: ClusterConfig) -> list[tuple[str, RoleName, int]]:
-    """Names, roles and numbers of the workers. Every decode worker can do both phases: colocated ones are such."""
+    """(name, role, count) of the workers. Colocated ones are decode workers, each of which can do both phases."""
     if config.colocated:
         return [("colocated", "decode", config.colocated)]
     return [("prefill", "prefill", config.prefill), ("decode", "decode", config.decode)]
@@ -225,7 +222,7 @@ def core_of(role: RoleName, index: int, cores: Sequence[int]) -> int:
 
 
 def dialable(address: str) -> str:
-    """Where to reach, from this machine, what listens on `address`: a wildcard is no destination."""
+    """The address to dial, on this machine, for a listener on `address`: a wildcard is no destination."""
     host, port = parse_address(address)
     return format_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
@@ -240,7 +237,7 @@ def child_environment() -> dict[str, str]:
 
 
 async def _all_ready(router: Child, workers: Sequence[Child]) -> None:
-    """Raises the failure of the first process that exits meanwhile."""
+    """Raises the failure of the first process that exits."""
     guard = asyncio.create_task(router.wait_exited())
     waiting = {asyncio.create_task(worker.wait_ready()) for worker in workers}
     async with cancelling(guard, *waiting):
@@ -254,7 +251,7 @@ async def _all_ready(router: Child, workers: Sequence[Child]) -> None:
 
 
 async def _terminate(children: Sequence[Child], timeout: float | None) -> None:
-    """Asks them to stop and waits; without a timeout the caller bounds it."""
+    """Without a timeout the caller bounds the wait."""
     for child in children:
         child.terminate()
     await _exited(children, timeout)

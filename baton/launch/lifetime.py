@@ -59,11 +59,8 @@ def announce(address: str, role: str, ready_fd: int | None) -> None:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Has the kernel kill this process when the thread that started it ends; Unavailable if that has happened.
-
-    A parent that died before the call is noticed by its process id, so that no moment is left in which this process
-    could outlive it. Only Linux can; elsewhere this raises ConfigError.
-    """
+    """Has the kernel kill this process when the thread that started it ends. Raises Unavailable where the parent has
+    died before the call, and ConfigError on systems other than Linux."""
     if not sys.platform.startswith("linux"):
         raise ConfigError("parent-pid: only on Linux")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -76,9 +73,8 @@ def die_with_parent(parent_pid: int) -> None:
 def leave_terminal() -> None:
     """Leaves the parent's process group: a terminal's Ctrl-C then reaches the parent alone, which stops this process.
 
-    Not a session of its own, which would do the same: Linux shares the cores fairly among sessions before it does among
-    threads (see autogroup in sched(7)), and where there are more sessions than cores, one of them is at times left
-    without any for seconds.
+    Not for a session of its own: Linux shares the cores among sessions before threads (autogroup in sched(7)), and with
+    more sessions than cores one of them is at times left without any for seconds.
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)

@@ -27,7 +27,7 @@ from kvtransfer.transports.tcp.writer import TcpWriter
 def receivers(
     config: WorkerConfig, memory: PoolMemory | DevicePool, events: ReceiverEvents, issuer: Issuer | None
 ) -> dict[str, Receiver]:
-    """Where writers may write to. Raises ConfigError."""
+    """By kind. Raises ConfigError."""
     host, _ = parse_address(config.listen, "listen")
     advertise = parse_address(config.advertise, "advertise")[0] if config.advertise else None
     if isinstance(memory, DevicePool):
@@ -60,7 +60,7 @@ def receivers(
 def writers(
     config: WorkerConfig, memory: PoolMemory | DevicePool, incarnation: str, issuer: Issuer | None
 ) -> dict[str, Writer]:
-    """To write with, as the process of this incarnation. Raises ConfigError."""
+    """By kind, for the process of this incarnation. Raises ConfigError."""
     if isinstance(memory, DevicePool):
         assert issuer is not None, "a pool on a device has an issuer"
         return {"nccl": NcclWriter(memory, incarnation, issuer, _fence(config.device))}
@@ -82,8 +82,8 @@ def device_issuer(config: WorkerConfig, memory: PoolMemory | DevicePool) -> Issu
 
 
 def check_device(config: WorkerConfig) -> None:
-    """Raises ConfigError, before anything is loaded, for an address that is none, a transport that can't move this
-    worker's memory, or a setting that asks for a part that computes on a CPU only."""
+    """Raises ConfigError, before the model is loaded, for a malformed address, a transport that can't move this
+    worker's memory, or a setting that needs a CPU."""
     on_gpu = config.device.startswith("cuda")
     if on_gpu or config.transport == "nccl":
         NcclDevice(_index(config.device))
@@ -96,9 +96,8 @@ def check_device(config: WorkerConfig) -> None:
             parse_address(value, field)
     for field, value in (("kernels", config.kernels), ("weights", config.weights)):
         if on_gpu and value in ("native", "int8", "int4"):
-            raise ConfigError(
-                f"{field} {value}: the native kernels compute on the CPU, not with device {config.device}"
-            )
+            where = f"the native kernels compute on the CPU, not with device {config.device}"
+            raise ConfigError(f"{field} {value}: {where}")
 
 
 def _tls(config: WorkerConfig) -> TlsContexts | None:
@@ -106,15 +105,10 @@ def _tls(config: WorkerConfig) -> TlsContexts | None:
 
 
 def _fence(device: str) -> Callable[[], object]:
-    """Records how far the engine's stream has come: the step that filled a block was issued before its write is."""
+    """Records the position of the engine's stream: the step that filled a block was issued before its write."""
     import torch
 
-    stream = torch.cuda.default_stream(torch.device(device))
-
-    def record() -> object:
-        return stream.record_event()
-
-    return record
+    return torch.cuda.default_stream(torch.device(device)).record_event
 
 
 def _index(device: str) -> int:

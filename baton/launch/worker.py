@@ -49,27 +49,18 @@ log = structlog.get_logger(__name__)
 
 
 class Role(RoleHandler, Protocol):
-    """What both roles have beside their commands."""
+    """A role's life, beside its commands. `live` counts the objects that it holds; `expire` ends overdue leases."""
 
     @property
-    def runner(self) -> Runner:
-        """The engine's thread."""
-
+    def runner(self) -> Runner: ...
     @property
-    def live(self) -> dict[str, int]:
-        """What it holds."""
-
-    def expire(self) -> None:
-        """Gives up what has run out."""
-
-    async def stop(self) -> None:
-        """Ends its threads."""
+    def live(self) -> dict[str, int]: ...
+    def expire(self) -> None: ...
+    async def stop(self) -> None: ...
 
 
 @dataclass(slots=True)
 class Parts:
-    """What a worker is made of."""
-
     config: WorkerConfig
     loaded: Loaded
     process: ProcessRef
@@ -84,7 +75,6 @@ class Parts:
     senders: Senders | None = None
 
     def live(self) -> dict[str, int]:
-        """What the roles hold, together."""
         return {"sessions": len(self.worker.sessions)} | {k: v for role in self.roles for k, v in role.live.items()}
 
 
@@ -99,11 +89,9 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     loaded = await asyncio.to_thread(load, config)
     server = Server(config.listen)
     process = mint_process("-".join(sorted(config.roles)), config.advertise or server.address, config.name)
-    counts, card = Counts(), loaded.card
-    worker = WorkerService(process, card.artifacts, counts)
-    issuer = device_issuer(config, loaded.memory)
-    pool = BlockPool(loaded.memory.blocks)
-    parts = Parts(config, loaded, process, counts, pool, worker, issuer=issuer)
+    counts, pool = Counts(), BlockPool(loaded.memory.blocks)
+    worker = WorkerService(process, loaded.card.artifacts, counts)
+    parts = Parts(config, loaded, process, counts, pool, worker, issuer=device_issuer(config, loaded.memory))
     try:
         await server.start(_compose(parts))
         collector.settle()
@@ -128,18 +116,20 @@ def check_address(config: WorkerConfig) -> None:
 
 async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
     membership = Membership(parts.config.router, _register_request(parts))
-    joined = asyncio.create_task(membership.run(stop), name="registration")
-    expiry = asyncio.create_task(_expire(parts), name="expiry")
-    announce = asyncio.create_task(_announce(parts, server, on_ready), name="announce")
+    tasks = [
+        asyncio.create_task(membership.run(stop), name="registration"),
+        asyncio.create_task(_expire(parts), name="expiry"),
+        asyncio.create_task(_announce(parts, server, on_ready), name="announce"),
+    ]
     try:
-        # Registration ends with `stop`; the others never do. Whichever raises ends the worker, and says why.
-        done, _ = await asyncio.wait((joined, expiry, announce), return_when=asyncio.FIRST_COMPLETED)
+        # Registration ends with `stop`; the others never do. The first error ends the worker.
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        for task in (expiry, announce, joined):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(expiry, announce, joined, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await server.set_ready(False)
         parts.worker.close()
         parts.streams.end()
@@ -149,7 +139,6 @@ async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], 
 
 
 async def _announce(parts: Parts, server: Server, on_ready: Callable[[str], None]) -> None:
-    """Ready while a router is attached."""
     await parts.worker.attached.wait()
     on_ready(server.address)
     while True:
@@ -168,21 +157,13 @@ async def _expire(parts: Parts) -> None:
 
 
 def _compose(parts: Parts) -> list[Service]:
-    """Makes the roles, and the services that this worker's roles need."""
     config, loaded, counts = parts.config, parts.loaded, parts.counts
     check_books = parts.pool.check_integrity
     services = [service(worker_pb2_grpc.add_WorkerServicer_to_server, parts.worker, "Worker")]
     if "decode" in config.roles:
         decode = _decode_role(parts)
         transfer = TransferService(
-            decode,
-            parts.streams,
-            parts.worker,
-            parts.process,
-            config.lease_s,
-            counts,
-            config.checksums,
-            config.tcp_tls,
+            decode, parts.streams, parts.worker, parts.process, config.lease_s, counts, config.checksums, config.tcp_tls
         )
         check_books = decode.ledger.check_integrity
         services.append(service(transfer_pb2_grpc.add_TransferServicer_to_server, transfer, "Transfer"))
@@ -196,9 +177,7 @@ def _compose(parts: Parts) -> list[Service]:
         parts.worker.add_handler(role)
     parts.worker.add_handler(CacheEvents(parts.pool, counts))
     sizes = Sizes(loaded.memory.bytes, loaded.weight_bytes)
-    admin = WorkerAdmin(
-        parts.process, config.roles, parts.pool, sizes, parts.live, check_books, counts, parts.senders
-    )  # fmt: skip
+    admin = WorkerAdmin(parts.process, config.roles, parts.pool, sizes, parts.live, check_books, counts, parts.senders)
     services.append(service(admin_pb2_grpc.add_AdminServicer_to_server, admin, "Admin"))
     return services
 

@@ -1,12 +1,11 @@
-"""The Admin service of a worker: what it holds, and whether its books balance."""
+"""The Admin service of a worker: its pool and counts, and whether its books balance."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from baton import errors
 from baton.config import RoleName
@@ -20,17 +19,14 @@ from baton.worker.sending.senders import Senders
 from kvtransfer.blocks.pool import BlockPool, PoolCorrupt
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Bytes of what a worker allocates at start and keeps."""
+class Sizes(NamedTuple):
+    """Bytes that a worker allocates at start and keeps."""
 
     pool: int
     weights: int
 
 
 class WorkerAdmin(AdminServicer):
-    """Serves `Admin` on a worker."""
-
     def __init__(
         self,
         process: ProcessRef,
@@ -42,17 +38,15 @@ class WorkerAdmin(AdminServicer):
         counts: Counts,
         senders: Senders | None = None,
     ) -> None:
-        """`check_books` raises PoolCorrupt where the pool and the ledgers over it do not add up; `senders` are those of
-        a worker that hands over."""
+        """`check_books` raises PoolCorrupt where the pool and the ledgers over it do not add up; only a prefill worker
+        has `senders`."""
         self._process, self._roles, self._pool, self._live, self._counts = process, roles, pool, live, counts
         self._sizes, self._check_books, self._senders = sizes, check_books, senders
 
     async def ListWorkers(self, request: wire.ListWorkersRequest, context: Any) -> wire.ListWorkersResponse:
-        """Only a router knows the workers."""
         await abort(context, errors.Unimplemented("", "ask the router for its workers"))
 
     async def Explain(self, request: wire.ExplainRequest, context: Any) -> wire.ExplainResponse:
-        """Only a router places requests."""
         await abort(context, errors.Unimplemented("", "ask the router why a request went where it did"))
 
     async def GetStatus(self, request: wire.GetStatusRequest, context: Any) -> wire.GetStatusResponse:

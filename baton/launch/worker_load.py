@@ -1,4 +1,4 @@
-"""What takes long when a worker starts: CPUs, the model card, the pool's memory, the weights."""
+"""The slow part of a worker's start: CPUs, the model card, the pool's memory, the weights."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that is ready to compute over `memory`. `kernels` says what computes, for logs; `measured`
-    are steps of its self-measurement, in seconds."""
+    """A model that is ready to compute over `memory`. `kernels` is for logs; `measured` are the steps of its
+    self-measurement, with their seconds."""
 
     card: LocalCard
     engine: Engine
@@ -97,27 +97,17 @@ def _computing(config: WorkerConfig) -> Loaded:
     description = describe(resolve(config.model), config.dtype, device, config.kv_dtype)
     layout = description.card.kv_layout
     blocks = layout.blocks_for(config.pool_tokens)
-    memory: PoolMemory | DevicePool
-    if device == "cpu":
-        memory = PoolMemory(layout, blocks)
-        engine = load_engine(
-            description,
-            device=device,
-            buffer=memory.buffer,
-            kernels=config.kernels,
-            weights=config.weights,
-            deterministic=config.deterministic,
-        )
-    else:
-        engine = load_engine(
-            description,
-            device=device,
-            blocks=blocks,
-            kernels=config.kernels,
-            weights=config.weights,
-            deterministic=config.deterministic,
-        )
-        memory = DevicePool(layout, blocks, engine.pool.blocks.data_ptr())
+    host = PoolMemory(layout, blocks) if device == "cpu" else None
+    engine = load_engine(
+        description,
+        device=device,
+        buffer=None if host is None else host.buffer,
+        blocks=blocks if host is None else None,
+        kernels=config.kernels,
+        weights=config.weights,
+        deterministic=config.deterministic,
+    )
+    memory = DevicePool(layout, blocks, engine.pool.blocks.data_ptr()) if host is None else host
     engine.warm_up()
     measured = tuple(measure(engine, memory.blocks, description.config.context_tokens))
     card = description.card
@@ -128,7 +118,7 @@ def _computing(config: WorkerConfig) -> Loaded:
 
 
 def block_copy(kernels: KernelChoice) -> BlockCopy:
-    """The kernels' copy where they are in use, else the plain one; which of them computes is in the log."""
+    """The kernels' copy where they are in use, else the plain one."""
     from baton.engine.native.build import NativeUnavailable
     from baton.engine.native.library import load as load_library
 

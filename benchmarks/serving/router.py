@@ -33,7 +33,7 @@ from kvtransfer.blocks.prefix import block_digests
 from router.app import Router
 from router.workers.worker import Worker
 from tests.router.crowd import crowd
-from tests.router.doubles import EOS
+from tests.router.tiny_model import EOS
 
 PLACE_US, TOKEN_US = 200.0, 40.0
 WORKERS, PLACED = 32, 400  # workers of each role

@@ -36,7 +36,6 @@ from router.requests.attempt import Attempt
 from router.requests.commands import Commands
 from router.requests.placer import Admitted, Placer
 from router.text.detokenisation import OutputText
-from router.workers.ledger import Reported
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
 from router.workers.served_model import ServedModel
@@ -190,7 +189,7 @@ class ReplicaWorker:
         seen.prefill.reported(self.queue.tokens + sum(served.uncomputed for served in self.started.values()))
         held = sum(served.demand.blocks for served in self.residents.values())
         tokens = sum(len(served.sequence.tokens) for served in self.residents.values() if served.sequence)
-        seen.decode.reported(Reported(BLOCKS - held, tokens))
+        seen.decode.reported(BLOCKS - held, tokens)
 
 
 class Replica:

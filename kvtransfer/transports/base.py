@@ -64,32 +64,31 @@ class ReceiverEvents(Protocol):
 
 
 class Receiver(Protocol):
-    """Takes writes into one pool, which must outlive it. All methods may be called from any thread."""
+    """Takes writes into one pool, which must outlive it. All methods may be called from any thread. `kind` is the
+    name in the handshake, as `shm`."""
 
     @property
-    def kind(self) -> str:
-        """As in the handshake: `shm`, `tcp`."""
-
+    def kind(self) -> str: ...
     @property
     def revoke_proves(self) -> bool:
         """Whether `revoke` is always followed by `revoked`. If not, the writer's Closed is the proof."""
 
     def endpoint(self) -> str:
-        """Where a writer connects to."""
+        """The address that writers connect to."""
 
     def admit(self, ticket: Ticket) -> None:
         """Accept writes under this ticket from now on; called before the grant is sent. The newest of a key counts."""
 
     def revoke(self, key: HandoffKey) -> None:
         """Accept no more writes under this key. Does not block; `revoked` comes from another thread, also for a key
-        that is not admitted. To be called on every abort, and when the sequence is resident."""
+        that is not admitted. Called on every abort, and when the sequence is resident."""
 
     def close(self) -> None:
         """End all threads and connections and free every descriptor and mapping. Idempotent."""
 
 
 class Channel(Protocol):
-    """The way into one receiver. One thread at a time uses it; `close` may come from any."""
+    """A connection to one receiver, for one thread at a time; `close` may come from any."""
 
     def write(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> WriteReceipt:
         """Copy blocks, and return when the receiver has them in place and knows it.
@@ -101,20 +100,19 @@ class Channel(Protocol):
         """
 
     def close(self) -> None:
-        """Free what the channel holds; a `write` under way ends with `PeerClosed`. Idempotent."""
+        """Free the channel's resources; a `write` under way ends with `PeerClosed`. Idempotent."""
 
 
 class Writer(Protocol):
     """Writes from one pool, which must outlive it. All methods may be called from any thread."""
 
     @property
-    def kind(self) -> str:
-        """As in the handshake: `shm`, `tcp`."""
+    def kind(self) -> str: ...
 
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> Channel:
         """A channel to the receiver `peer`, which the caller closes; blocks. Raises `PeerClosed`, `DeadlineExceeded`,
         or `Mismatch` where block sizes or options differ."""
 
     def close(self) -> None:
-        """End what the writer holds beside its channels. Idempotent. Most kinds hold nothing, and inherit this."""
+        """Free resources other than channels. Idempotent. Most kinds hold none, and inherit this."""
         return

@@ -1,7 +1,7 @@
-"""One writer's connection as `tcp` and `nixl` have it on the receiver: batches that are checked, filled and answered.
+"""One writer's connection on the receivers of `tcp` and `nixl`: batches are checked, filled and answered.
 
     HELLO -> BATCH -> TABLE -> FILLING -> BATCH ...     the blocks' bytes go straight into the granted blocks
-                            -> DRAIN   -> BATCH ...     a refused batch whose bytes come all the same: read and dropped
+                            -> DRAIN   -> BATCH ...     the bytes of a refused batch, read and dropped
 
 A connection needs memory for one table and one bounded scratch buffer, however fast or slow its peer is.
 """
@@ -12,18 +12,19 @@ import socket
 from abc import abstractmethod
 from collections.abc import Callable
 from enum import Enum, auto
+from typing import ClassVar
 
 from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports import wire
 from kvtransfer.transports.base import ReceiverEvents
-from kvtransfer.transports.check import corrupt, intact, refusal
 from kvtransfer.transports.receiver import Broken, WriterConnection
-from kvtransfer.transports.streams import rest
-from kvtransfer.transports.wire import BlockEntry, Flags, Identity, Status
+from kvtransfer.transports.sockets import rest
+from kvtransfer.transports.wire import BlockEntry, Flags, Identity, Status, corrupt, intact, refusal
 
-TURN_BYTES = 16 * 2**20  # then the others have their turn
+TURN_BYTES = 16 * 2**20
+"""Read from one connection before the others have their turn."""
 
 
 class BatchPhase(Enum):
@@ -36,9 +37,13 @@ class BatchPhase(Enum):
 
 
 class BatchConnection(WriterConnection):
-    """`find` gives the ticket that is admitted for a key. `incarnation` is the writer's, where it has to name it."""
+    """`find` gives the ticket that is admitted for a key. `incarnation` is the writer's, where it has to name it.
+    `HELLO_BYTES` is the size of the first message."""
 
+    HELLO_BYTES: ClassVar[int]
     incarnation: str | None = None
+    _vectors: list[memoryview]
+    _step: Callable[[], None]
 
     def __init__(
         self,
@@ -47,7 +52,6 @@ class BatchConnection(WriterConnection):
         flags: Flags,
         events: ReceiverEvents,
         find: Callable[[HandoffKey], Ticket | None],
-        hello_bytes: int,
     ) -> None:
         super().__init__(peer)
         self._memory = memory
@@ -56,10 +60,7 @@ class BatchConnection(WriterConnection):
         self._find = find
         self._identity: Identity | None = None
         self._entries: list[BlockEntry] = []
-        self._vectors: list[memoryview] = []
-        self._steps = {BatchPhase.HELLO: self._hello, BatchPhase.BATCH: self._batch, BatchPhase.TABLE: self._table}
-        """Called when all of `_vectors` is filled."""
-        self._expect(BatchPhase.HELLO, hello_bytes)
+        self._expect(BatchPhase.HELLO, self.HELLO_BYTES, self._hello)
 
     @property
     def idle(self) -> bool:
@@ -69,7 +70,6 @@ class BatchConnection(WriterConnection):
         return self.phase is BatchPhase.FILLING and self._identity is not None and self._identity.key == key
 
     def read(self) -> None:
-        """Up to one turn's worth."""
         left = TURN_BYTES
         while left > 0 or self.stream.pending:
             try:
@@ -83,7 +83,7 @@ class BatchConnection(WriterConnection):
             left -= count
             self._vectors = rest(self._vectors, count)
             while not self._vectors:
-                self._steps[self.phase]()
+                self._step()
 
     def close(self) -> None:
         self._vectors = []
@@ -91,28 +91,31 @@ class BatchConnection(WriterConnection):
 
     @abstractmethod
     def _hello(self) -> None:
-        """Answer the first message, and expect the next one."""
+        """Answers the first message, and expects the next one."""
 
     @abstractmethod
     def _granted(self) -> None:
-        """The batch may be written: let its bytes come, and call `_filled` when all are there."""
+        """The batch may be written: lets its bytes come, and calls `_filled` when all are there."""
 
     @abstractmethod
     def _refused(self, why: str) -> None:
-        """The batch may not be written: call `_answer`, once no more bytes of it come."""
+        """The batch may not be written: calls `_answer`, once no more bytes of it come."""
 
-    def _expect(self, phase: BatchPhase, size: int) -> None:
-        """Go to `phase`, whose message has so many bytes."""
-        self.phase = phase
+    def _expect(self, phase: BatchPhase, size: int, step: Callable[[], None]) -> None:
+        """Goes to `phase`, whose message has `size` bytes."""
         self._message = bytearray(size)
-        self._vectors = [memoryview(self._message)]
+        self._fill(phase, [memoryview(self._message)], step)
+
+    def _fill(self, phase: BatchPhase, vectors: list[memoryview], step: Callable[[], None]) -> None:
+        """Goes to `phase`, which ends with `step` once all of `vectors` is filled."""
+        self.phase, self._vectors, self._step = phase, vectors, step
 
     def _batch(self) -> None:
         magic, count = wire.PREFIX.unpack_from(self._message)
         if magic != wire.BATCH_MAGIC or not 1 <= count <= wire.MAX_COUNT:
             raise Broken("not a batch")
         self._identity = wire.unpack_identity(self._message, wire.PREFIX.size)
-        self._expect(BatchPhase.TABLE, count * wire.ENTRY.size)
+        self._expect(BatchPhase.TABLE, count * wire.ENTRY.size, self._table)
 
     def _table(self) -> None:
         assert self._identity is not None
@@ -138,7 +141,9 @@ class BatchConnection(WriterConnection):
         self._answer(Status.OK)
 
     def _answer(self, status: Status, text: str = "") -> None:
-        """The end of a batch."""
         self.send(wire.pack_ack(status, text))
         self._identity, self._entries = None, []
-        self._expect(BatchPhase.BATCH, wire.BATCH_BYTES)
+        self._next_batch()
+
+    def _next_batch(self) -> None:
+        self._expect(BatchPhase.BATCH, wire.BATCH_BYTES, self._batch)

@@ -1,4 +1,4 @@
-"""The part that all channels have in common: one write at a time, which an error or a close ends."""
+"""The common part of all channels: one write at a time, which an error or a close ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from baton.errors import BatonError, ChecksumMismatch, PeerClosed, WriteRefused
 from baton.spec import ProcessRef
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import BlockMemory, WriteReceipt
-from kvtransfer.transports.check import plan
 
 
 class BlockChannel(ABC):
@@ -28,7 +27,7 @@ class BlockChannel(ABC):
 
     def write(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> WriteReceipt:
         started = time.monotonic()
-        plan(ticket, moves, self._source_blocks)
+        _check(ticket, moves, self._source_blocks)
         with self._busy:
             if self._broken or self._closing:
                 raise PeerClosed(f"the connection to {self._peer.name} is closed")
@@ -61,4 +60,12 @@ class BlockChannel(ABC):
 
     @abstractmethod
     def _free(self) -> None:
-        """Free what the channel holds, with no write under way. Idempotent."""
+        """Free the channel's resources, with no write under way. Idempotent."""
+
+
+def _check(ticket: Ticket, moves: Sequence[BlockMove], source_blocks: int) -> None:
+    """Before anything is sent. Raises `WriteRefused` for a move that its ticket does not allow."""
+    for move in moves:
+        assert 0 <= move.source < source_blocks, f"source block {move.source} of {source_blocks}"
+        if ticket.destination(move.index) != move.destination:
+            raise WriteRefused(f"{ticket.key}: block {move.index} may not go to {move.destination}")

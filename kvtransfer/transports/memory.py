@@ -17,8 +17,7 @@ from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.channel import BlockChannel
-from kvtransfer.transports.check import agree, refusal
-from kvtransfer.transports.wire import Identity
+from kvtransfer.transports.wire import Identity, agree, refusal
 
 
 @dataclass(slots=True)
@@ -39,35 +38,20 @@ class Faults:
 
 
 class MemoryNetwork:
-    """Where the doubles of one process find each other. Thread-safe."""
+    """The doubles of one process. Thread-safe: single operations on a dictionary are atomic."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._receivers: dict[str, MemoryReceiver] = {}
+        self.receivers: dict[str, MemoryReceiver] = {}
+        """By endpoint."""
         self._faults: dict[tuple[str, str], Faults] = {}
 
     def faults(self, writer: str, endpoint: str) -> Faults:
-        """The switchboard of the pair: the writer's incarnation, the receiver's endpoint."""
-        with self._lock:
-            return self._faults.setdefault((writer, endpoint), Faults())
-
-    def listen(self, endpoint: str, receiver: MemoryReceiver) -> None:
-        with self._lock:
-            self._receivers[endpoint] = receiver
-
-    def leave(self, endpoint: str) -> None:
-        with self._lock:
-            self._receivers.pop(endpoint, None)
-
-    def receiver(self, endpoint: str) -> MemoryReceiver | None:
-        with self._lock:
-            return self._receivers.get(endpoint)
+        """Of the pair: the writer's incarnation, the receiver's endpoint."""
+        return self._faults.setdefault((writer, endpoint), Faults())
 
     def writer_died(self, incarnation: str) -> None:
-        """Tell all receivers that this process has ended, as a pidfd would."""
-        with self._lock:
-            receivers = list(self._receivers.values())
-        for receiver in receivers:
+        """Tells all receivers that this process has ended, as a pidfd would."""
+        for receiver in list(self.receivers.values()):
             receiver.writer_died(incarnation)
 
 
@@ -87,7 +71,7 @@ class MemoryReceiver:
         self._tickets: dict[HandoffKey, Ticket] = {}
         self._dead: set[str] = set()
         self.closed = False
-        network.listen(self._endpoint, self)
+        network.receivers[self._endpoint] = self
 
     def endpoint(self) -> str:
         return self._endpoint
@@ -104,10 +88,9 @@ class MemoryReceiver:
     def close(self) -> None:
         with self._lock:
             self.closed = True
-        self._network.leave(self._endpoint)
+        self._network.receivers.pop(self._endpoint, None)
 
     def check(self, ticket: Ticket, moves: Sequence[BlockMove], writer: str) -> str | None:
-        """Why this write is refused; None when it is not."""
         identity = Identity(ticket.key, ticket.generation, ticket.write_token)
         with self._lock:
             return refusal(self._tickets.get(ticket.key), identity, ((m.index, m.destination) for m in moves), writer)
@@ -147,7 +130,7 @@ class MemoryWriter:
         self.closed = False
 
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> MemoryChannel:
-        receiver = self._network.receiver(endpoint)
+        receiver = self._network.receivers.get(endpoint)
         if receiver is None:
             raise PeerClosed(f"{peer.name} does not listen at {endpoint}")
         agree(("block_bytes", self.memory.layout.block_bytes, receiver.memory.layout.block_bytes))

@@ -101,7 +101,7 @@ class Reactor:
             self._deadlines.grant(fd, time.monotonic(), seconds)
 
     def forget(self, fd: int) -> None:
-        """Watch `fd` no longer; to be called before it is closed."""
+        """Stops watching `fd`; called before it is closed."""
         self._polls.pop(fd, None)
         if self._watched.pop(fd, None) is not None:
             self._deadlines.drop(fd)
@@ -118,7 +118,7 @@ class Reactor:
                 os.close(self._wake)
 
     def _turn(self) -> bool:
-        """Wait once and serve all that is ready; whether it was the last time."""
+        """Waits once and serves all that is ready; returns whether this turn was the last."""
         soonest = self._deadlines.next_deadline()
         timeout = None if soonest is None else max(0.0, soonest - time.monotonic())
         if self._polls:

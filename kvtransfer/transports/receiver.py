@@ -1,4 +1,4 @@
-"""The part that all receivers over sockets have in common: accept a writer, read it, bound its silence, drop it.
+"""The common part of all receivers over sockets: accept a writer, read it, bound its silence, drop it.
 
 One thread, the reactor's, serves all writers of a receiver and carries out its revokes.
 """
@@ -16,15 +16,14 @@ from baton.spec import HandoffKey
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.reactor import Reactor
-from kvtransfer.transports.sockets import prepare
-from kvtransfer.transports.streams import Stream
+from kvtransfer.transports.sockets import Stream, prepare
 
 MAX_CONNECTIONS = 1024
 log = logging.getLogger(__name__)
 
 
 class Broken(Exception):
-    """The connection is of no more use: the writer left, or does not speak the protocol."""
+    """The writer left, or does not speak the protocol: the connection is to be closed."""
 
 
 class WriterConnection(ABC):
@@ -44,11 +43,23 @@ class WriterConnection(ABC):
 
     @abstractmethod
     def read(self) -> None:
-        """Take all that has arrived. Raises `Broken` when the connection is to be closed."""
+        """Takes all that has arrived. Raises `Broken`."""
 
     def writes(self, key: HandoffKey) -> bool:
         """Whether bytes of this handoff may be on their way, so that only a close stops them."""
         return False
+
+    def receive(self, size: int) -> bytes | None:
+        """Up to `size` bytes that have arrived; None while there are none. Raises `Broken`, also at the end."""
+        try:
+            data = self.socket.recv(size)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise Broken(str(error)) from error
+        if not data:
+            raise Broken("the writer closed the connection")
+        return data
 
     def send(self, data: bytes) -> None:
         """Answers are small, and a writer reads them: one that lets them pile up is `Broken`."""
@@ -129,7 +140,7 @@ class SocketReceiver(ABC, Generic[C]):
         self._reactor.limit(fd, self._stall_s)
 
     def _step(self, connection: C, step: Callable[[], None]) -> None:
-        """Run a step of the connection, which may end it; then bound the time for its writer's next message."""
+        """Runs a step of the connection, which may end it, and bounds the time for its writer's next message."""
         try:
             step()
         except Broken as why:

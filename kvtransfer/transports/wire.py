@@ -1,17 +1,21 @@
-"""Bytes that the transports over sockets share. Little-endian throughout.
+"""Bytes that the transports over sockets share, little-endian throughout, and the checks that all transports share.
 
 A batch is BATCH(magic, count, identity) TABLE[count]; its answer is ACK(status, text).
 """
 
 from __future__ import annotations
 
+import hmac
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from baton.errors import Mismatch
 from baton.spec import HandoffKey
+from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import Ticket
 
 IDENTITY = struct.Struct("<16sIQ16s")
@@ -45,8 +49,6 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockEntry:
-    """One block of a batch's table."""
-
     index: int
     destination: int
     checksum: int
@@ -74,3 +76,42 @@ def unpack_table(data: bytes | bytearray | memoryview) -> list[BlockEntry]:
 def pack_ack(status: Status, text: str = "") -> bytes:
     raw = text.encode()[:MAX_TEXT]
     return ACK.pack(BATCH_MAGIC, status, len(raw)) + raw
+
+
+def refusal(
+    admitted: Ticket | None, identity: Identity, targets: Iterable[tuple[int, int]], writer: str | None = None
+) -> str | None:
+    """The reason to refuse a write, or None. `targets` are (index, destination) of its blocks; `writer` is the
+    incarnation at the other end, where the transport knows it."""
+    if admitted is None:
+        return "no such grant"
+    if admitted.generation != identity.generation:
+        return f"generation {identity.generation}, the grant is of {admitted.generation}"
+    if not hmac.compare_digest(admitted.write_token, identity.write_token):
+        return "wrong write token"
+    if writer is not None and admitted.writer != writer:
+        return "the ticket belongs to another process"
+    wrong = next(((i, block) for i, block in targets if admitted.destination(i) != block), None)
+    return None if wrong is None else f"block {wrong[0]} may not go to {wrong[1]}"
+
+
+def checksum(memory: PoolMemory, block: int, flags: Flags) -> int:
+    """CRC-32 of a block's bytes; 0 without checksums."""
+    return zlib.crc32(memory.block(block)) if Flags.CHECKSUMS in flags else 0
+
+
+def intact(memory: PoolMemory, block: int, sent: int, flags: Flags) -> bool:
+    """Whether a block has the checksum that it was sent with; always without checksums."""
+    return Flags.CHECKSUMS not in flags or zlib.crc32(memory.block(block)) == sent
+
+
+def corrupt(index: int) -> str:
+    """The refusal of a block that is not `intact`."""
+    return f"block {index} arrived with other bytes than were sent"
+
+
+def agree(*options: tuple[str, object, object]) -> None:
+    """Raises `Mismatch` for the first (name, ours, theirs) that differ."""
+    for name, ours, theirs in options:
+        if ours != theirs:
+            raise Mismatch(name, str(ours), str(theirs))

@@ -26,7 +26,7 @@ from router.requests.stream import ClientStream
 from router.requests.table import Requests
 from router.text.tokenisation import Input, tokenise
 from router.workers.prefixes import digests_of
-from router.workers.registry import NOBODY_RETRY_S, Registry
+from router.workers.registry import NO_WORKER_RETRY_S, Registry
 from router.workers.served_model import ServedModel
 
 ABORT_S = 2.0
@@ -99,7 +99,7 @@ class GenerationService:
     async def _tokenise(self, model: ServedModel, given: Input, left_s: float) -> tuple[tuple[int, ...], str]:
         """Raises DeadlineExceeded after `left_s`."""
         if model.language is None:
-            raise Unavailable(f"{model.card.name} is being set up", NOBODY_RETRY_S, "workers")
+            raise Unavailable(f"{model.card.name} is being set up", NO_WORKER_RETRY_S, "workers")
         try:
             async with asyncio.timeout(left_s):
                 ids, text = await tokenise(model.language, given, self._executor)

@@ -20,7 +20,7 @@ from router.placement.policy import Plan, pick_decode, plan
 from router.placement.snapshot import Ask, Demand
 from router.text.detokenisation import OutputText
 from router.workers.prefixes import Prefixes
-from router.workers.registry import NOBODY_RETRY_S
+from router.workers.registry import NO_WORKER_RETRY_S
 from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
 
@@ -97,7 +97,9 @@ class Placer:
         workers = {role: model.usable(role) for role in self.roles}
         for role, there in workers.items():
             if not there:
-                raise Unavailable(f"no {role} worker of {model.card.name} is there", NOBODY_RETRY_S, f"{role}_workers")
+                raise Unavailable(
+                    f"no {role} worker of {model.card.name} is there", NO_WORKER_RETRY_S, f"{role}_workers"
+                )
         now = self.clock()
         blocks = model.card.kv_layout.blocks_for(len(request.spec.prompt))
         needed: dict[RoleName, int] = {"prefill": blocks, "decode": request.demand.blocks}

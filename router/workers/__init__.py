@@ -1,1 +1,1 @@
-"""The workers: registration, links, ledgers of what was placed, cached prefixes."""
+"""The workers: registration, links, ledgers of placed work, cached prefixes."""

@@ -20,18 +20,15 @@ CACHE_LIMIT_BYTES = 32 * 1024 * 1024
 
 
 class ArtifactStore:
-    """Artifacts by SHA-256 (hexadecimal), the least recently used dropped first."""
+    """Artifacts by SHA-256 (hexadecimal); drops the least recently used first."""
 
     def __init__(self, limit_bytes: int = CACHE_LIMIT_BYTES) -> None:
         self._limit = limit_bytes
         self._kept: OrderedDict[str, bytes] = OrderedDict()
 
     async def get(self, sha256: str, address: str) -> bytes:
-        """From the cache, or from the worker at `address`.
-
-        Raises Mismatch when other bytes came than were announced, ResourceExhausted when they are too many, and
-        Unavailable when they did not come in time.
-        """
+        """From the cache, or from the worker at `address`. Raises Mismatch for bytes with another digest,
+        ResourceExhausted for too many bytes, and Unavailable when they did not come in time."""
         if sha256 in self._kept:
             self._kept.move_to_end(sha256)
             return self._kept[sha256]

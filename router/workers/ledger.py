@@ -1,7 +1,7 @@
-"""What this router has put on each worker, between and beyond the workers' own reports.
+"""The load that this router has placed on each worker, combined with the workers' own reports.
 
-A report is some moments old. What was placed since is not in it, so each ledger keeps its own books by attempt, and
-remembers of the last report only what is *not* in them: other routers' work, and growth.
+A report is a little old and lacks the newest placements. So each ledger keeps its own books by attempt, and of the
+last report only the excess over them: other routers' work, and growth.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from baton.spec import AttemptKey
 from router.placement.snapshot import Demand, Queued
 
 NEARLY_DONE = 0.1
-"""Of a prompt's predicted work, what is assumed to be left of it at the least."""
+"""The least share of a prompt's predicted work that is assumed to be left."""
 
 
 @dataclass(slots=True)
@@ -28,28 +28,28 @@ class _Prompt:
 class PrefillLedger:
     """Prompts placed on a worker and not computed yet: their tokens, and their work in order of rank.
 
-    A worker computes one prompt after the other, the most urgent of those that it has started: all time between two
-    pieces of news goes into that one.
+    A worker computes one prompt at a time, the most urgent of those that it has started: the time between two calls
+    counts for that one.
     """
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
-        """`changed` is called whenever what is placed has changed."""
+        """`changed` is called after each change of the placed work."""
         self._changed = changed
         self._prompts: dict[AttemptKey, _Prompt] = {}
         self._order: list[tuple[float, AttemptKey]] = []
         self._total = 0
         self._foreign = 0
         self.queued_tokens = 0
-        """Ours, and what the worker last reported beyond ours."""
+        """Ours, and the excess in the worker's last report."""
         self.work_s = 0.0
-        """Predicted work of all that was placed and is not computed: what is left of it, or a little more."""
+        """Predicted seconds of all prompts that are not computed yet; an upper bound of the work that is left."""
         self._at = 0.0
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def place(self, attempt: AttemptKey, tokens: int, queued: Queued | None = None) -> None:
-        """A prompt is on its way there; `queued` where its work can be predicted."""
+        """A prompt is on its way to the worker; `queued` where its work can be predicted."""
         assert attempt not in self._prompts, "an attempt is placed once"
         known = queued or Queued(0.0, 0.0)
         self._prompts[attempt] = _Prompt(tokens, known, known.seconds)
@@ -58,14 +58,14 @@ class PrefillLedger:
         self.work_s += known.seconds
 
     def started(self, attempt: AttemptKey, now: float) -> None:
-        """The worker computes it from now on."""
+        """The worker computes the prompt from now on."""
         prompt = self._prompts.get(attempt)
         if prompt is not None and not prompt.computing:
             self._pass(now)
             prompt.computing = True
 
     def release(self, attempt: AttemptKey, now: float) -> None:
-        """It is computed, or given up. Idempotent."""
+        """The prompt is computed, or given up. Idempotent."""
         if attempt not in self._prompts:
             return
         self._pass(now)
@@ -75,13 +75,13 @@ class PrefillLedger:
         del self._order[bisect.bisect_left(self._order, (prompt.queued.rank, attempt))]
 
     def queue(self, now: float) -> list[Queued]:
-        """What is left to do, in order of rank. What takes longer than predicted is taken to be nearly done."""
+        """The work that is left, in order of rank. A prompt that takes longer than predicted counts as nearly done."""
         self._pass(now)
         found, under_way = [], True
         for _, attempt in self._order:
             prompt = self._prompts[attempt]
             rank, seconds, due_at, chunk_s = prompt.queued
-            if prompt.computing:  # nobody can make it start too late any more
+            if prompt.computing:  # it has started, so its latest start no longer matters
                 under_way_s = _left_of_chunk(seconds, prompt.left_s, chunk_s) if under_way else 0.0
                 found.append(Queued(rank, prompt.left_s, None, under_way_s))
                 under_way = False
@@ -90,12 +90,11 @@ class PrefillLedger:
         return found
 
     def reported(self, waiting_tokens: int) -> None:
-        """The worker's own count, now."""
         self._foreign = max(0, waiting_tokens - self._total)
         self._count(0)
 
     def check_integrity(self) -> None:
-        """The total is the sum of its parts, and everything has its place in the order."""
+        """The total is the sum of its parts, and each prompt has its place in the order."""
         assert self._total == sum(prompt.tokens for prompt in self._prompts.values())
         assert self.queued_tokens == self._total + self._foreign
         assert sorted(attempt for _, attempt in self._order) == sorted(self._prompts)
@@ -106,7 +105,7 @@ class PrefillLedger:
         self._changed()
 
     def _pass(self, now: float) -> None:
-        """Gives the time since the last news to what was computed in it: the next one's turn comes with news."""
+        """Counts the time since the last call for the prompt that was computed in it."""
         passed, self._at = now - self._at, now
         for _, attempt in self._order:
             first = self._prompts[attempt]
@@ -116,29 +115,19 @@ class PrefillLedger:
 
 
 def _left_of_chunk(seconds: float, left_s: float, chunk_s: float) -> float:
-    """Of the chunk that is being computed, of a prompt's so many seconds in chunks of `chunk_s`."""
+    """Seconds left of the current chunk, of a prompt of `seconds` in chunks of `chunk_s`."""
     done = seconds - left_s
     return min(left_s, chunk_s - done % chunk_s) if chunk_s > 0 else left_s
-
-
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """The part of a decode worker's report that placement needs. `free_blocks` includes what can be evicted, and what
-    is granted to sequences that are not resident yet."""
-
-    free_blocks: int
-    resident_tokens: int
 
 
 class DecodeLedger:
     """Sequences bound to a decode worker: their blocks, and the tokens known when they were bound.
 
-    Bound blocks count as taken until a report that came after the sequence was resident: only that one surely
-    includes them.
+    Bound blocks count as taken until a report that came after the sequence was resident, which surely includes them.
     """
 
     def __init__(self, capacity_blocks: int, changed: Callable[[], None] = lambda: None) -> None:
-        """`changed` is called whenever what is bound or reported has changed."""
+        """`changed` is called after each change of the bound or reported work."""
         self._changed = changed
         self._capacity = capacity_blocks
         self._demands: dict[AttemptKey, Demand] = {}
@@ -149,28 +138,28 @@ class DecodeLedger:
         self._total_tokens = 0
         self._beyond = 0
         self.tokens = 0
-        """In its KV: those of bound prompts, and what the last report had beyond those."""
+        """In the worker's KV: those of bound prompts, and the excess in the last report."""
         self.strictest_s: float | None = None
-        """The least objective per token among what is bound, in seconds."""
-        self._report: Reported | None = None
+        """The least objective per token of the bound sequences, in seconds."""
+        self._reported_free: int | None = None
 
     def __len__(self) -> int:
         return len(self._demands)
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody holds and that were promised to nobody; may be negative for a moment."""
-        if self._report is None:
+        """Blocks that are neither held nor promised; may be negative for a moment."""
+        if self._reported_free is None:
             return self._capacity - self._total_blocks
-        return self._report.free_blocks - self._unreported_blocks
+        return self._reported_free - self._unreported_blocks
 
     @property
     def mean_blocks(self) -> float:
-        """Of what is bound."""
+        """Per bound sequence; 0 without any."""
         return self._total_blocks / len(self._demands) if self._demands else 0.0
 
     def bind(self, attempt: AttemptKey, demand: Demand, tpot_s: float | None = None) -> None:
-        """A sequence is to go there, with its objective per token."""
+        """`tpot_s` is the sequence's objective per token."""
         assert attempt not in self._demands, "an attempt is bound to one worker at a time"
         self._demands[attempt] = demand
         if tpot_s is not None:
@@ -182,12 +171,12 @@ class DecodeLedger:
         self._count(demand.tokens)
 
     def resident(self, attempt: AttemptKey) -> None:
-        """It has arrived: the next report includes it."""
+        """The sequence has arrived: the next report includes it."""
         if attempt in self._unreported:
             self._unreported[attempt] = True
 
     def release(self, attempt: AttemptKey) -> None:
-        """It is over, or went elsewhere. Idempotent."""
+        """The sequence is over, or went elsewhere. Idempotent."""
         demand = self._demands.pop(attempt, None)
         if demand is None:
             return
@@ -198,14 +187,14 @@ class DecodeLedger:
         if self._unreported.pop(attempt, None) is not None:
             self._unreported_blocks -= demand.blocks
 
-    def reported(self, report: Reported) -> None:
-        """The worker's own books, now."""
-        self._report = report
+    def reported(self, free_blocks: int, resident_tokens: int) -> None:
+        """`free_blocks` includes blocks that can be evicted, and those granted to sequences not resident yet."""
+        self._reported_free = free_blocks
         for attempt in [attempt for attempt, resident in self._unreported.items() if resident]:
             del self._unreported[attempt]
             self._unreported_blocks -= self._demands[attempt].blocks
         expected = self._total_tokens - sum(self._demands[attempt].tokens for attempt in self._unreported)
-        self._beyond = max(0, report.resident_tokens - expected)
+        self._beyond = max(0, resident_tokens - expected)
         self._count(0)
 
     def _count(self, tokens: int) -> None:
@@ -214,7 +203,6 @@ class DecodeLedger:
         self._changed()
 
     def check_integrity(self) -> None:
-        """The totals are the sums of their parts."""
         assert self.tokens == self._total_tokens + self._beyond
         assert self._objectives.keys() <= self._demands.keys()
         assert self.strictest_s == min(self._objectives.values(), default=None)

@@ -2,9 +2,9 @@
 
     CONNECTING -> ATTACHED <-> BROKEN -> LOST | CLOSED
 
-A broken stream is taken up again within the grace time: nothing is lost and nobody notices. The worker is LOST at once
-when nobody listens at its address any more, when another incarnation answers, or when it does not know the session any
-more; else when the grace time is over. LOST and CLOSED are final.
+A broken stream is taken up again within the grace time, and nothing is lost. The worker is LOST at once when its
+address refuses connections, when another incarnation answers, or when it no longer knows the session; else when the
+grace time is over. LOST and CLOSED are final.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ log = structlog.get_logger(__name__)
 
 
 class Gone(Exception):
-    """The worker is lost; no use in trying again."""
+    """The worker is lost; another try is of no use."""
 
 
 class WorkerLink:
     """Sends commands to a worker and hands its events to `on_event`, in order and each once, across broken streams.
-    None stands for an event that only a newer worker could mean.
+    An event of a kind that is unknown here is None.
 
     `on_state` is called when the stream comes up or breaks; `on_lost(reason)` once, unless `close` came first. All
     callbacks run on the event loop and must not raise.
@@ -63,18 +63,17 @@ class WorkerLink:
             wire.RouterFrame, wire.WorkerFrame, worker.name, lambda frame: on_event(event_from_frame(frame))
         )
         self._session_id = str(uuid.uuid4())
-        self._known = False  # the worker has taken up this session before
+        self._known = False  # by the worker, which has taken up this session before
         self._overrun = ""
         self._closing = False
         self._call: grpc.aio.StreamStreamCall[wire.RouterFrame, wire.WorkerFrame] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Connects in the background."""
         self._task = asyncio.create_task(self._run(), name=f"link to {self._worker.name}")
 
     def send(self, command: Command) -> None:
-        """Queues a command; it reaches the worker unless that is lost. Never waits."""
+        """Queues a command, which reaches the worker unless that is lost."""
         try:
             self._session.send(command_to_frame(command))
         except ResourceExhausted as error:
@@ -83,7 +82,7 @@ class WorkerLink:
                 self._call.cancel()
 
     async def close(self) -> None:
-        """Ends the stream in order, so that the worker frees at once what is ours; waits a moment for its answer."""
+        """Ends the stream in order, so that the worker frees our sequences at once; waits up to FAREWELL_S for it."""
         self._closing = True
         call, task = self._call, self._task
         if call is not None and self.attached:
@@ -100,22 +99,20 @@ class WorkerLink:
             await asyncio.gather(task, return_exceptions=True)
 
     def abandon(self) -> None:
-        """Ends the stream without a word to `on_lost`, when somebody else found that the worker is lost."""
+        """Ends the stream without a call of `on_lost`: the caller has found that the worker is lost."""
         self._closing = True
         self._session.close()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
 
     async def wait_closed(self) -> None:
-        """After `abandon`: until the connection is given back."""
+        """After `abandon`: until the connection is closed."""
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         try:
             reason = await self._serve()
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             log.error("unexpected error on a worker's stream", worker=self._worker.name, exc_info=error)
             reason = "internal error on its stream"
@@ -126,7 +123,7 @@ class WorkerLink:
             self._on_lost(reason)
 
     async def _serve(self) -> str:
-        """Holds the stream up, again and again; returns why the worker is lost."""
+        """Opens the stream again whenever it breaks; returns why the worker is lost."""
         clock = asyncio.get_running_loop().time
         broken_since = clock()
         while True:
@@ -145,7 +142,7 @@ class WorkerLink:
             await asyncio.sleep(RETRY_S)
 
     async def _connect_once(self) -> Exception | str:
-        """One stream, from its opening to its end; returns what ended it."""
+        """One stream, from its opening to its end; returns its cause."""
         try:
             async with net.open_channel(self._worker.address) as channel:
                 await self._hold(WorkerStub(channel).Attach())
@@ -205,4 +202,4 @@ class WorkerLink:
             async for frame in self._session.outgoing():
                 await call.write(frame)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            call.cancel()  # the reader sees the same end and says why
+            call.cancel()  # the reader sees the same end and reports it

@@ -1,7 +1,7 @@
-"""Which workers hold which blocks, by digest: bounded, and told apart by worker.
+"""Which workers hold which blocks, by digest, within a bound.
 
-A digest's workers are the bits of one integer, so that one walk along a prompt's digests answers for all workers. What
-was used longest ago goes when the index is full, a chain's end before its start.
+A digest's workers are the bits of one integer, so that one walk along a prompt's digests answers for all workers. A
+full index drops the least recently used entries, a chain's end before its start.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ class PrefixIndex(Generic[W]):
         self._digests: list[set[bytes]] = []
 
     def __len__(self) -> int:
-        """Entries, over all workers."""
         return self._entries
 
     def held_by(self, worker: W) -> frozenset[bytes]:
-        """What it is known to hold. A copy, for tests and tools."""
+        """The digests of a worker; a copy, for tests and tools."""
         slot = self._slots.get(worker)
         return frozenset() if slot is None else frozenset(self._digests[slot])
 
     def insert(self, worker: W, digests: Sequence[bytes]) -> int:
-        """The worker holds these, later ones of a chain behind earlier ones; returns how many entries had to go."""
+        """The worker holds these, in the order of their chain; returns the number of entries that were dropped."""
         slot = self._slot(worker)
         bit, held, holders = 1 << slot, self._digests[slot], self._holders
         for digest in reversed(digests):
@@ -48,13 +47,13 @@ class PrefixIndex(Generic[W]):
         return self._shrink()
 
     def evict(self, worker: W, digests: Iterable[bytes]) -> None:
-        """The worker does not hold these any more; unknown ones are skipped."""
+        """The worker no longer holds these; unknown digests are skipped."""
         slot = self._slots.get(worker)
         if slot is not None:
             self._remove(slot, [digest for digest in digests if digest in self._digests[slot]])
 
     def forget(self, worker: W) -> None:
-        """All that is known of it goes. O(its entries). Idempotent."""
+        """Drops all entries of the worker. O(its entries). Idempotent."""
         slot = self._slots.pop(worker, None)
         if slot is not None:
             self._remove(slot, list(self._digests[slot]))
@@ -62,9 +61,9 @@ class PrefixIndex(Generic[W]):
             self._free_slots.append(slot)
 
     def runs(self, digests: Iterable[bytes]) -> dict[W, int]:
-        """How many leading `digests` each worker holds; those that hold none are left out.
+        """How many leading `digests` each worker holds; workers without any are left out.
 
-        Takes no more of them than the longest run and one, and marks the run as used. O(longest run + workers).
+        Consumes one digest more than the longest run, which it marks as used. O(longest run + workers).
         """
         holders, running = self._holders, -1
         found: dict[W, int] = {}
@@ -72,15 +71,12 @@ class PrefixIndex(Generic[W]):
         for digest in digests:
             still = holders.get(digest, 0) & running
             if still != running:
-                if used:
-                    self._note(found, running & ~still, len(used))
-                if not still:
-                    running = 0
-                    break
+                self._note(found, running & ~still if used else 0, len(used))
                 running = still
+                if not still:
+                    break
             used.append(digest)
-        if used and running:
-            self._note(found, running, len(used))
+        self._note(found, running if used else 0, len(used))
         for digest in reversed(used):
             holders.move_to_end(digest)
         return found

@@ -1,7 +1,7 @@
-"""What the router knows of its workers' prefix caches, and how it stays true.
+"""The router's knowledge of its workers' prefix caches, and how it stays true.
 
-A worker tells its whole pool when it is asked to (a sync), and from then on what changes; its events are numbered
-within the sync. Where a number is missing, what was known of that worker is dropped, and it is asked again.
+On request a worker reports its whole pool (a sync), and from then on each change; its events are numbered within the
+sync. Where a number is missing, the entries of that worker are dropped and a new sync is requested.
 """
 
 from __future__ import annotations
@@ -23,65 +23,63 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class NextUpdate:
-    """The number of the update that a worker is to send next."""
+    """The numbers of a worker's next update."""
 
     sync: int = 0
     sequence: int = 0
 
 
 def digests_of(card: ModelCard, tokens: tuple[int, ...], tenant_salt: str) -> Digests:
-    """Those of the complete blocks of `tokens`, made as far as they are asked for; the caller keeps them."""
+    """Of the complete blocks of `tokens`, made lazily; the caller keeps them."""
     return Digests(tokens, card.kv_layout.block_tokens, tenant_salt, card.fingerprint)
 
 
 class Prefixes:
-    """The index, and the feeds that fill it. `limit` bounds its entries; with 0 nothing is asked for or known."""
+    """The index, and the updates that fill it. `limit` bounds its entries; 0 turns it off."""
 
     def __init__(self, limit: int, counts: Counts) -> None:
-        self._index: PrefixIndex[Worker] | None = PrefixIndex(limit) if limit else None
+        self._enabled = limit > 0
+        self._index: PrefixIndex[Worker] = PrefixIndex(max(limit, 1))
         self._counts = counts
         self._expected: dict[Worker, NextUpdate] = {}
 
     def __len__(self) -> int:
         """Entries: blocks, each counted once for every worker that holds it."""
-        return 0 if self._index is None else len(self._index)
+        return len(self._index)
 
     def expects(self, worker: Worker) -> NextUpdate:
-        """Which event of a worker is the next."""
         return self._expected[worker]
 
     def held_by(self, worker: Worker) -> frozenset[bytes]:
-        """The digests that a worker is known to hold. O(their number)."""
-        return frozenset() if self._index is None else self._index.held_by(worker)
+        """As `PrefixIndex.held_by`. O(entries of the worker)."""
+        return self._index.held_by(worker)
 
     def cached_tokens(self, card: ModelCard, known: int, digests: Digests) -> dict[Worker, int]:
-        """Of `known` tokens with these digests, those that each worker need not compute, a multiple of the block;
-        workers without any are left out. The last known token never counts: it is always computed.
+        """How many of `known` tokens with these digests each worker need not compute, a multiple of the block; workers
+        without any are left out. The last known token never counts: it is always computed.
 
-        O(tokens of the longest cached prefix + workers): digests are made only as far as some worker holds them.
+        O(tokens of the longest cached prefix + workers): digests are made only as far as a worker holds them.
         """
-        if self._index is None or not len(self._index):
+        if not len(self._index):
             return {}
         block = card.kv_layout.block_tokens
         usable = usable_prefix(known, known // block, block) // block
         return {worker: run * block for worker, run in self._index.runs(islice(digests, usable)).items()}
 
     def on_joined(self, worker: Worker) -> None:
-        """Asks for all that it holds."""
-        if self._index is not None:
+        """Requests a sync."""
+        if self._enabled:
             self._expected[worker] = NextUpdate()
             self._ask(worker, self._expected[worker])
 
     def on_lost(self, worker: Worker) -> None:
-        """Nothing is known of it any more. Idempotent."""
+        """Drops all entries of the worker. Idempotent."""
         self._expected.pop(worker, None)
-        if self._index is not None:
-            self._index.forget(worker)
+        self._index.forget(worker)
 
     def on_update(self, worker: Worker, events: CacheUpdate) -> None:
-        """What entered and left a worker's cache."""
         expected = self._expected.get(worker)
-        if self._index is None or expected is None or events.sync != expected.sync:
+        if expected is None or events.sync != expected.sync:
             return  # void: sent before the worker heard of this sync
         if events.sequence != expected.sequence:
             self._counts.add("cache_gaps")

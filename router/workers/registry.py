@@ -1,9 +1,9 @@
-"""The workers there are, by their own registration, and the models they serve.
+"""The registered workers, and the models they serve.
 
     register -> JOINING --stream up and artifacts here--> USABLE --lease over, stream lost, replaced, left--> gone
 
-A worker holds a lease that it renews; one timer waits for the earliest lease to end. The first worker of a model
-defines it, and others with the same model name must agree in everything. A model is forgotten with its last worker.
+A worker renews its lease; one timer waits for the earliest lease to end. The first worker of a model defines it, and
+others with the same model name must agree in everything. A model is forgotten with its last worker.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from router.workers.link import WorkerLink
 from router.workers.served_model import ServedModel, check_card
 from router.workers.worker import Registration, Worker
 
-NOBODY_RETRY_S = 1.0
+NO_WORKER_RETRY_S = 1.0
 PROBE_S = 0.25
 LEFT = "it left"
-"""A worker that says goodbye is no cause for alarm."""
+"""The reason of a loss that is logged without a warning."""
 log = structlog.get_logger(__name__)
 
 
 class Registry:
     """Owns the workers, their links and their leases. Lives on one event loop.
 
-    `on_joined(worker)` is called when a worker's stream starts, `on_event(worker, event)` with what it says,
-    `on_lost(worker, reason)` when it is gone (once), `on_change()` whenever what is usable may have changed.
+    `on_joined(worker)` is called before a worker's stream starts, `on_event(worker, event)` for each of its events,
+    `on_lost(worker, reason)` once when it is gone, `on_change()` whenever the set of usable workers may have changed.
     """
 
     def __init__(
@@ -66,40 +66,38 @@ class Registry:
         self._closed = False
 
     def workers(self) -> list[Worker]:
-        """All that hold a lease, by name."""
+        """All that hold a lease, in order of their names."""
         return sorted(self._workers.values(), key=lambda worker: worker.name)
 
     def by_name(self, name: str) -> Worker:
-        """The worker that has this name now; it must exist."""
+        """The name must be in use."""
         return self._workers[name]
 
     def find_model(self, name: str) -> ServedModel:
-        """The model, or the only one where the name is empty. Raises InvalidArgument, or Unavailable without any."""
+        """The only model where the name is empty. Raises InvalidArgument, or Unavailable while there is no model."""
         if not self.models:
-            raise Unavailable("no worker has joined this router", NOBODY_RETRY_S, "workers")
+            raise Unavailable("no worker has joined this router", NO_WORKER_RETRY_S, "workers")
         if not name and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name not in self.models:
             known = ", ".join(sorted(self.models))
-            raise InvalidArgument(
-                "model", f"{name!r} is not served here; models: {known}" if name else f"one of {known}"
-            )
+            why = f"{name!r} is not served here; models: {known}" if name else f"one of {known}"
+            raise InvalidArgument("model", why)
         return self.models[name]
 
     async def register(self, given: Registration) -> Worker:
-        """A worker joins, or confirms that it is there.
+        """A worker joins, or repeats its registration, which renews its lease.
 
-        A new incarnation of a name takes the place of an old one that is gone. Raises InvalidArgument while the old one
-        lives: two that both renew would evict each other for ever. Mismatch when its model differs from that of the
-        same name; Unavailable when the router is closing.
+        A new incarnation of a name replaces one that is gone. Raises InvalidArgument while the old one lives: two that
+        both renew would evict each other for ever. Mismatch when its model differs from that of the same name;
+        Unavailable when the router is closing.
         """
         known = self._workers.get(given.process.name)
         if known is not None and await _lives_beside(known, given):
-            where = known.process.address
-            message = f"{known.name!r} is the name of a live worker at {where}; this one needs another"
-            raise InvalidArgument("worker.name", message)
+            why = f"{known.name!r} is the name of a live worker at {known.process.address}; this one needs another"
+            raise InvalidArgument("worker.name", why)
         if self._closed:
-            raise Unavailable("the router is shutting down", NOBODY_RETRY_S)
+            raise Unavailable("the router is shutting down", NO_WORKER_RETRY_S)
         known = self._workers.get(given.process.name)
         if known is not None and known.registration == given:
             known.lease_until = self._now() + self.lease_s
@@ -112,17 +110,20 @@ class Registry:
         return self._join(given)
 
     def renew(self, process: ProcessRef) -> None:
-        """Extends the lease. Raises NotFound for whom it does not know (any more)."""
-        self._holder(process).lease_until = self._now() + self.lease_s
+        """Extends the lease. Raises NotFound without one."""
+        worker = self._holder(process)
+        if worker is None:
+            raise NotFound(f"{process.name} is not registered here (any more)")
+        worker.lease_until = self._now() + self.lease_s
 
     def deregister(self, process: ProcessRef) -> None:
-        """The worker leaves. Idempotent."""
-        worker = self._workers.get(process.name)
-        if worker is not None and worker.process.incarnation == process.incarnation:
+        """Idempotent."""
+        worker = self._holder(process)
+        if worker is not None:
             self.lose(worker, LEFT)
 
     def lose(self, worker: Worker, reason: str) -> None:
-        """The worker is gone: its place, its lease, its stream, and the model with the last one. Idempotent."""
+        """Removes the worker, its lease and its stream, and a model with its last worker. Idempotent."""
         if worker.lost:
             return
         worker.lost = True
@@ -136,12 +137,12 @@ class Registry:
         self._counts.add("workers_lost")
         worker.link.abandon()
         self._spawn(worker.link.wait_closed(), f"farewell to {worker.name}")
-        model.changed()  # before anybody looks for another
+        model.changed()  # before a request looks for another worker
         self._on_lost(worker, reason)
         self._on_change()
 
     async def close(self) -> None:
-        """Ends all streams in order and forgets everybody."""
+        """Ends all streams in order and forgets all workers."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -205,11 +206,9 @@ class Registry:
         model.changed()
         self._on_change()
 
-    def _holder(self, process: ProcessRef) -> Worker:
+    def _holder(self, process: ProcessRef) -> Worker | None:
         worker = self._workers.get(process.name)
-        if worker is None or worker.process.incarnation != process.incarnation:
-            raise NotFound(f"{process.name} is not registered here (any more)")
-        return worker
+        return worker if worker is not None and worker.process.incarnation == process.incarnation else None
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -222,7 +221,7 @@ class Registry:
             log.error("unexpected error", task=task.get_name(), exc_info=error)
 
     def _arm(self) -> None:
-        """One timer for the earliest lease; a renewal needs no new timer, this one finds it extended."""
+        """One timer for the earliest lease; after a renewal it fires early and is set anew."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -242,10 +241,9 @@ class Registry:
 
 
 async def _lives_beside(known: Worker, given: Registration) -> bool:
-    """Whether `known` is another process, and alive: its stream is up. That of one that has just died may still seem
-    to be, so its address is asked; and who serves at that address now is its successor."""
-    if not known.link.attached or known.process.incarnation == given.process.incarnation:
+    """Whether `known` is another process, and alive. The stream of a process that has just died may still seem to be
+    up, so its address is probed; a new process at the same address is its successor."""
+    old, new = known.process, given.process
+    if not known.link.attached or old.incarnation == new.incarnation or old.address == new.address:
         return False
-    if known.process.address == given.process.address:
-        return False
-    return await net.listens(known.process.address, PROBE_S) and known.link.attached
+    return await net.listens(old.address, PROBE_S) and known.link.attached

@@ -1,9 +1,14 @@
-"""A model while some worker serves it."""
+"""A model while workers serve it, and its workers in the order of their load.
+
+A worker that changes is noted and put in its new place at the next look: a placement costs as much as there were
+changes, not as there are workers.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import bisect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from baton.config import RoleName
@@ -11,13 +16,80 @@ from baton.errors import Mismatch
 from baton.identity import fingerprint_difference
 from baton.model import ModelCard
 from router.text.tokenisation import Language
-from router.workers.ranking import Ranking
 from router.workers.worker import Worker
+
+Key = tuple[float, ...]
+"""The load of a worker, and last its own number."""
+
+
+class Ranking:
+    """Workers of one role; for the event loop only. A later ranking of the same workers and role replaces this."""
+
+    def __init__(self, workers: Sequence[Worker], role: RoleName) -> None:
+        self._workers = workers
+        self._key = _awaited if role == "prefill" else _carried
+        self._numbers = {worker: number for number, worker in enumerate(workers)}
+        self._keys: list[Key] = [(*self._key(worker, 0), number) for number, worker in enumerate(workers)]
+        self._order = sorted(self._keys)
+        self._changed: set[Worker] = set()
+        for worker in workers:
+            worker.watchers[role] = self._changed.add
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def least(
+        self, count: int, cached: Mapping[Worker, int], may: Callable[[Worker], bool] | None = None
+    ) -> list[Worker]:
+        """The `count` least-loaded workers for which `may` is true, the least first. Tokens that are `cached` on a
+        worker are taken off its load.
+
+        O(count + workers in `cached` + workers that changed * log workers), and those passed over.
+        """
+        self._refresh()
+        workers = self._workers
+        saving: list[Key] = []
+        for worker, saved in cached.items():
+            number = self._numbers.get(worker)
+            if number is not None and (may is None or may(worker)):
+                saving.append((*self._key(worker, saved), number))
+        others: list[Key] = []
+        for key in self._order:
+            if len(others) == count:
+                break
+            worker = workers[int(key[-1])]
+            if (not saving or worker not in cached) and (may is None or may(worker)):
+                others.append(key)
+        found = sorted(others + saving)[:count] if saving else others
+        return [workers[int(key[-1])] for key in found]
+
+    def _refresh(self) -> None:
+        order, keys = self._order, self._keys
+        for worker in self._changed:
+            number = self._numbers[worker]
+            key = (*self._key(worker, 0), number)
+            if key != keys[number]:
+                del order[bisect.bisect_left(order, keys[number])]
+                bisect.insort(order, key)
+                keys[number] = key
+        self._changed.clear()
+
+
+def _awaited(worker: Worker, saved: int) -> Key:
+    """Of a prefill worker: its queue; among equals, the one chosen longest ago is first."""
+    ledger, cost = worker.prefill, worker.cost
+    less_s = saved * cost.per_token if saved and cost is not None else 0.0
+    return ledger.work_s - less_s, ledger.queued_tokens - saved, worker.chosen_at
+
+
+def _carried(worker: Worker, saved: int) -> Key:
+    """Of a decode worker: the occupied share of its pool; among equals, the one chosen longest ago is first."""
+    return (worker.decode.tokens - saved) / worker.registration.blocks, worker.chosen_at
 
 
 @dataclass(eq=False, slots=True)
 class ServedModel:
-    """A model while it has workers. `language` is there once some worker has delivered it."""
+    """`language` is None until a worker has delivered it."""
 
     card: ModelCard
     language: Language | None = None
@@ -28,7 +100,7 @@ class ServedModel:
     _rankings: dict[RoleName, Ranking] = field(default_factory=dict)
 
     def usable(self, role: RoleName) -> list[Worker]:
-        """Workers of that role that take new work, by name. Not to be changed: the next caller gets it too."""
+        """Workers of that role that take new work, by name. The list is shared: callers must not change it."""
         found = self._usable.get(role)
         if found is None:
             found = [worker for worker in self.workers if worker.usable and role in worker.registration.roles]
@@ -36,34 +108,28 @@ class ServedModel:
         return found
 
     def changed(self) -> None:
-        """What is usable may be different now."""
+        """Forgets what depends on which workers are usable."""
         self._usable.clear()
         self._rankings.clear()
 
     def ranking(self, role: RoleName) -> Ranking:
-        """The usable ones in the order of what they carry; where there is none, those whose stream is broken but may
-        come back."""
+        """The usable workers; without any, those whose stream is broken but may come back."""
         found = self._rankings.get(role)
         if found is None:
-            found = self._rankings[role] = Ranking(self.usable(role) or self._away(role), role)
+            away = (w for w in self.workers if w.language_ready and not w.lost and role in w.registration.roles)
+            found = self._rankings[role] = Ranking(self.usable(role) or list(away), role)
         return found
-
-    def _away(self, role: RoleName) -> list[Worker]:
-        return [
-            worker
-            for worker in self.workers
-            if worker.language_ready and not worker.lost and role in worker.registration.roles
-        ]
 
 
 def check_card(ours: ModelCard, theirs: ModelCard) -> None:
-    """Raises Mismatch naming the first field in which two workers of one model differ, and both values."""
+    """Raises Mismatch with the first field in which two workers of one model differ, and both values."""
     found = _differences(asdict(ours), asdict(theirs))
-    # The fingerprint covers the rest, so it tells least: another field, if one differs, says what is wrong.
+    # The fingerprint covers the other fields, so that any of them is the better explanation.
     for name, mine, other in sorted(found, key=lambda difference: difference[0] == "fingerprint"):
         if name == "fingerprint":
             name, mine, other = fingerprint_difference(mine, other)
-        raise Mismatch(f"model.{name}", mine, other, _mismatch_text(ours.name, name, mine, other))
+        text = f"model.{name}: {other} differs from {mine}, which the workers here that serve {ours.name} have"
+        raise Mismatch(f"model.{name}", mine, other, text)
 
 
 def _differences(
@@ -79,7 +145,3 @@ def _differences(
 
 def _show(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
-
-
-def _mismatch_text(model: str, field: str, ours: str, theirs: str) -> str:
-    return f"model.{field}: {theirs} differs from {ours}, which the workers here that serve {model} have"

@@ -1,13 +1,11 @@
-"""Where workers join: `baton.v1.Registry`, the edge between its messages and the registry."""
+"""`baton.v1.Registry`: the edge between its messages and the registry."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from baton.errors import BatonError, ConfigError, InvalidArgument, Mismatch
-from baton.model import ModelCard
 from baton.rpc.convert import ROLE_NAMES, card_from_wire, process_from_wire, process_to_wire
 from baton.rpc.net import parse_address
 from baton.rpc.status import abort
@@ -17,36 +15,31 @@ from baton.v1.worker_pb2_grpc import RegistryServicer
 from router.workers.registry import Registry
 from router.workers.worker import Registration
 
-T = TypeVar("T")
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class RegistryService(RegistryServicer):
-    """Registration, renewal and leave of workers."""
-
     def __init__(self, registry: Registry, router: ProcessRef) -> None:
         self._registry, self._router = registry, router
 
     async def Register(self, request: wire.RegisterRequest, context: Any) -> wire.RegisterResponse:
-        """FAILED_PRECONDITION names the field and both values when the model is not that of the others;
-        INVALID_ARGUMENT the name when a live worker has it."""
-
-        async def register() -> wire.RegisterResponse:
+        """FAILED_PRECONDITION, with the field and both values, where the model differs from that of other workers;
+        INVALID_ARGUMENT where a live worker has the name."""
+        try:
             await self._registry.register(read_registration(request))
-            return wire.RegisterResponse(router=process_to_wire(self._router), lease_ms=self._lease_ms)
-
-        return await _answer(register(), context)
+        except BatonError as error:
+            await abort(context, error)
+        return wire.RegisterResponse(router=process_to_wire(self._router), lease_ms=self._lease_ms)
 
     async def Renew(self, request: wire.RenewRequest, context: Any) -> wire.RenewResponse:
         """NOT_FOUND asks the worker to register again."""
-
-        async def renew() -> wire.RenewResponse:
+        try:
             self._registry.renew(process_from_wire(request.worker))
-            return wire.RenewResponse(lease_ms=self._lease_ms, router=process_to_wire(self._router))
-
-        return await _answer(renew(), context)
+        except BatonError as error:
+            await abort(context, error)
+        return wire.RenewResponse(lease_ms=self._lease_ms, router=process_to_wire(self._router))
 
     async def Deregister(self, request: wire.DeregisterRequest, context: Any) -> wire.DeregisterResponse:
-        """Idempotent."""
         self._registry.deregister(process_from_wire(request.worker))
         return wire.DeregisterResponse()
 
@@ -55,59 +48,48 @@ class RegistryService(RegistryServicer):
         return round(self._registry.lease_s * 1e3)
 
 
-async def _answer(work: Coroutine[Any, Any, T], context: Any) -> T:
-    try:
-        return await work
-    except BatonError as error:
-        await abort(context, error)
-
-
 def read_registration(message: wire.RegisterRequest) -> Registration:
-    """Raises InvalidArgument with the path of a field that makes no sense."""
-    process = process_from_wire(message.worker)
-    _require(bool(process.name), "worker.name", "must not be empty")
-    _require(bool(process.incarnation), "worker.incarnation", "must not be empty")
+    """Raises InvalidArgument with the path of the first field that makes no sense."""
+    process, card = process_from_wire(message.worker), message.model
+    empty, one = "must not be empty", "must be at least 1"
+    _require(("worker.name", process.name, empty), ("worker.incarnation", process.incarnation, empty))
     try:
         parse_address(process.address)
     except ConfigError as error:
         raise InvalidArgument("worker.address", str(error)) from None
-    for index, role in enumerate(message.roles):
-        _require(role in ROLE_NAMES, f"roles[{index}]", f"{role} is not a role")
-    _require(bool(message.roles), "roles", "must not be empty")
-    _require(message.capacity.blocks > 0, "capacity.blocks", "must be at least 1")
-    _require(message.capacity.max_sequences > 0, "capacity.max_sequences", "must be at least 1")
+    _require(
+        *((f"roles[{index}]", role in ROLE_NAMES, f"{role} is not a role") for index, role in enumerate(message.roles)),
+        ("roles", message.roles, empty),
+        ("capacity.blocks", message.capacity.blocks, one),
+        ("capacity.max_sequences", message.capacity.max_sequences, one),
+        ("model.name", card.name, empty),
+        ("model.fingerprint", card.fingerprint, empty),
+        ("model.context_tokens", card.context_tokens > 1, "must be at least 2"),
+        ("model.vocabulary_size", card.vocabulary_size, one),
+        ("model.kv_layout.block_tokens", card.kv_layout.block_tokens, one),
+        ("model.tokenizer_sha256", DIGEST.fullmatch(card.tokenizer_sha256), "must be a SHA-256 in hexadecimal"),
+        (
+            "model.chat_template_sha256",
+            not card.chat_template_sha256 or DIGEST.fullmatch(card.chat_template_sha256),
+            "must be a SHA-256 in hexadecimal, or empty",
+        ),
+    )
+    try:
+        model = card_from_wire(card)
+    except Mismatch as error:
+        raise InvalidArgument("model.kv_layout", error.ours) from None
     return Registration(
         process,
         frozenset(ROLE_NAMES[role] for role in message.roles),
-        _read_card(message.model),
+        model,
         message.capacity.blocks,
         message.capacity.max_sequences,
         tuple(message.transports),
     )
 
 
-def _read_card(card: wire.ModelCard) -> ModelCard:
-    _require(bool(card.name), "model.name", "must not be empty")
-    _require(bool(card.fingerprint), "model.fingerprint", "must not be empty")
-    _require(card.context_tokens > 1, "model.context_tokens", "must be at least 2")
-    _require(card.vocabulary_size > 0, "model.vocabulary_size", "must be at least 1")
-    _require(card.kv_layout.block_tokens > 0, "model.kv_layout.block_tokens", "must be at least 1")
-    _require(_is_digest(card.tokenizer_sha256), "model.tokenizer_sha256", "must be a SHA-256 in hexadecimal")
-    _require(
-        not card.chat_template_sha256 or _is_digest(card.chat_template_sha256),
-        "model.chat_template_sha256",
-        "must be a SHA-256 in hexadecimal, or empty",
-    )
-    try:
-        return card_from_wire(card)
-    except Mismatch as error:
-        raise InvalidArgument("model.kv_layout", error.ours) from None
-
-
-def _is_digest(text: str) -> bool:
-    return re.fullmatch("[0-9a-f]{64}", text) is not None
-
-
-def _require(condition: bool, field: str, message: str) -> None:
-    if not condition:
-        raise InvalidArgument(field, message)
+def _require(*rows: tuple[str, object, str]) -> None:
+    """Raises InvalidArgument for the first (field, good, message) that is not good."""
+    for field, good, message in rows:
+        if not good:
+            raise InvalidArgument(field, message)

@@ -1,6 +1,6 @@
-"""A worker as the router sees it: its registration, and what is placed on it.
+"""A worker as the router sees it: its registration, and the load that is placed on it.
 
-JOINING -> USABLE <-> DETACHED -> LOST      the registry owns it; LOST is final, coming back makes a new Worker
+JOINING -> USABLE <-> DETACHED -> LOST      owned by the registry; LOST is final, a worker that returns is a new Worker
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from baton.model import ModelCard
 from baton.spec import ProcessRef
 from router.placement.accuracy import Accuracy
 from router.placement.snapshot import DecodeLoad, PrefillLoad
-from router.workers.ledger import DecodeLedger, PrefillLedger, Reported
+from router.workers.ledger import DecodeLedger, PrefillLedger
 from router.workers.link import WorkerLink
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What a worker says of itself when it joins."""
-
     process: ProcessRef
     roles: frozenset[RoleName]
     card: ModelCard
@@ -47,15 +45,15 @@ class Worker:
     handoffs: HandoffTimes = field(default_factory=HandoffTimes)
     chosen_at: float = 0.0
     probed_at: float | None = None
-    """When a request was last let in to see what it takes, or could first have been."""
+    """When a probe was last admitted, or could first have been."""
     name: str = field(init=False)
     prefill: PrefillLedger = field(init=False)
     decode: DecodeLedger = field(init=False)
     watchers: dict[RoleName, Callable[[Worker], None]] = field(default_factory=dict)
-    """Called, by role, whenever what the worker carries has changed."""
+    """By role: called after each change of the worker's load."""
 
     def __post_init__(self) -> None:
-        self.name = self.registration.process.name  # placement asks for it all the time
+        self.name = self.registration.process.name  # a field, because placement reads it so often
         self.prefill = PrefillLedger(self._changed)
         self.decode = DecodeLedger(self.registration.blocks, self._changed)
 
@@ -76,18 +74,17 @@ class Worker:
         return not self.lost and self.language_ready and self.link.attached
 
     def reported(self, load: LoadReport) -> None:
-        """The worker's freshest account of itself."""
         self.load = load
         if load.cost is not None:
             self.cost, self.chunk_tokens = load.cost, load.chunk_tokens or self.chunk_tokens
         self.prefill.reported(load.waiting_tokens)
-        # What is granted is in the ledger as bound: it would be taken off twice until it is resident.
+        # Granted blocks are in the ledger as bound: they would be taken off twice until the sequence is resident.
         free = load.free_blocks + load.cached_blocks + load.granted_blocks
-        self.decode.reported(Reported(free, load.resident_tokens))
+        self.decode.reported(free, load.resident_tokens)
 
     def keepable(self, tpot_s: float | None) -> float | None:
-        """An objective per token, if a step with one more sequence could keep it: one that nothing could must not count
-        against those who come later."""
+        """The objective per token if a step with one more sequence could keep it, else None: an impossible objective
+        must not count against later requests."""
         if tpot_s is None or self.cost is None or not self.cost.knows_decode:
             return tpot_s
         return tpot_s if self.cost.decode(len(self.decode) + 1, self.decode.tokens) <= tpot_s else None
@@ -97,7 +94,7 @@ class Worker:
             watcher(self)
 
     def prefill_load(self, now: float, cached_tokens: int = 0) -> PrefillLoad:
-        """This worker in a snapshot, for a prompt of which it holds so many tokens."""
+        """This worker in a snapshot, for a prompt of which it holds `cached_tokens`."""
         return PrefillLoad(
             self.name,
             self.prefill.queued_tokens,
@@ -111,7 +108,7 @@ class Worker:
         )
 
     def decode_load(self, now: float, cached_tokens: int = 0) -> DecodeLoad:
-        """This worker in a snapshot, for a prompt of which it holds so many tokens."""
+        """This worker in a snapshot, for a prompt of which it holds `cached_tokens`."""
         decode = self.decode
         return DecodeLoad(
             self.name,

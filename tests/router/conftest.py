@@ -21,7 +21,8 @@ from baton.v1.admin_pb2 import GetStatusRequest, GetStatusResponse
 from baton.v1.admin_pb2_grpc import AdminStub
 from baton.v1.generation_pb2_grpc import GenerationStub
 from router.app import Router
-from tests.router.doubles import EOS, WAIT_S, WorkerDouble, encode
+from tests.router.doubles import WAIT_S, WorkerDouble
+from tests.router.tiny_model import EOS, encode
 
 
 @pytest.fixture(autouse=True)

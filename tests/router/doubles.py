@@ -8,14 +8,11 @@ Ended. Gates stop it at a point until a test opens them; `says` sends any frame 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import cache
 from typing import Any
 
 import grpc
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from baton.config import RoleName
 from baton.rpc import net
@@ -24,68 +21,13 @@ from baton.rpc.link import Session
 from baton.spec import ProcessRef, SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryStub, WorkerServicer, add_WorkerServicer_to_server
+from tests.router.tiny_model import artifacts, card
 
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['content'] == 'forbidden' %}{{ raise_exception('not this') }}{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-EOS = 2
-CONTEXT = 65_536
 WAIT_S = 5.0
 
 
-@cache
-def tokenizer() -> Tokenizer:
-    """A byte-level BPE of 400 tokens; 0, 1 and 2 are special, 2 ends a sequence."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[AddedToken(text, special=True) for text in ("<|end|>", "<|im_start|>", "<|im_end|>")],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(
-        ["the capital of France is Paris", "hello world, this is a test of the stream"] * 9, trainer
-    )
-    return made
-
-
-def encode(text: str) -> list[int]:
-    """The ids of a text."""
-    return list(tokenizer().encode(text, add_special_tokens=False).ids)
-
-
-def artifacts() -> dict[str, bytes]:
-    """What FetchArtifact sends, by SHA-256."""
-    files = [tokenizer().to_str().encode(), TEMPLATE.encode()]
-    return {hashlib.sha256(data).hexdigest(): data for data in files}
-
-
-def card(**changes: Any) -> wire.ModelCard:
-    """The model that all doubles serve."""
-    layout = wire.KvLayout(version=1, block_tokens=16, layers=2, kv_heads=1, head_dim=8, dtype="float32", ranks=1)
-    tokenizer_sha, template_sha = artifacts()
-    fields: dict[str, Any] = {
-        "name": "tiny",
-        "fingerprint": "f" * 32,
-        "context_tokens": CONTEXT,
-        "vocabulary_size": tokenizer().get_vocab_size(),
-        "eos_token_ids": [EOS],
-        "tokenizer_sha256": tokenizer_sha,
-        "chat_template_sha256": template_sha,
-        "kv_layout": layout,
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-    }
-    return wire.ModelCard(**(fields | changes))
-
-
 class WorkerDouble(WorkerServicer):
-    """See the top of this file. `output(spec)` are the tokens it generates."""
+    """`output(spec)` are the tokens that it generates; see the head of this file."""
 
     def __init__(self, name: str, role: RoleName, output: Callable[[SequenceSpec], list[int]], **changes: Any) -> None:
         self.role, self.output = role, output
@@ -114,7 +56,6 @@ class WorkerDouble(WorkerServicer):
     # Its life.
 
     async def start(self) -> None:
-        """Serves."""
         entry = net.service(add_WorkerServicer_to_server, self, "Worker")
         self._server = await net.start_server("127.0.0.1:0", [entry])
         self.process = ProcessRef(self.process.name, self.process.incarnation, self._server.address)
@@ -167,12 +108,10 @@ class WorkerDouble(WorkerServicer):
             await self.reached[name].wait()
 
     def says(self, **body: Any) -> None:
-        """Sends a frame to the router."""
         assert self.session is not None
         self.session.send(wire.WorkerFrame(**body))
 
     def tokens(self, attempt: bytes, position: int, ids: list[int]) -> None:
-        """Sends tokens to the router."""
         self.says(tokens=wire.TokenFrame(runs=[wire.TokenRun(attempt=attempt, position=position, ids=ids)]))
 
     def count(self, body: str) -> int:

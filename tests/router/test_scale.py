@@ -10,7 +10,7 @@ import psutil
 from baton.v1 import generation_pb2 as gen
 from tests.router.conftest import ids_of
 from tests.router.crowd import crowd
-from tests.router.doubles import EOS
+from tests.router.tiny_model import EOS
 
 WORKERS = 32  # of each role
 

@@ -15,11 +15,11 @@ from functools import partial
 from baton.spec import HandoffKey
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import BlockMemory, ReceiverEvents
-from kvtransfer.transports.check import refusal
 from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import RECEIVER, Span
 from kvtransfer.transports.receiver import Broken, WriterConnection
+from kvtransfer.transports.wire import refusal
 
 READ_BYTES = 16 * 1024
 MAX_BATCH_SECONDS = 600.0
@@ -63,14 +63,9 @@ class NcclConnection(WriterConnection):
         return self.batch is None and not self._buffer
 
     def read(self) -> None:
-        try:
-            data = self.socket.recv(READ_BYTES)
-        except BlockingIOError:
+        data = self.receive(READ_BYTES)
+        if data is None:
             return
-        except OSError as error:
-            raise Broken(str(error)) from error
-        if not data:
-            raise Broken("the writer closed the connection")
         self._buffer += data
         try:
             while (message := wire.take_frame(self._buffer)) is not None:
@@ -79,7 +74,7 @@ class NcclConnection(WriterConnection):
             raise Broken(f"the writer sent {error}") from error
 
     def advance(self) -> None:
-        """Go as far as the communicator allows; called after each of its changes. Raises `Broken`."""
+        """Goes as far as the communicator allows; called after each of its changes. Raises `Broken`."""
         if self.link is not None and self.link.failure:
             self._link_failed(self.link)
         if self.link is None and self.batch is not None:
@@ -106,9 +101,7 @@ class NcclConnection(WriterConnection):
 
     def close(self) -> None:
         self.batch = None
-        if self.link is not None:
-            self._issuer.abort(self.link, "the writer is gone")
-            self.link = None
+        self._abort("the writer is gone")
         super().close()
 
     def _take(self, op: wire.NcclOp, body: bytes) -> None:
@@ -121,8 +114,9 @@ class NcclConnection(WriterConnection):
         elif op is wire.NcclOp.SENT:
             self._writer_sent(wire.unpack_number(body)[0])
         elif op is wire.NcclOp.GONE:
-            if wire.unpack_number(body)[0] == self._number:
-                self._writer_aborted()
+            if wire.unpack_number(body)[0] == self._number:  # the writer's end is aborted; it sends the batch again
+                self.batch = None
+                self._abort("the writer ended the communicator")
         else:
             raise Broken(f"a writer sends no {op.name}")
 
@@ -175,25 +169,21 @@ class NcclConnection(WriterConnection):
         self._sent = True
         self.advance()
 
-    def _writer_aborted(self) -> None:
-        """Its end of the communicator is gone; it sends the batch again."""
-        self.batch = None
-        if self.link is not None:
-            self._issuer.abort(self.link, "the writer ended the communicator")
-            self.link = None
-
     def _link_failed(self, link: Link) -> None:
-        """Its batch counts for nothing."""
+        """Nothing of its batch counts."""
         batch, self.batch = self.batch, None
         self._end_link(link.failure)
         if batch is not None:
             self.send(wire.pack_answer(batch.serial, wire.BatchStatus.FAILED, link.failure))
 
     def _end_link(self, why: str) -> None:
-        assert self.link is not None
-        self._issuer.abort(self.link, why)
-        self.link = None
+        self._abort(why)
         self.send(wire.pack_number(wire.NcclOp.GONE, self._number))
+
+    def _abort(self, why: str) -> None:
+        link, self.link = self.link, None
+        if link is not None:
+            self._issuer.abort(link, why)
 
     def _refuse(self, batch: wire.RunBatch, why: str) -> None:
         self.batch = None

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from kvtransfer.transports.nccl.seam import RECEIVER, Communicator, CommunicatorError, Device, Span
@@ -26,24 +27,24 @@ CLOSE_SECONDS = 10.0
 MAX_LINKS = 64
 
 
+@dataclass(eq=False, slots=True)
 class Link:
     """One communicator, as other threads see it. Only the issuing thread changes it, and each field goes one way only,
     so that a late look misses nothing; `changed` is called there after each change."""
 
-    def __init__(self, rank: int, unique_id: bytes, deadline: float, changed: Callable[[Link], None]) -> None:
-        self.rank = rank
-        self.unique_id = unique_id
-        self.deadline = deadline
-        self.changed = changed
-        self.opened = False
-        self.posted = 0
-        """Groups that were issued, and of these `completed` have ended."""
-        self.completed = 0
-        self.failure = ""
-        """Why it was aborted; empty while it is good. `late`: a deadline had passed."""
-        self.late = False
-        self.gone = False
-        """Proof: the abort has returned and the stream is drained."""
+    rank: int
+    unique_id: bytes
+    deadline: float
+    changed: Callable[[Link], None]
+    opened: bool = False
+    posted: int = 0
+    """Groups that were issued; of these `completed` have ended."""
+    completed: int = 0
+    failure: str = ""
+    """Why it was aborted; empty while it is good. `late`: a deadline had passed."""
+    late: bool = False
+    gone: bool = False
+    """Proof: the abort has returned and the stream is drained."""
 
     @property
     def settled(self) -> bool:
@@ -107,7 +108,7 @@ class Issuer:
             pass
 
     def _turn(self) -> bool:
-        """Serve the commands and look once at every link under way; whether to go on."""
+        """Serves the commands and looks once at every link under way; returns whether to go on."""
         with self._changed:
             if not self._commands and self._closing_until is None:
                 self._changed.wait(POLL_SECONDS if self._pending() else None)
@@ -174,7 +175,7 @@ class Issuer:
         link.changed(link)
 
     def _give_up(self, link: Link, error: CommunicatorError) -> None:
-        """There will be no proof: the blocks that wait for it stay in quarantine, and the place stays taken."""
+        """No proof can follow: the blocks that wait for it stay in quarantine, and the link still counts as taken."""
         log.error("nccl: a communicator could not be ended: %s", error)
         self._stuck.add(link)
 

@@ -1,4 +1,4 @@
-"""All that the `nccl` transport needs of NCCL and CUDA: ordering, deadlines and aborts are on this side.
+"""The seam between the `nccl` transport and NCCL with CUDA: ordering, deadlines and aborts are on our side.
 
 A communicator here has two ranks: 0 receives, 1 sends. `library` implements it over the real libraries, `double` over
 unix sockets and host memory, with the same semantics. Both know these rules:

@@ -1,4 +1,4 @@
-"""What goes over the control connection of an `nccl` pair. The blocks' bytes never do.
+"""Messages on the control connection of an `nccl` pair; the blocks go from device to device.
 
 writer    HELLO(version, block bytes, incarnation)  -> WELCOME(version, block bytes); closed where they differ
 writer    BATCH(serial, seconds, identity, runs)    -> ANSWER(serial, REFUSED, why), or
@@ -21,7 +21,6 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from kvtransfer.handoffs.messages import BlockMove, Ticket
-from kvtransfer.transports.nccl.seam import UNIQUE_ID_BYTES
 from kvtransfer.transports.wire import IDENTITY, Identity, pack_identity, unpack_identity
 
 MAGIC = b"BTNC"
@@ -143,10 +142,6 @@ def unpack_number(body: bytes, rest: int = 0) -> tuple[int, bytes]:
     if len(body) != NUMBER.size + rest:
         raise Malformed(f"a number in {len(body)} bytes")
     return NUMBER.unpack_from(body)[0], body[NUMBER.size :]
-
-
-def unpack_pair(body: bytes) -> tuple[int, bytes]:
-    return unpack_number(body, UNIQUE_ID_BYTES)
 
 
 def pack_answer(serial: int, status: BatchStatus, text: str = "") -> bytes:

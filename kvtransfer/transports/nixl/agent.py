@@ -1,9 +1,9 @@
-"""The NIXL library as the transport needs it: an agent with one registered pool, and nothing that writes behind it.
+"""The seam over the NIXL library: an agent with one registered pool, and no writes after its end.
 
 NIXL writes one-sidedly over UCX. Most of UCX's ways end with the agent that they lead to: a network adapter refuses
 writes to memory that is not registered any more, and over sockets or a shared queue the agent's own thread places the
-bytes. Three do not (cma, knem, xpmem): there the writer's kernel writes into this process, whether it still wants that
-or not. So no agent of ours may offer them; a peer can use only what both offer.
+bytes. Three do not (cma, knem, xpmem): there the writer's kernel writes into this process at any time. So no agent of
+ours offers them; a peer can use only ways that both offer.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def available() -> bool:
 
 
 def require() -> None:
-    """Make the library fit to be used. Raises `ConfigError` where the package is missing, or the environment asks for
-    ways of UCX that could not be stopped."""
+    """Restricts the library. Raises `ConfigError` where the package is missing, or the environment asks for ways of UCX
+    that could not be stopped."""
     if not available():
         raise ConfigError("transport: nixl needs the package of that name: install baton[nixl]")
     restrict(os.environ)

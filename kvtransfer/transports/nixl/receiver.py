@@ -9,19 +9,16 @@ nothing asks it for progress, so nothing of that writer can be placed. That is t
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from functools import partial
 
-from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.batches import BatchConnection, BatchPhase
 from kvtransfer.transports.nixl import wire
 from kvtransfer.transports.nixl.agent import NixlAgent, require
 from kvtransfer.transports.receiver import Broken, SocketReceiver
 from kvtransfer.transports.sockets import STALL_SECONDS, listen_on
-from kvtransfer.transports.wire import BATCH_BYTES, Flags, Status, pack_ack
+from kvtransfer.transports.wire import Flags, Status, pack_ack
 
 
 class NixlConnection(BatchConnection):
@@ -30,23 +27,14 @@ class NixlConnection(BatchConnection):
     The agent is asked for progress in FILLING only, and is closed with the connection: after that nothing can come.
     """
 
-    def __init__(
-        self,
-        peer: socket.socket,
-        memory: PoolMemory,
-        flags: Flags,
-        events: ReceiverEvents,
-        find: Callable[[HandoffKey], Ticket | None],
-    ) -> None:
-        super().__init__(peer, memory, flags, events, find, wire.HELLO.size)
-        self._steps |= {BatchPhase.NAME: self._name, BatchPhase.FILLING: self._out_of_turn}
-        self._agent: NixlAgent | None = None
-        self._batches = 0
-        self.polled = False
-        """Whether the reactor asks for progress."""
+    HELLO_BYTES = wire.HELLO.size
+    polled = False
+    """Whether the reactor asks for progress."""
+    _agent: NixlAgent | None = None
+    _batches = 0
 
     def progress(self) -> None:
-        """To be called over and over in FILLING: places bytes, and answers once the write is whole."""
+        """Called over and over in FILLING: places bytes, and answers once the write is whole."""
         assert self._agent is not None
         for notice in self._agent.notices():
             if self.phase is not BatchPhase.FILLING or notice != wire.NOTICE.pack(self._batches):
@@ -68,7 +56,7 @@ class NixlConnection(BatchConnection):
         if (version, flags, block_bytes) != (wire.VERSION, self._flags, mine):
             self.send(wire.pack_welcome(self._flags, mine, 0, 0, b""))  # it sees the difference
             raise Broken("the handshake differs")
-        self._expect(BatchPhase.NAME, length)
+        self._expect(BatchPhase.NAME, length, self._name)
 
     def _name(self) -> None:
         self.incarnation = self._message.decode(errors="replace")
@@ -76,10 +64,10 @@ class NixlConnection(BatchConnection):
         self._agent = NixlAgent(f"receiver of {self.incarnation}", memory)
         pool = (memory.layout.block_bytes, memory.blocks, memory.address)
         self.send(wire.pack_welcome(self._flags, *pool, self._agent.metadata))
-        self._expect(BatchPhase.BATCH, BATCH_BYTES)
+        self._next_batch()
 
     def _granted(self) -> None:
-        self._expect(BatchPhase.FILLING, 1)  # nothing may come here until the write is answered
+        self._expect(BatchPhase.FILLING, 1, self._out_of_turn)  # nothing may come here until the write is answered
         self.send(pack_ack(Status.OK))
 
     def _refused(self, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What goes over the control connection of a NIXL pair; the blocks themselves go from agent to agent.
+"""Messages on the control connection of a NIXL pair; the blocks go from agent to agent.
 
 writer    HELLO(version, flags, block bytes, incarnation)
 receiver  WELCOME(version, flags, block bytes, blocks, address of the pool, agent's metadata)   or differs, and closes

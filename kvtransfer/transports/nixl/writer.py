@@ -13,12 +13,10 @@ from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Writer
 from kvtransfer.transports.channel import BlockChannel
-from kvtransfer.transports.check import agree, checksum
 from kvtransfer.transports.nixl import wire
 from kvtransfer.transports.nixl.agent import NixlAgent, require
-from kvtransfer.transports.sockets import connect_to
-from kvtransfer.transports.streams import Stream, WriterSocket
-from kvtransfer.transports.wire import MAX_COUNT, BlockEntry, Flags, pack_batch
+from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to
+from kvtransfer.transports.wire import MAX_COUNT, BlockEntry, Flags, agree, checksum, pack_batch
 
 ANSWER_SECONDS = 0.0005  # then NIXL is asked for progress again: its notice may need us to be on its way
 

@@ -18,12 +18,10 @@ from contextlib import suppress
 from baton.errors import ConfigError
 from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import ReceiverEvents
-from kvtransfer.transports.check import corrupt, identity_refusal, intact
 from kvtransfer.transports.receiver import Broken, SocketReceiver, WriterConnection
 from kvtransfer.transports.shm import wire
-from kvtransfer.transports.wire import Flags, Status, unpack_identity
+from kvtransfer.transports.wire import Flags, Identity, Status, corrupt, intact, refusal, unpack_identity
 
 SO_PEERPIDFD = 77  # Linux 6.5; not named by Python 3.11
 HELLO_SECONDS = 10.0
@@ -50,15 +48,7 @@ class ShmConnection(WriterConnection):
         return bool(self.incarnation)
 
     def read(self) -> None:
-        while True:
-            try:
-                data = self.socket.recv(wire.MAX_PACKET)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise Broken(str(error)) from error
-            if not data:
-                raise Broken("the writer closed the connection")
+        while (data := self.receive(wire.MAX_PACKET)) is not None:
             self._take(self, data)
 
     def started(self, at: int) -> bool:
@@ -77,7 +67,7 @@ class ShmConnection(WriterConnection):
             raise Broken(str(error)) from error
 
     def take_pidfd(self) -> int:
-        """Hand the pidfd over to the caller."""
+        """The caller owns it."""
         pidfd, self.pidfd = self.pidfd, -1
         return pidfd
 
@@ -115,7 +105,7 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
         (self._request if connection.incarnation else self._hello)(connection, packet)
 
     def _hello(self, connection: ShmConnection, packet: bytes) -> None:
-        """Give the memory to a writer that may have it."""
+        """Gives the memory to a writer that may have it."""
         if len(packet) <= wire.HELLO.size or self._memory.fd is None:
             raise Broken("not a writer of ours")
         magic, version, flags, block_bytes, started = wire.HELLO.unpack_from(packet)
@@ -157,34 +147,31 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
         os.close(pidfd)
 
     def _request(self, connection: ShmConnection, packet: bytes) -> None:
-        """Answer a CLAIM or a DONE."""
+        """Answers a CLAIM or a DONE."""
         if len(packet) < wire.HEAD_BYTES:
             raise Broken("a short request")
         op, body = packet[0], packet[wire.HEAD_BYTES :]
         identity = unpack_identity(packet, wire.OP.size)
-        ticket = self._tickets.get(identity.key)
-        status = Status.REFUSED
-        indices: list[int] = []
-        why = identity_refusal(ticket, identity)
-        if why is None and ticket is not None:
-            if ticket.writer != connection.incarnation:
-                why = "the ticket belongs to another process"
-            elif op == wire.ShmOp.CLAIM:
-                why = None if body == wire.table_digest(ticket) else "other blocks"
-            elif op == wire.ShmOp.DONE:
-                status, why, indices = self._done(ticket, body)
-            else:
-                raise Broken(f"request {op}")
-        if why is not None:
+        status, why, indices = self._judge(connection, op, identity, body)
+        if status is not Status.OK:
             self._events.refused_write(identity.key, why)
-            connection.send(bytes((status,)) + why.encode())
-            return
-        if indices:
+        elif indices:
             self._events.landed(identity.key, identity.generation, indices)
-        connection.send(bytes((Status.OK,)))
+        connection.send(bytes((status,)) + why.encode())
 
-    def _done(self, ticket: Ticket, body: bytes) -> tuple[Status, str | None, list[int]]:
-        """The status and reason of a refusal, if it is one; the indices of the blocks."""
+    def _judge(
+        self, connection: ShmConnection, op: int, identity: Identity, body: bytes
+    ) -> tuple[Status, str, list[int]]:
+        """The status, the reason of a refusal, and the indices of the blocks that are in place."""
+        ticket = self._tickets.get(identity.key)
+        why = refusal(ticket, identity, (), connection.incarnation)
+        if ticket is None or why is not None:
+            return Status.REFUSED, why or "", []
+        if op == wire.ShmOp.CLAIM:
+            same = body == wire.table_digest(ticket)
+            return (Status.OK, "", []) if same else (Status.REFUSED, "other blocks", [])
+        if op != wire.ShmOp.DONE:
+            raise Broken(f"request {op}")
         if len(body) % wire.ENTRY.size:
             return Status.REFUSED, "malformed entries", []
         entries = list(wire.ENTRY.iter_unpack(body))
@@ -194,7 +181,7 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
         for index, checksum in entries:
             if not intact(self._memory, ticket.blocks[index], checksum, self._flags):
                 return Status.CHECKSUM, corrupt(index), []
-        return Status.OK, None, [index for index, _ in entries]
+        return Status.OK, "", [index for index, _ in entries]
 
     def _close_all(self) -> None:
         super()._close_all()

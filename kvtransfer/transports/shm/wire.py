@@ -1,4 +1,4 @@
-"""What goes over the unix socket of a shared-memory pair: one message per packet, one request at a time.
+"""Messages on the unix socket of a shared-memory pair: one message per packet, one request at a time.
 
 writer    HELLO(flags, block bytes, incarnation)     -> WELCOME(flags, blocks, block bytes) with the pool's memfd
 writer    CLAIM(identity, digest of the block table) -> status, text     before the first byte of a ticket
@@ -39,9 +39,7 @@ def table_digest(ticket: Ticket) -> bytes:
 
 
 def start_time(pid: int) -> int:
-    """When the kernel started this process, in its clock ticks; tells it from a later one with the same number.
-
-    Raises `OSError` when there is no such process.
-    """
+    """The start of a process in the kernel's clock ticks, which tells it from a later one with the same number. Raises
+    `OSError` when there is no such process."""
     stat = Path(f"/proc/{pid}/stat").read_text()
     return int(stat.rpartition(")")[2].split()[19])

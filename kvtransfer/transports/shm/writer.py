@@ -19,16 +19,15 @@ from kvtransfer.blocks.memory import SEALS, BlockCopy, PoolMemory, copy_runs
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Writer
 from kvtransfer.transports.channel import BlockChannel
-from kvtransfer.transports.check import agree, checksum
 from kvtransfer.transports.shm import wire
-from kvtransfer.transports.wire import Flags, Status, pack_identity
+from kvtransfer.transports.wire import Flags, Status, agree, checksum, pack_identity
 
 CLAIMS_REMEMBERED = 256
 CALL_BYTES = 32 * 2**20
 
 
 class ShmWriter(Writer):
-    """`memory` may be of any kind. `copy_blocks` is how it is copied. `checksums` must be the same on both sides."""
+    """`memory` may be of any kind. `checksums` must be the same on both sides."""
 
     kind = "shm"
 

@@ -8,40 +8,28 @@ the ticket is gone, and a connection that was in the middle of one of its blocks
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from functools import partial
 
-from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
-from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.batches import BatchConnection, BatchPhase
 from kvtransfer.transports.receiver import Broken, SocketReceiver
 from kvtransfer.transports.sockets import STALL_SECONDS, listen_on
 from kvtransfer.transports.tcp import wire
 from kvtransfer.transports.tcp.tls import CLIENT_HELLO, TlsContexts, TlsStream, tcp_flags
-from kvtransfer.transports.wire import BATCH_BYTES, Flags, Status
+from kvtransfer.transports.wire import Flags, Status
 
 SCRATCH_BYTES = 256 * 1024
 
 
 class TcpConnection(BatchConnection):
-    def __init__(
-        self,
-        peer: socket.socket,
-        tls: TlsContexts | None,
-        memory: PoolMemory,
-        flags: Flags,
-        events: ReceiverEvents,
-        find: Callable[[HandoffKey], Ticket | None],
-    ) -> None:
-        super().__init__(peer, memory, flags, events, find, wire.HELLO.size)
-        self._tls = tls
-        self._why = ""
-        self._steps |= {BatchPhase.FILLING: self._filled, BatchPhase.DRAIN: self._drained}
+    HELLO_BYTES = wire.HELLO.size
+    tls: TlsContexts | None = None
+    """Until the writer's first byte has come."""
 
     def read(self) -> None:
-        if self._tls is not None:
-            self._choose(self._tls)
+        if self.tls is not None:
+            self._choose(self.tls)
         super().read()
 
     def _choose(self, tls: TlsContexts) -> None:
@@ -54,7 +42,7 @@ class TcpConnection(BatchConnection):
             raise Broken(str(error)) from error
         if CLIENT_HELLO.startswith(first):
             self.stream = tls.accept(self.socket)
-        self._tls = None
+        self.tls = None
 
     def _hello(self) -> None:
         magic, version, flags, block_bytes = wire.HELLO.unpack(self._message)
@@ -66,21 +54,18 @@ class TcpConnection(BatchConnection):
         if theirs != (Flags.TLS in self._flags, wire.MAGIC, wire.VERSION, self._flags, mine):
             self.stream.drain()  # bytes left unread would reset the connection, and our answer with it
             raise Broken("the handshake differs")
-        self._expect(BatchPhase.BATCH, BATCH_BYTES)
+        self._next_batch()
 
     def _granted(self) -> None:
-        self.phase = BatchPhase.FILLING
-        self._vectors = [self._memory.block(entry.destination) for entry in self._entries]
+        blocks = [self._memory.block(entry.destination) for entry in self._entries]
+        self._fill(BatchPhase.FILLING, blocks, self._filled)
 
     def _refused(self, why: str) -> None:
         """The bytes come all the same: over and over into the same scratch."""
-        self.phase, self._why = BatchPhase.DRAIN, why
         times, left = divmod(len(self._entries) * self._memory.layout.block_bytes, SCRATCH_BYTES)
         scratch = memoryview(bytearray(SCRATCH_BYTES if times else left))
-        self._vectors = [scratch] * times + [scratch[:left]] * (left > 0)
-
-    def _drained(self) -> None:
-        self._answer(Status.REFUSED, self._why)
+        vectors = [scratch] * times + [scratch[:left]] * (left > 0)
+        self._fill(BatchPhase.DRAIN, vectors, partial(self._answer, Status.REFUSED, why))
 
 
 class TcpReceiver(SocketReceiver[TcpConnection]):
@@ -108,4 +93,6 @@ class TcpReceiver(SocketReceiver[TcpConnection]):
         super().__init__(events, *listen_on(host, port, advertise, advertise_port), stall_s)
 
     def _connection(self, peer: socket.socket) -> TcpConnection:
-        return TcpConnection(peer, self._tls, self._memory, self._flags, self._events, self._tickets.get)
+        connection = TcpConnection(peer, self._memory, self._flags, self._events, self._tickets.get)
+        connection.tls = self._tls
+        return connection

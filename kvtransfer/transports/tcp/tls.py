@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.errors import ConfigError
-from kvtransfer.transports.streams import Stream
+from kvtransfer.transports.sockets import Stream
 from kvtransfer.transports.wire import Flags
 
 CLIENT_HELLO = b"\x16\x03"

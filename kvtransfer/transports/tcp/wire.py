@@ -1,4 +1,4 @@
-"""What goes over a TCP connection of a pair.
+"""Messages on a TCP connection.
 
 writer    HELLO(version, flags, block bytes)     -> HELLO of the receiver; both close it where they differ
 writer    BATCH(identity, count) TABLE[count] and then the blocks' bytes, in the order of the table

@@ -24,6 +24,7 @@ from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer
 from kvtransfer.transports.nccl.receiver import NcclReceiver
 from kvtransfer.transports.nixl.receiver import NixlReceiver
+from kvtransfer.transports.receiver import SocketReceiver
 from kvtransfer.transports.shm.receiver import ShmReceiver
 from kvtransfer.transports.tcp.receiver import TcpReceiver
 from tests.kvtransfer.transports.patterns import fill, pattern
@@ -80,6 +81,7 @@ class Writer(Protocol):
     def connect(self, endpoint: str, seconds: float = GENEROUS) -> None: ...
     def write(self, ticket: Ticket, moves: Sequence[BlockMove], seconds: float = GENEROUS) -> WriteReceipt: ...
     def hammer(self, ticket: Ticket, moves: Sequence[BlockMove]) -> None: ...
+    def hammered(self) -> None: ...
     def kill(self) -> None: ...
     def close(self) -> None: ...
 
@@ -111,6 +113,11 @@ class LocalWriter:
                 self.write(ticket, moves)
 
         self._hammering = self._threads.submit(forever)
+
+    def hammered(self) -> None:
+        """Waits for the error that ends a `hammer`."""
+        assert self._hammering is not None
+        assert self._hammering.exception(GENEROUS) is not None
 
     def kill(self) -> None:
         self.transport.close()
@@ -145,6 +152,10 @@ class ProcessWriter:
 
     def hammer(self, ticket: Ticket, moves: Sequence[BlockMove]) -> None:
         self._put(("hammer", (ticket, _plain(moves))))
+
+    def hammered(self) -> None:
+        """Waits for the error that ends a `hammer`, or for the end of the process."""
+        assert self.process.poll() is not None or isinstance(self.answer(), Exception)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -237,6 +248,22 @@ class Bench:
         if self.kind == "nixl":
             return NixlReceiver(self.memory, self.events, checksums=True)
         return TcpReceiver(self.memory, self.events, checksums=True)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + GENEROUS
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+def settle(receiver: Receiver) -> None:
+    """Waits until the receiver's thread has served all that was ready before this call."""
+    assert isinstance(receiver, SocketReceiver)
+    for _ in range(2):  # the first call may come in the middle of a turn
+        served = threading.Event()
+        assert receiver._reactor.call(served.set)
+        assert served.wait(GENEROUS)
 
 
 def moves(ticket: Ticket, indices: Sequence[int], first_source: int = 0) -> list[BlockMove]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -92,10 +91,3 @@ class Setup:
             side.close()
         self.bench.close()
         self.threads.shutdown()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + GENEROUS
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.005)

@@ -16,8 +16,8 @@ from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import Span
 from kvtransfer.transports.nccl.writer import NcclWriter
-from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, moves
-from tests.kvtransfer.transports.nccl_sides import RECEIVER, Setup, until
+from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, moves, settle, until
+from tests.kvtransfer.transports.nccl_sides import RECEIVER, Setup
 from tests.kvtransfer.transports.patterns import pattern
 
 
@@ -57,8 +57,7 @@ def test_sends_wait_for_what_fills_the_blocks(setup: Setup) -> None:
     channel = side.connect(setup.receiver)
     ticket = setup.bench.ticket(range(4))
     writing = setup.write(channel, ticket, range(4))
-    until(lambda: side.device.opened == 1)
-    time.sleep(0.05)
+    until(lambda: any(link.posted == 1 for link in side.issuer._links))
     assert not any(setup.bench.content(0))
     for block in range(4):
         side.memory.block(block)[:] = pattern(99, block, LAYOUT.block_bytes)  # the engine's work ends only now
@@ -108,6 +107,8 @@ def test_a_stalled_group_ends_at_the_deadline_and_then_nothing_moves(setup: Setu
     channel = side.connect(setup.receiver)
     ticket = setup.bench.ticket(range(8))
     faults = (setup.device if stalled == "receiver" else side.device).faults
+    receiving = setup.bench.issuer
+    assert receiving is not None
     faults.flowing.clear()
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
@@ -117,7 +118,7 @@ def test_a_stalled_group_ends_at_the_deadline_and_then_nothing_moves(setup: Setu
     setup.events.wait(lambda e: e.revocations == [ticket.key])
     faults.flowing.set()
     before = [setup.bench.content(block) for block in range(8)]
-    time.sleep(0.05)
+    until(lambda: not side.issuer._links and not receiving._links)
     assert [setup.bench.content(block) for block in range(8)] == before
     assert setup.events.landings == []
     with pytest.raises(PeerClosed):
@@ -147,13 +148,16 @@ def test_the_proof_waits_until_the_stream_is_drained(setup: Setup) -> None:
     side.device.faults.flowing.clear()
     setup.device.faults.draining.clear()
     writing = setup.write(channel, ticket, range(8))
-    time.sleep(0.1)
+    until(lambda: ticket.key in setup.receiver._writing)
     setup.receiver.revoke(ticket.key)
     setup.receiver.revoke(other.key)  # nothing of it is under way
     with pytest.raises(WriteRefused, match="revoked"):
         writing.result(GENEROUS)
     setup.events.wait(lambda e: e.revocations == [other.key])
-    time.sleep(0.05)
+    receiving = setup.bench.issuer
+    assert receiving is not None
+    until(lambda: any(link.failure for link in receiving._links))
+    settle(setup.receiver)
     assert setup.events.revocations == [other.key]
     setup.device.faults.draining.set()
     setup.events.wait(lambda e: e.revocations == [other.key, ticket.key])

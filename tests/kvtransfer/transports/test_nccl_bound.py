@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from baton.errors import PeerClosed
-from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT
-from tests.kvtransfer.transports.nccl_sides import Setup, Side, until
+from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, until
+from tests.kvtransfer.transports.nccl_sides import Setup, Side
 
 
 def test_a_receiver_refuses_a_pair_past_its_bound_until_another_one_leaves(nothing_left: None) -> None:

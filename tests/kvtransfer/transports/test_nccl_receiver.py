@@ -15,8 +15,8 @@ from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.receiver import NcclReceiver
-from kvtransfer.transports.nccl.seam import SENDER, Span
-from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, moves
+from kvtransfer.transports.nccl.seam import SENDER, UNIQUE_ID_BYTES, Span
+from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, moves, settle, until
 
 SIZE = LAYOUT.block_bytes
 
@@ -43,7 +43,9 @@ class RawWriter:
     def join(self) -> Link:
         op, body = self.take()
         assert op is wire.NcclOp.PAIR
-        return self.issuer.open(SENDER, wire.unpack_pair(body)[1], time.monotonic() + GENEROUS, self._link_changed)
+        return self.issuer.open(
+            SENDER, wire.unpack_number(body, UNIQUE_ID_BYTES)[1], time.monotonic() + GENEROUS, self._link_changed
+        )
 
     def send(self, link: Link, blocks: int) -> None:
         """Post one send of so many blocks, and wait until it has ended."""
@@ -105,13 +107,17 @@ def raw(nccl: Bench) -> Iterator[RawWriter]:
 
 def test_what_the_writer_does_not_vouch_for_never_counts(nccl: Bench, raw: RawWriter) -> None:
     """All bytes have come, but a writer whose deadline passed meanwhile may have changed them."""
+    issuer = nccl.issuer
+    assert issuer is not None
     raw.hello()
     ticket = nccl.ticket([5])
     raw.batch(ticket, [0])
     link = raw.join()
     assert raw.answer()[1] is wire.BatchStatus.READY
     raw.send(link, 1)
-    time.sleep(0.05)
+    until(lambda: nccl.content(5) == b"\7" * SIZE)
+    until(lambda: all(link.settled for link in issuer._links))
+    settle(nccl.receiver)
     assert nccl.content(5) == b"\7" * SIZE
     assert nccl.events.landings == []
     raw.put(wire.pack_number(wire.NcclOp.SENT, 1))
@@ -241,7 +247,7 @@ def test_an_old_change_of_a_communicator_proves_nothing_about_its_next_group(ncc
     receiver._post(link, ticket.key, [], time.monotonic() + GENEROUS)
     receiver._written(link)
     receiver.revoke(ticket.key)
-    time.sleep(0.1)
+    settle(receiver)
     assert nccl.events.revocations == []
     link.posted = link.completed = 2
     receiver._written(link)

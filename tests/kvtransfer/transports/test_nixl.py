@@ -1,4 +1,4 @@
-"""What only NIXL has: writes that nobody on the receiver places by hand, and how they are stopped all the same."""
+"""Only NIXL has writes that no code on the receiver places; how they are stopped all the same."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from baton.model import KvLayout
 from baton.spec import ProcessRef
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports import wire as batch_wire
-from kvtransfer.transports.check import checksum
 from kvtransfer.transports.nixl import agent as module
 from kvtransfer.transports.nixl import wire
 from kvtransfer.transports.nixl.agent import restrict
 from kvtransfer.transports.nixl.receiver import NixlReceiver
 from kvtransfer.transports.nixl.writer import NixlWriter
+from kvtransfer.transports.wire import checksum
 from tests.kvtransfer.conftest import needs_nixl
 from tests.kvtransfer.transports.harness import BLOCKS, GENEROUS, LAYOUT, Bench, ProcessWriter, moves
 

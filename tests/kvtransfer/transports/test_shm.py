@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from kvtransfer.transports.shm import receiver as module
 from kvtransfer.transports.shm import wire
 from kvtransfer.transports.shm.receiver import ShmReceiver
 from kvtransfer.transports.shm.writer import ShmWriter
-from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, ProcessWriter, Recorder, moves
+from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, ProcessWriter, Recorder, moves, settle, until
 
 PEER = ProcessRef("receiver", "r", "")
 
@@ -48,7 +49,10 @@ def test_closing_a_channel_is_no_proof_but_the_end_is(shm: Bench) -> None:
     ticket = shm.ticket(range(4))
     writer.write(ticket, moves(ticket, [0]))
     writer.connect(shm.receiver.endpoint())  # the first channel is dropped, the process lives
-    time.sleep(0.1)
+    assert isinstance(shm.receiver, ShmReceiver)
+    connections = shm.receiver._connections
+    until(lambda: len(connections) == 1)
+    settle(shm.receiver)
     assert shm.events.gone == []
     writer.close()
     shm.events.wait(lambda e: e.gone == ["writer"])
@@ -58,7 +62,9 @@ def test_a_stopped_writer_proves_nothing(shm: Bench) -> None:
     writer = shm.writer()
     assert isinstance(writer, ProcessWriter)
     writer.process.send_signal(19)
-    time.sleep(0.2)
+    state = Path(f"/proc/{writer.process.pid}/stat")
+    until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+    settle(shm.receiver)
     assert shm.events.gone == []
     writer.process.send_signal(18)
     writer.close()

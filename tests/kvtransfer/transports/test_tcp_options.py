@@ -17,10 +17,9 @@ from baton.model import KvLayout
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
-from kvtransfer.transports.tcp.parallel import ParallelChannel
 from kvtransfer.transports.tcp.receiver import TcpReceiver
 from kvtransfer.transports.tcp.tls import TlsContexts
-from kvtransfer.transports.tcp.writer import TcpWriter
+from kvtransfer.transports.tcp.writer import ParallelChannel, TcpWriter
 from tests.kvtransfer.transports.harness import GENEROUS, Recorder
 from tests.kvtransfer.transports.patterns import fill, pattern
 

@@ -151,7 +151,7 @@ def test_no_byte_changes_after_the_proof(bench: Bench) -> None:
     _prove(bench, ticket)
     for block in range(BLOCKS):
         bench.memory.block(block)[:] = ZERO
-    time.sleep(0.1)  # long enough for a writer that is still there to be seen
+    writer.hammered()
     assert all(bench.content(block) == ZERO for block in range(BLOCKS))
 
 

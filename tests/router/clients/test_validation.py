@@ -14,7 +14,7 @@ from baton.v1 import generation_pb2 as gen
 from router.clients.parsing import REQUEST_LIMIT_BYTES, explain, largest_field
 from router.clients.validation import check_request
 from tests.router.conftest import Cluster, ids_of
-from tests.router.doubles import CONTEXT, tokenizer
+from tests.router.tiny_model import CONTEXT, tokenizer
 
 VOCABULARY = tokenizer().get_vocab_size()
 

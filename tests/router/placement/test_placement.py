@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from router.placement.policy import pick_decode, pick_prefill
 from router.placement.snapshot import DecodeLoad, Demand, PrefillLoad, Queued
-from router.workers.ledger import DecodeLedger, PrefillLedger, Reported
+from router.workers.ledger import DecodeLedger, PrefillLedger
 
 EMPTY = DecodeLoad("a", tokens=0, sequences=0, free_blocks=100, capacity_blocks=100, max_sequences=8)
 DEMAND = Demand(blocks=10, tokens=50)
@@ -117,16 +117,16 @@ def test_bound_blocks_count_until_a_report_that_surely_has_them() -> None:
     ledger = DecodeLedger(100)
     ledger.bind(b"1", DEMAND)
     assert ledger.free_blocks == 90
-    ledger.reported(Reported(free_blocks=100, resident_tokens=0))
+    ledger.reported(free_blocks=100, resident_tokens=0)
     assert ledger.free_blocks == 90
     ledger.resident(b"1")
     assert ledger.free_blocks == 90
-    ledger.reported(Reported(free_blocks=90, resident_tokens=60))
+    ledger.reported(free_blocks=90, resident_tokens=60)
     assert ledger.free_blocks == 90
     assert ledger.tokens == 60
     ledger.release(b"1")
     assert ledger.tokens == 10
-    ledger.reported(Reported(free_blocks=100, resident_tokens=0))
+    ledger.reported(free_blocks=100, resident_tokens=0)
     assert (ledger.free_blocks, ledger.tokens, len(ledger)) == (100, 0, 0)
 
 
@@ -147,7 +147,7 @@ def test_the_books_balance_after_any_history(history: list[tuple[str, int, int]]
             decode.release(key)
             prefill.release(key, 0.0)
         elif action == "R":
-            decode.reported(Reported(amount, amount))
+            decode.reported(amount, amount)
         elif action == "P":
             prefill.reported(amount)
         decode.check_integrity()

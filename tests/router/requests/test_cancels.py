@@ -13,7 +13,8 @@ from baton.rpc.status import from_rpc_error
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
 from tests.router.conftest import Cluster, error_of, ids_of
-from tests.router.doubles import EOS, WAIT_S, encode
+from tests.router.doubles import WAIT_S
+from tests.router.tiny_model import EOS, encode
 
 # Cancel.
 

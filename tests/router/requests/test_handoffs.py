@@ -13,7 +13,8 @@ from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
 from baton.v1.admin_pb2 import ListWorkersRequest
 from tests.router.conftest import Cluster, error_of, ids_of, refused, text_of
-from tests.router.doubles import EOS, WAIT_S, encode
+from tests.router.doubles import WAIT_S
+from tests.router.tiny_model import EOS, encode
 
 # How long they take.
 

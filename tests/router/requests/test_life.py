@@ -11,7 +11,7 @@ from baton.rpc.lanes import FRAGMENT_BYTES
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
 from tests.router.conftest import Cluster, ids_of, text_of
-from tests.router.doubles import CONTEXT, EOS, encode, tokenizer
+from tests.router.tiny_model import CONTEXT, EOS, encode, tokenizer
 
 
 async def test_a_prompt_goes_through_both_workers(cluster: Cluster) -> None:

@@ -17,7 +17,7 @@ from baton.engine.files.tokenizer import tokenizer_json
 from baton.errors import InvalidArgument, NotFound
 from router.text.detokenisation import HELD_TOKENS, Detokeniser, OutputText, StopMatcher, WholeTokens
 from router.text.tokenisation import Input, Language, Message
-from tests.router.doubles import EOS, TEMPLATE, encode, tokenizer
+from tests.router.tiny_model import EOS, TEMPLATE, encode, tokenizer
 
 VOCABULARY = tokenizer().get_vocab_size()
 TEXT = st.text(alphabet="ab é漢😀\n", max_size=40)

@@ -40,7 +40,7 @@ def test_the_least_recently_used_go_and_chains_keep_their_start() -> None:
     assert index.insert("a", DIGESTS[3:6]) == 0
     assert index.runs(DIGESTS[:3]) == {"a": 3}
     assert index.insert("b", DIGESTS[6:8]) == 2
-    assert index.runs(DIGESTS[3:6]) == {"a": 1}, "the end of the chain that nobody asked for"
+    assert index.runs(DIGESTS[3:6]) == {"a": 1}, "the end of the chain that no caller asked for"
     assert index.runs(DIGESTS[:3]) == {"a": 3}
     assert index.insert("b", DIGESTS[:3]) == 3
     assert (index.held_by("a"), index.held_by("b")) == (frozenset(DIGESTS[:3]), frozenset(DIGESTS[:3]))
@@ -114,7 +114,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert {worker: set(self.index.held_by(worker)) for worker in WORKERS} == self.held
         assert len(self.index) == sum(map(len, self.held.values())) <= self.LIMIT
         self.order = [digest for digest in self.order if any(digest in held for held in self.held.values())]
-        assert list(self.index._holders) == self.order, "nothing is left of what nobody holds"
+        assert list(self.index._holders) == self.order, "no entry is left without a holder"
 
 
 TestIndex = IndexMachine.TestCase

@@ -9,8 +9,7 @@ import pytest
 
 from baton.config import RoleName
 from router.placement.snapshot import Demand, Queued
-from router.workers.ledger import Reported
-from router.workers.ranking import Ranking
+from router.workers.served_model import Ranking
 from router.workers.worker import Worker
 from tests.router.requests.test_placer import worker
 
@@ -41,7 +40,7 @@ def change(chance: random.Random, each: Worker, role: RoleName, placed: list[byt
         else:
             each.prefill.release(gone, 0.0)
     elif role == "decode":
-        each.decode.reported(Reported(chance.randrange(64), chance.randrange(200)))
+        each.decode.reported(chance.randrange(64), chance.randrange(200))
     else:
         each.prefill.reported(chance.randrange(200))
 
