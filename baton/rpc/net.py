@@ -128,12 +128,6 @@ class Server:
         await self._server.stop(grace_s)
 
 
-async def start_server(listen: str, services: Sequence[Service]) -> Server:
-    server = Server(listen)
-    await server.start(services)
-    return server
-
-
 def _check_free(host: str, port: int) -> None:
     """Raises ConfigError with the reason, which gRPC writes only to its own log."""
     try:

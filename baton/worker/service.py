@@ -7,7 +7,6 @@ the router had placed here.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -188,8 +187,3 @@ class WorkerService(WorkerServicer):
         if not self._sessions:
             self.attached.clear()
             self.detached.set()
-
-
-def artifact_table(*artifacts: bytes) -> dict[str, bytes]:
-    """The artifacts by their SHA-256; empty ones are left out."""
-    return {hashlib.sha256(data).hexdigest(): data for data in artifacts if data}

@@ -10,9 +10,10 @@ from typing import Any
 import grpc
 
 from baton import errors
-from baton.rpc.net import service, start_server
+from baton.rpc.net import service
 from baton.rpc.status import abort
 from baton.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, worker_pb2
+from tests.rpc.servers import start_server
 
 gen = generation_pb2
 PIECES = ["The capital", " of France", " is Paris."]

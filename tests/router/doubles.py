@@ -22,6 +22,7 @@ from baton.spec import ProcessRef, SequenceSpec
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryStub, WorkerServicer, add_WorkerServicer_to_server
 from tests.router.tiny_model import artifacts, card
+from tests.rpc.servers import start_server
 
 WAIT_S = 5.0
 
@@ -57,7 +58,7 @@ class WorkerDouble(WorkerServicer):
 
     async def start(self) -> None:
         entry = net.service(add_WorkerServicer_to_server, self, "Worker")
-        self._server = await net.start_server("127.0.0.1:0", [entry])
+        self._server = await start_server("127.0.0.1:0", [entry])
         self.process = ProcessRef(self.process.name, self.process.incarnation, self._server.address)
 
     async def join(self, router: str) -> None:

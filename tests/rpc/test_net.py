@@ -9,7 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.errors import ConfigError
 from baton.rpc import net
-from baton.rpc.net import format_address, listens, open_channel, parse_address, start_server
+from baton.rpc.net import format_address, listens, open_channel, parse_address
+from tests.rpc.servers import start_server
 
 
 @pytest.mark.parametrize(

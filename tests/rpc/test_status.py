@@ -11,10 +11,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from baton import errors
-from baton.rpc.net import open_channel, service, start_server
+from baton.rpc.net import open_channel, service
 from baton.rpc.status import CODES, abort, call, code_of
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryServicer, RegistryStub, add_RegistryServicer_to_server
+from tests.rpc.servers import start_server
 
 
 class Failing(RegistryServicer):

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from baton.rpc.net import open_channel, service, start_server
+from baton.rpc.net import open_channel, service
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1.worker_pb2_grpc import add_WorkerServicer_to_server
 from baton.worker import service as worker_service
 from baton.worker.service import WorkerService
+from tests.rpc.servers import start_server
 from tests.worker.attached import ARTIFACTS, Bench, Handler
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from baton import errors
-from baton.rpc.net import Server, service, start_server
+from baton.rpc.net import Server, service
 from baton.rpc.status import abort
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryServicer, add_RegistryServicer_to_server
 from baton.worker import registration
 from baton.worker.registration import Membership
+from tests.rpc.servers import start_server
 from tests.rpc.waiting import until
 
 WORKER = wire.ProcessId(name="w", incarnation="w-1", address="127.0.0.1:1")
