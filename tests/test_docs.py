@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PACKAGES = ("baton", "kvtransfer", "prefill_worker", "decode_worker", "router")
+NOT_IN_THE_TREE = {"bench-results/", "vllm/", "llama/", "llama-native/", "model/", "model-hf/"}
+"""What benchmarks write, and the folders of their peers."""
 
 
 def text(name: str) -> str:
@@ -112,3 +114,45 @@ def test_every_exception_is_told_with_its_code() -> None:
 def test_every_refusal_is_told() -> None:
     told = text("protocol.md")
     assert all(f"`{refusal.name}`" in told for refusal in RefusalReason if refusal)
+
+
+def paths_on(page: Path) -> set[str]:
+    """The files and folders that a page names in backticks, outside fenced blocks."""
+    content = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    words = re.findall(r"`(\w[\w./-]*)`", content)
+    tops = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    return {
+        word
+        for word in words
+        if re.search(r"/$|\w\.(?:py|proto|cpp|h|md)$", word) or ("/" in word and word.split("/")[0] in tops)
+    } - NOT_IN_THE_TREE
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_named_file_and_folder_exists(page: Path) -> None:
+    """A short name stands for a file beside or below a path that the page names in full."""
+    named = paths_on(page)
+    folders = {folder for name in named if (ROOT / name).exists() for folder in (ROOT / name, *(ROOT / name).parents)}
+    bases = {folder for folder in folders if folder.is_relative_to(ROOT)}
+    missing = {name for name in named if not any((base / name).exists() for base in (ROOT, page.parent, *bases))}
+    assert missing == set()
+
+
+def test_the_pages_name_files_at_all() -> None:
+    named = paths_on(DOCS / "structure.md")
+    assert {"router/app.py", "attempt.py", "benchmarks/"} <= named
+
+
+def test_every_module_is_in_structure() -> None:
+    """Each module is listed once, under its folder, and each listed one exists; of benchmarks, the folders."""
+    listed, folder = [], ""
+    for line in text("structure.md").partition("## Every module")[2].splitlines():
+        if heading := re.fullmatch(r"\*\*`(.+/)`\*\*", line):
+            folder = heading[1]
+        elif entry := re.match(r"- `(\w+)`: ", line):
+            listed.append(folder + entry[1])
+    modules = [path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    modules += [path.parent.relative_to(ROOT) for path in ROOT.glob("benchmarks/*/__init__.py")]
+    stubs = Path("baton", "v1")
+    there = [str(path.with_suffix("")) for path in modules if path.stem != "__init__" and stubs not in path.parents]
+    assert sorted(listed) == sorted(there)
