@@ -21,7 +21,7 @@ from kvtransfer.handoffs.leases import LeaseTable
 from prefill_worker.prompt import Prompt, PromptState
 from prefill_worker.scheduler import PrefillScheduler
 
-HOLD_S = 60.0
+HOLD_S = 120.0
 """How long a computed prompt that no decode worker takes is kept."""
 TOMBSTONE_S = 120.0
 TOMBSTONES = 100_000
