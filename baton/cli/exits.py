@@ -13,13 +13,6 @@ DEBUG = "BATON_DEBUG"
 """An environment variable: when it is not empty, errors come with their traceback."""
 
 
-def status_of(error: BaseException) -> int:
-    """130 for Ctrl-C, 2 where another command line would help, else 1."""
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    return USAGE if isinstance(error, (FieldError, ConfigError)) else FAILURE
-
-
 def line_of(error: BaseException) -> str:
     if isinstance(error, BatonError):
         text = str(error) or type(error).__name__
@@ -31,12 +24,13 @@ def line_of(error: BaseException) -> str:
 
 
 def report(error: BaseException) -> int:
-    """Prints the line, and the traceback when asked to; returns the exit status."""
+    """Prints the line, and if asked the traceback. Returns 130 for Ctrl-C, 2 where other flags would help, else 1."""
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     if isinstance(error, BrokenPipeError):  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    if not isinstance(error, KeyboardInterrupt):
-        print(f"baton: {line_of(error)}", file=sys.stderr, flush=True)
-    return status_of(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    print(f"baton: {line_of(error)}", file=sys.stderr, flush=True)
+    return USAGE if isinstance(error, (FieldError, ConfigError)) else FAILURE

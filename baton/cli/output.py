@@ -54,11 +54,6 @@ def to_dict(value: DataclassInstance) -> dict[str, Any]:
     return asdict(value, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
 
 
-def print_event(event: Event) -> None:
-    """As `{"event": "tokens", ...}`."""
-    print_json({"event": type(event).__name__.lower(), **to_dict(event)})
-
-
 def print_error_event(error: BatonError) -> None:
     """As `{"event": "error", "code": "UNAVAILABLE", "message": ...}`."""
     entry: dict[str, Any] = {"event": "error", "code": code_of(error).name, "message": str(error)}
@@ -78,7 +73,7 @@ async def show_stream(
     try:
         async for event in events:
             if as_json:
-                print_event(event)
+                print_json({"event": type(event).__name__.lower(), **to_dict(event)})
             if isinstance(event, Tokens):
                 runs.append(event)
                 spoken.append(event.text)

@@ -6,7 +6,6 @@ Durations of different processes are laid end to end: the clocks of two machines
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -61,10 +60,6 @@ class Picture:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         fill, frame = ("█", "│") if options.encoding.lower().startswith("utf") else ("#", "|")
-        yield from self._rows(fill, frame)
-        yield Text(_summary(self.finished), style="dim", no_wrap=True)
-
-    def _rows(self, fill: str, frame: str) -> Iterator[Text]:
         phases = bars(self.finished.timeline)
         whole = sum(bar.ms or 0.0 for bar in phases)
         start = 0.0
@@ -77,6 +72,7 @@ class Picture:
             row.append(f"  {bar.note}".rstrip(), style="dim")
             yield row
             start += bar.ms or 0.0
+        yield Text(_summary(self.finished), style="dim", no_wrap=True)
 
 
 def _summary(finished: Finished) -> str:

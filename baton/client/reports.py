@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that the registered workers serve."""
-
     name: str
     context_tokens: int
     vocabulary_size: int

@@ -112,8 +112,6 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the request took."""
-
     prompt_tokens: int
     output_tokens: int
     cached_prompt_tokens: int

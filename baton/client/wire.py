@@ -39,7 +39,11 @@ def request_to_wire(prompt: str | None, options: types.RequestOptions) -> gen.Ge
             _assign(part, field.name, given.get(field.name), f"{parent}.{field.name}")
     for name, enum in ENUMS.items():
         if name in given:
-            _assign_enum(request, name, enum, given[name])
+            prefix = enum.DESCRIPTOR.values[0].name.removesuffix("UNSPECIFIED")
+            known = {entry.name.removeprefix(prefix).lower(): entry.number for entry in enum.DESCRIPTOR.values[1:]}
+            if given[name] not in known:
+                raise InvalidArgument(name, f"one of {', '.join(known)}, not {given[name]!r}")
+            setattr(request, name, known[given[name]])
     return request
 
 
@@ -73,14 +77,6 @@ def _assign_chat(chat: gen.Chat, messages: list[types.Message]) -> None:
         entry = chat.messages.add()
         _assign(entry, "role", role, f"chat.messages[{index}].role")
         _assign(entry, "content", content, f"chat.messages[{index}].content")
-
-
-def _assign_enum(request: gen.GenerateRequest, name: str, enum: Any, value: str) -> None:
-    prefix = enum.DESCRIPTOR.values[0].name.removesuffix("UNSPECIFIED")
-    known = {entry.name.removeprefix(prefix).lower(): entry.number for entry in enum.DESCRIPTOR.values[1:]}
-    if value not in known:
-        raise InvalidArgument(name, f"one of {', '.join(known)}, not {value!r}")
-    setattr(request, name, known[value])
 
 
 def event_from_wire(message: gen.GenerateResponse) -> types.Event | None:

@@ -30,17 +30,6 @@ class KvPool:
         kinds = torch.arange(2, device=blocks.device)[:, None] * layout.kv_heads
         self._share_offsets = kinds + torch.arange(layout.kv_heads, device=blocks.device)
 
-    @classmethod
-    def over(cls, buffer: Buffer, layout: KvLayout) -> KvPool:
-        """A pool of as many whole blocks as fit into the caller's writable memory. The tensor keeps the buffer
-        exported: an mmap can be closed only after the pool is dropped."""
-        memory = memoryview(buffer).cast("B")
-        count = len(memory) // layout.block_bytes
-        assert count > 0, "the pool's memory holds at least one block"
-        assert not memory.readonly, "the pool's memory is writable"
-        flat = torch.frombuffer(memory[: count * layout.block_bytes], dtype=_storage(layout))
-        return cls(flat.view(count, *layout.shape), layout)
-
     @property
     def count(self) -> int:
         return self.blocks.shape[0]
@@ -63,14 +52,18 @@ class KvPool:
         return keys, values
 
 
-def _storage(layout: KvLayout) -> torch.dtype:
-    return TORCH_DTYPES.get(layout.dtype, torch.uint8)
-
-
 def make_pool(layout: KvLayout, buffer: Buffer | None, blocks: int | None, device: str = "cpu") -> KvPool:
-    """A pool over `buffer`, as many blocks as fit, or of `blocks` blocks in memory of its own: give one of the two."""
-    if buffer is not None:
-        assert blocks is None, "give either the pool's memory or its size"
-        return KvPool.over(buffer, layout)
-    assert blocks is not None, "give either the pool's memory or its size"
-    return KvPool(torch.zeros((blocks, *layout.shape), dtype=_storage(layout), device=device), layout)
+    """A pool of as many whole blocks as fit into `buffer`, the caller's writable memory, or of `blocks` blocks in its
+    own memory: give one of the two. The tensor keeps the buffer exported: an mmap can be closed only after the pool is
+    dropped."""
+    storage = TORCH_DTYPES.get(layout.dtype, torch.uint8)
+    if buffer is None:
+        assert blocks is not None, "give either the pool's memory or its size"
+        return KvPool(torch.zeros((blocks, *layout.shape), dtype=storage, device=device), layout)
+    assert blocks is None, "give either the pool's memory or its size"
+    memory = memoryview(buffer).cast("B")
+    count = len(memory) // layout.block_bytes
+    assert count > 0, "the pool's memory holds at least one block"
+    assert not memory.readonly, "the pool's memory is writable"
+    flat = torch.frombuffer(memory[: count * layout.block_bytes], dtype=storage)
+    return KvPool(flat.view(count, *layout.shape), layout)

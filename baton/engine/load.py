@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import structlog
 
-from baton.config import KernelChoice, WeightChoice
+from baton.config import KernelChoice, WeightChoice, require_choice
 from baton.engine.files.card import ModelDescription
 from baton.engine.kv import Buffer
 from baton.engine.native.build import NativeUnavailable
@@ -35,10 +33,8 @@ def load_engine(
     is logged, if `kernels` is "auto"; "native" raises ConfigError. ConfigError is also raised for what torch lacks:
     `weights` in 8 or 4 bits, and `deterministic`, since it sums in another order for another batch.
     """
-    if kernels not in get_args(KernelChoice):
-        raise ConfigError(f"kernels: {', '.join(get_args(KernelChoice))}, not {kernels!r}")
-    if weights not in get_args(WeightChoice):
-        raise ConfigError(f"weights: {', '.join(get_args(WeightChoice))}, not {weights!r}")
+    require_choice("kernels", kernels, KernelChoice)
+    require_choice("weights", weights, WeightChoice)
     reason = ""
     if kernels != "torch" and resolve_device(device).type == "cpu":
         try:

@@ -46,7 +46,7 @@ class Limits:
 
 
 def _layer_weights(config: ModelConfig) -> int:
-    per_layer = config.hidden * (config.qkv_rows + config.heads * config.head_dim + 3 * config.mlp)
+    per_layer = config.hidden * (2 * (config.heads + config.kv_heads) * config.head_dim + 3 * config.mlp)
     return config.layers * per_layer
 
 

@@ -119,7 +119,7 @@ class BatchConnection(WriterConnection):
 
     def _table(self) -> None:
         assert self._identity is not None
-        self._entries = wire.unpack_table(self._message)
+        self._entries = [BlockEntry(*fields) for fields in wire.ENTRY.iter_unpack(self._message)]
         targets = ((entry.index, entry.destination) for entry in self._entries)
         why = refusal(self._find(self._identity.key), self._identity, targets, self.incarnation)
         if why is None:

@@ -149,15 +149,16 @@ class MemoryChannel(BlockChannel):
         self._faults = faults
 
     def _move(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> None:
-        if (why := self._receiver.check(ticket, moves, self._writer.incarnation)) is not None:
-            self._refused(ticket, why)
         try:
+            if (why := self._receiver.check(ticket, moves, self._writer.incarnation)) is not None:
+                raise WriteRefused(why)
             for move in moves:
                 self._wait(deadline)
                 self._place(ticket, move)
             self._receiver.landed(ticket, moves)
         except WriteRefused as error:
-            self._refused(ticket, str(error))
+            self._receiver.events.refused_write(ticket.key, str(error))
+            raise
 
     def _interrupt(self) -> None:
         self._faults.flowing.set()
@@ -184,7 +185,3 @@ class MemoryChannel(BlockChannel):
             left = deadline - time.monotonic()
         if left <= 0 or not self._faults.flowing.wait(left):
             raise DeadlineExceeded("the write did not end in time")
-
-    def _refused(self, ticket: Ticket, why: str) -> None:
-        self._receiver.events.refused_write(ticket.key, why)
-        raise WriteRefused(why)

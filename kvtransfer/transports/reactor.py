@@ -134,9 +134,6 @@ class Reactor:
             watched = self._watched.get(fd)
             if watched is not None and watched[1] is not None:
                 self._guard(fd, watched[1])
-        return self._serve_calls()
-
-    def _serve_calls(self) -> bool:
         with self._lock:
             closing = self._closing
             calls = list(self._calls)

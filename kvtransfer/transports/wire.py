@@ -69,10 +69,6 @@ def pack_batch(ticket: Ticket, entries: Sequence[BlockEntry]) -> bytes:
     return PREFIX.pack(BATCH_MAGIC, len(entries)) + pack_identity(ticket) + table
 
 
-def unpack_table(data: bytes | bytearray | memoryview) -> list[BlockEntry]:
-    return [BlockEntry(*fields) for fields in ENTRY.iter_unpack(data)]
-
-
 def pack_ack(status: Status, text: str = "") -> bytes:
     raw = text.encode()[:MAX_TEXT]
     return ACK.pack(BATCH_MAGIC, status, len(raw)) + raw

@@ -14,7 +14,7 @@ import torch
 from baton.engine.api import Engine, Sequence, Work
 from baton.engine.files.card import ModelDescription
 from baton.engine.files.models import ResolvedModel
-from baton.engine.kv import KvPool
+from baton.engine.kv import make_pool
 from baton.engine.offline import GenerationResult, OfflinePrompt, generate
 from baton.engine.torch.engine import TorchEngine, resolve_device
 from baton.errors import ConfigError, InvalidArgument, ResourceExhausted
@@ -149,7 +149,7 @@ def test_our_own_mistakes_are_asserted(tiny: Callable[[str], Tiny]) -> None:
         engine.step([Work(Sequence(bytes(16), [1] * 17, 17, [0], 0, Sampling()), 17)])
     layout = KvLayout(1, 1, 2, "float32")
     with pytest.raises(AssertionError, match="writable"):
-        KvPool.over(memoryview(bytes(layout.block_bytes)), layout)
+        make_pool(layout, memoryview(bytes(layout.block_bytes)), None)
 
 
 @pytest.mark.parametrize(("name", "cause"), [("tpu", "must be cpu or cuda"), ("meta", "must be cpu or cuda")])

@@ -59,7 +59,6 @@ def _cdf(
 
 
 def _marks(found: Measurement, objective: str) -> list[tuple[float, str]]:
-    """The classes' objectives."""
     named = [(traffic.name, getattr(traffic, objective)) for traffic in found.config.traffic_classes()]
     return [(value, f"{name}: objective {value:g} ms") for name, value in named if value is not None]
 

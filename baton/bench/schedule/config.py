@@ -86,17 +86,14 @@ class LoadConfig:
         require(0 <= self.seed < 2**32, "seed", f"from 0 to 2^32 - 1, not {self.seed}")
         require(1 <= self.channels <= 256, "channels", f"1 to 256, not {self.channels}")
         require(self.warmup_s < self.seconds, "warmup_s", f"less than the {self.seconds:g} s of --seconds")
-        self._check_arrivals()
-        parse_lengths(self.prompt_tokens, "prompt_tokens")
-        parse_lengths(self.output_tokens, "output_tokens")
-        self.traffic_classes()
-
-    def _check_arrivals(self) -> None:
         kind = self.arrival_kind
         require(kind != "trace" or self.trace is not None, "trace", "which file? --arrivals trace takes its times")
         require(bool(self.steps) == (kind == "steps"), "steps", "goes with --arrivals steps, and that with it")
         require(kind != "steps" or self.rate is None, "rate", "each of --steps has its own")
         self.step_list()
+        parse_lengths(self.prompt_tokens, "prompt_tokens")
+        parse_lengths(self.output_tokens, "output_tokens")
+        self.traffic_classes()
 
     @property
     def arrival_kind(self) -> Arrivals:

@@ -53,8 +53,6 @@ class LoadTarget:
 
 @dataclass(slots=True)
 class Progress:
-    """The progress of a run, for its watcher."""
-
     planned: int
     elapsed_s: float = 0.0
     sent: int = 0
@@ -158,7 +156,10 @@ class _Driver:
                 records.append(record)
                 group.create_task(self._send(record, body))
         for record, error in self._failures:
-            _note_failure(record, error)
+            failure = from_rpc_error(error)
+            record.status, record.message = error.code().name, str(failure)
+            if isinstance(failure, Retryable):
+                record.constraint = failure.constraint
         return tuple(records)
 
     async def _due(self) -> AsyncIterator[tuple[Planned, bytes]]:
@@ -226,11 +227,3 @@ def _note(record: Record, message: generation_pb2.GenerateResponse) -> None:
             record.accepted = accepted
         case Finished() as finished:
             record.finished, record.status = finished, OK
-
-
-def _note_failure(record: Record, error: grpc.aio.AioRpcError) -> None:
-    failure = from_rpc_error(error)
-    record.status = error.code().name
-    record.message = str(failure)
-    if isinstance(failure, Retryable):
-        record.constraint = failure.constraint

@@ -43,7 +43,6 @@ class Screen:
             print(text, file=sys.stderr, flush=True)
 
     def tell(self, point: Point) -> None:
-        """A sweep's rate is done."""
         line = f"{point.rate:.4g} requests/s: {point.attainment:.1%} kept, goodput {point.goodput:.4g}/s"
         line += "" if point.valid else " (INVALID: the client was the bottleneck)"
         if self._bar is not None:
@@ -54,7 +53,6 @@ class Screen:
 
 @contextlib.contextmanager
 def watching() -> Iterator[Screen]:
-    """The screen while the block lasts."""
     screen = console(sys.stderr)
     if not screen.is_terminal:
         yield Screen(None)
@@ -66,7 +64,6 @@ def watching() -> Iterator[Screen]:
 
 
 def show(found: Measurement) -> None:
-    """The tables, and what to know of them."""
     screen = console()
     screen.print(f"{found.model} at {found.address}, {found.summary.rate:.4g} requests/s over {found.window_s:.4g} s")
     if found.sweep and found.found is not None:
@@ -91,14 +88,10 @@ def show(found: Measurement) -> None:
 def show_comparison(a: Path, b: Path) -> None:
     """Raises ConfigError for a file that holds no result."""
     before, after = read_json(a), read_json(b)
-    rows = [
-        [
-            row.metric,
-            *(tables.NONE if value is None else f"{value:.4g}" for value in (row.a, row.b, row.ratio)),
-            row.verdict,
-        ]
-        for row in compare(before, after)
-    ]
+    rows = []
+    for row in compare(before, after):
+        figures = [tables.NONE if value is None else f"{value:.4g}" for value in (row.a, row.b, row.ratio)]
+        rows.append([row.metric, *figures, row.verdict])
     screen = console()
     screen.print(_rich(tables.Table("", ("metric", "A", "B", "B / A", "B is"), rows)))
     for line in differences(before, after):

@@ -44,7 +44,10 @@ async def _show(config: ClusterConfig, name: str) -> None:
     async with LocalCluster(config) as cluster:
         screen.print(f"Ready at {cluster.address} after {time.monotonic() - began:.1f} s; three prompts at once:")
         for question, answer in zip(QUESTIONS, await _ask(cluster.address), strict=True):
-            _print_answer(question, answer)
+            screen.print()
+            screen.print(Text(question, style="bold"))
+            screen.print(Text(answer.text.strip()))
+            screen.print(Picture(answer.finished))
     screen.print()
     screen.print("Stopped. Start one to keep with: baton up --prefill 1 --decode 1")
 
@@ -58,11 +61,3 @@ async def _ask(address: str) -> list[Completion]:
                 for question in QUESTIONS
             )
         )
-
-
-def _print_answer(question: str, answer: Completion) -> None:
-    screen = console(sys.stdout)
-    screen.print()
-    screen.print(Text(question, style="bold"))
-    screen.print(Text(answer.text.strip()))
-    screen.print(Picture(answer.finished))

@@ -11,7 +11,7 @@ from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import print_json, print_table, show, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
-from baton.client.reports import Candidate, Placement, Predictions
+from baton.client.reports import Candidate, Placement
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
 
 
 def _worker_row(worker: WorkerInfo) -> list[object]:
-    load = worker.load
+    load, known = worker.load, worker.predictions
     return [
         worker.name,
         ", ".join(worker.roles),
@@ -35,15 +35,10 @@ def _worker_row(worker: WorkerInfo) -> list[object]:
         load.waiting,
         load.running,
         f"{load.held_blocks + load.quarantined_blocks}/{worker.blocks}",
-        _kept(worker.predictions),
+        f"{known.kept / known.promised:.0%}" if known is not None and known.promised else "-",
         ", ".join(worker.transports),
         ", ".join(f"{count} {transport}" for transport, count in sorted(load.pairs.items())) or "-",
     ]
-
-
-def _kept(found: Predictions | None) -> str:
-    """The share of its promised first tokens that came in time."""
-    return f"{found.kept / found.promised:.0%}" if found is not None and found.promised else "-"
 
 
 def models(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
@@ -114,11 +109,8 @@ def _verdict(placement: Placement) -> str:
 
 
 def _times(placement: Placement) -> str:
-    times = [
-        f"{name} {value:.0f} ms"
-        for name, value in (("ttft", placement.ttft_ms), ("tpot", placement.tpot_ms))
-        if value is not None
-    ]
+    named = (("ttft", placement.ttft_ms), ("tpot", placement.tpot_ms))
+    times = [f"{name} {value:.0f} ms" for name, value in named if value is not None]
     return f"; {'expected' if placement.refused else 'promised'} {', '.join(times)}" if times else ""
 
 
@@ -153,8 +145,6 @@ def health(
 
 
 def _ask(address: str, question: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-    """One call to one process."""
-
     async def main() -> T:
         async with Client(address) as client:
             return await question(client)

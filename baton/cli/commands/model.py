@@ -16,6 +16,7 @@ from baton.model import KvLayout
 from baton.telemetry import configure_logs
 
 app = App(name="model", help="Manage the models on this machine.")
+SHAPE = ("architecture", "layers", "hidden", "heads", "kv_heads", "head_dim")
 LENGTHS = (128, 1024, 8192)
 OVERHEAD_BYTES = 350_000_000
 """The most that a worker takes beside weights and pool."""
@@ -32,20 +33,14 @@ def fetch(name: str = DEFAULT_MODEL, /) -> None:
         A built-in name, a path, or a hub name.
     """
     from baton.engine.files.models import resolve
-
-    path = resolve(name).path
-    prepare_kernels()
-    print(path)
-
-
-def prepare_kernels() -> None:
-    """Compiles the kernels for this processor, once; where that fails, workers say so and compute with torch."""
     from baton.engine.native.build import NativeUnavailable, library_for, target_for
     from baton.engine.processor import cpu_flags
 
+    path = resolve(name).path
     configure_logs("model")
-    with contextlib.suppress(NativeUnavailable):
+    with contextlib.suppress(NativeUnavailable):  # workers say so, and compute with torch
         library_for(target_for(cpu_flags()))
+    print(path)
 
 
 @app.command
@@ -86,12 +81,7 @@ def info(
     facts: dict[str, Any] = {
         "model": model.name,
         "path": str(model.path),
-        "architecture": config.architecture,
-        "layers": config.layers,
-        "hidden": config.hidden,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        **{name: getattr(config, name) for name in SHAPE},
         "vocabulary_size": config.vocabulary,
         "context_tokens": config.context_tokens,
         "parameters": found.parameters,

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -16,7 +17,7 @@ from baton.engine.files import tokenizer
 from baton.engine.files.config import ModelConfig, from_gguf, from_hf
 from baton.engine.files.digests import weights_digest
 from baton.engine.files.gguf_file import GgufFile
-from baton.engine.files.metadata import Metadata, read_json, read_json_if_there
+from baton.engine.files.metadata import Metadata, read_json
 from baton.engine.files.models import ResolvedModel
 from baton.engine.processor import cpu_flags
 from baton.errors import ConfigError, ModelFileError
@@ -50,18 +51,6 @@ class ModelDescription:
     card: LocalCard
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """The text side of a model file."""
-
-    tokenizer_json: bytes
-    chat_template: str
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    bos_token: str
-    eos_token: str
-
-
 def describe(
     model: ResolvedModel, dtype: str = "auto", device: str = "cpu", kv_dtype: str = "auto"
 ) -> ModelDescription:
@@ -81,9 +70,9 @@ def describe(
         context_tokens=config.context_tokens,
         vocabulary_size=config.vocabulary,
         kv_layout=layout,
-        **asdict(text),
-        tokenizer_sha256=sha256(text.tokenizer_json),
-        chat_template_sha256=sha256(text.chat_template.encode()),
+        **text,
+        tokenizer_sha256=sha256(text["tokenizer_json"]),
+        chat_template_sha256=sha256(text["chat_template"].encode()),
     )
     return ModelDescription(model, config, card)
 
@@ -123,36 +112,37 @@ def computed_by(card: LocalCard, facts: Mapping[str, str]) -> LocalCard:
     return replace(card, fingerprint=extended_fingerprint(card.fingerprint, facts))
 
 
-def _text_of_gguf(meta: Metadata) -> _Text:
+def _text_of_gguf(meta: Metadata) -> dict[str, Any]:
+    """The fields of the card that concern text, by name."""
     eos = meta.ids("tokenizer.ggml.eos_token_id") + meta.ids("tokenizer.ggml.eot_token_id")
     bos = meta.ids("tokenizer.ggml.bos_token_id")
-    return _Text(
-        tokenizer_json=tokenizer.tokenizer_json(meta),
-        chat_template=meta.text("tokenizer.chat_template", ""),
-        eos_token_ids=tuple(sorted(set(eos))),
-        bos_token_id=bos[0] if bos and tokenizer.adds_bos(meta) else None,
-        bos_token=_piece(meta, bos),
-        eos_token=_piece(meta, eos),
-    )
+    return {
+        "tokenizer_json": tokenizer.tokenizer_json(meta),
+        "chat_template": meta.text("tokenizer.chat_template", ""),
+        "eos_token_ids": tuple(sorted(set(eos))),
+        "bos_token_id": bos[0] if bos and tokenizer.adds_bos(meta) else None,
+        "bos_token": _piece(meta, bos),
+        "eos_token": _piece(meta, eos),
+    }
 
 
-def _text_of_folder(model: ResolvedModel, config: Metadata) -> _Text:
+def _text_of_folder(model: ResolvedModel, config: Metadata) -> dict[str, Any]:
     path = model.path / "tokenizer.json"
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror or error}") from None
-    settings = read_json_if_there(model.path / "tokenizer_config.json")
-    generation = read_json_if_there(model.path / "generation_config.json")
+    settings = read_json(model.path / "tokenizer_config.json", optional=True)
+    generation = read_json(model.path / "generation_config.json", optional=True)
     eos = config.ids("eos_token_id") + generation.ids("eos_token_id")
-    return _Text(
-        tokenizer_json=raw,
-        chat_template=_template(model, settings),
-        eos_token_ids=tuple(sorted(set(eos))),
-        bos_token_id=_leading_bos(model, raw, settings, config.ids("bos_token_id")),
-        bos_token=_special(settings, "bos_token"),
-        eos_token=_special(settings, "eos_token"),
-    )
+    return {
+        "tokenizer_json": raw,
+        "chat_template": _template(model, settings),
+        "eos_token_ids": tuple(sorted(set(eos))),
+        "bos_token_id": _leading_bos(model, raw, settings, config.ids("bos_token_id")),
+        "bos_token": _special(settings, "bos_token"),
+        "eos_token": _special(settings, "eos_token"),
+    }
 
 
 def _template(model: ResolvedModel, settings: Metadata) -> str:

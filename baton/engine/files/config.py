@@ -61,11 +61,6 @@ class ModelConfig:
     output_bias: bool = False
     qk_norm: bool = False
 
-    @property
-    def qkv_rows(self) -> int:
-        """Rows of the fused projection: all query heads, then keys, then values."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
 
 def from_hf(config: Metadata) -> ModelConfig:
     """Raises ModelFileError, naming it, for anything that this engine can't compute."""
@@ -157,22 +152,18 @@ def _scaling(config: Metadata, context: int) -> RopeScaling:
             high_freq_factor=rope.number("high_freq_factor"),
         )
     if kind == "yarn":
-        return _yarn(rope, original or context, context)
+        return RopeScaling(
+            "yarn",
+            factor=rope.number("factor", context / (original or context)),
+            original_context_tokens=original or context,
+            attention_factor=None if rope.get("attention_factor") is None else rope.number("attention_factor"),
+            mscale=rope.number("mscale", 0.0),
+            mscale_all_dim=rope.number("mscale_all_dim", 0.0),
+            beta_fast=rope.number("beta_fast", 32.0) or 32.0,
+            beta_slow=rope.number("beta_slow", 1.0) or 1.0,
+            truncate=rope.flag("truncate", True),
+        )
     raise config.error(f"rope scaling {kind!r} is not supported; these are: default, linear, llama3, yarn")
-
-
-def _yarn(rope: Metadata, original: int, context: int) -> RopeScaling:
-    return RopeScaling(
-        "yarn",
-        factor=rope.number("factor", context / original),
-        original_context_tokens=original,
-        attention_factor=None if rope.get("attention_factor") is None else rope.number("attention_factor"),
-        mscale=rope.number("mscale", 0.0),
-        mscale_all_dim=rope.number("mscale_all_dim", 0.0),
-        beta_fast=rope.number("beta_fast", 32.0) or 32.0,
-        beta_slow=rope.number("beta_slow", 1.0) or 1.0,
-        truncate=rope.flag("truncate", True),
-    )
 
 
 def from_gguf(file: GgufFile) -> ModelConfig:
@@ -234,17 +225,13 @@ def _scaling_of_gguf(file: GgufFile, keys: Metadata, context: int) -> RopeScalin
     if kind == "linear":
         return RopeScaling("linear", factor=keys.number("rope.scaling.factor", linear))
     if kind == "yarn":
-        return _yarn_of_gguf(keys, context)
+        if (extra := keys.number("rope.scaling.attn_factor", 1.0)) != 1.0:
+            raise keys.error(f"rope.scaling.attn_factor {extra} is not supported, only 1")
+        return RopeScaling(
+            "yarn",
+            factor=keys.number("rope.scaling.factor"),
+            original_context_tokens=keys.positive("rope.scaling.original_context_length", context),
+            beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
+        )
     raise keys.error(f"rope scaling {kind!r} is not supported; these are: none, linear, yarn")
-
-
-def _yarn_of_gguf(keys: Metadata, context: int) -> RopeScaling:
-    if (extra := keys.number("rope.scaling.attn_factor", 1.0)) != 1.0:
-        raise keys.error(f"rope.scaling.attn_factor {extra} is not supported, only 1")
-    return RopeScaling(
-        "yarn",
-        factor=keys.number("rope.scaling.factor"),
-        original_context_tokens=keys.positive("rope.scaling.original_context_length", context),
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
-    )

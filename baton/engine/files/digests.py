@@ -17,9 +17,7 @@ def cache_dir() -> Path:
     """`$BATON_CACHE`, else `$XDG_CACHE_HOME/baton`, else `~/.cache/baton`."""
     if own := os.environ.get("BATON_CACHE"):
         return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "baton"
-    return Path.home() / ".cache" / "baton"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
 
 
 def file_digest(path: Path) -> str:
@@ -35,7 +33,10 @@ def file_digest(path: Path) -> str:
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror or error}") from None
     with contextlib.suppress(OSError):  # without the cache the next start only takes longer
-        _write_stamp(stamp, identity, digest)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=stamp.parent, delete=False) as temporary:
+            json.dump({"file": identity, "sha256": digest}, temporary)
+        Path(temporary.name).replace(stamp)
     return digest
 
 
@@ -51,10 +52,3 @@ def _read_stamp(stamp: Path, identity: str) -> str | None:
         return None  # missing or torn: hash again
     matches = isinstance(entry, dict) and entry.get("file") == identity
     return str(entry["sha256"]) if matches and "sha256" in entry else None
-
-
-def _write_stamp(stamp: Path, identity: str, digest: str) -> None:
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=stamp.parent, delete=False) as file:
-        json.dump({"file": identity, "sha256": digest}, file)
-    Path(file.name).replace(stamp)

@@ -103,8 +103,10 @@ class Metadata:
         return value
 
 
-def read_json(path: Path) -> Metadata:
-    """Raises ModelFileError for a file that can't be read or holds no JSON object."""
+def read_json(path: Path, optional: bool = False) -> Metadata:
+    """Empty for an `optional` file that is absent. Raises ModelFileError for one that can't be read or is no object."""
+    if optional and not path.exists():
+        return Metadata(str(path), {})
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -114,8 +116,3 @@ def read_json(path: Path) -> Metadata:
     if not isinstance(values, dict):
         raise ModelFileError(f"{path}: must hold an object, not {type(values).__name__}")
     return Metadata(str(path), values)
-
-
-def read_json_if_there(path: Path) -> Metadata:
-    """As `read_json`, but empty for a file that does not exist."""
-    return read_json(path) if path.exists() else Metadata(str(path), {})

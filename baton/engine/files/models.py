@@ -51,24 +51,20 @@ def resolve(name: str) -> ResolvedModel:
     if name == EMBEDDED_MODEL:
         return ResolvedModel(name, fetch_embedded())
     path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelFileError(f"{path}: has no config.json, so it is no model folder")
+        return ResolvedModel(path.resolve().name, path)
     if path.exists():
-        return _local(path)
+        if path.suffix != ".gguf":
+            raise ModelFileError(f"{path}: neither a folder nor a .gguf file")
+        return ResolvedModel(path.stem, path)
     if _HUB_NAME.fullmatch(name) and not name.startswith("."):
         return ResolvedModel(name, _fetch_from_hub(name))
     raise ConfigError(
         f"unknown model {name!r}: give {EMBEDDED_MODEL!r} (the embedded model), the path of a folder with "
         "config.json and safetensors, the path of a .gguf file, or a hub name such as 'org/name'"
     )
-
-
-def _local(path: Path) -> ResolvedModel:
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelFileError(f"{path}: has no config.json, so it is no model folder")
-        return ResolvedModel(path.resolve().name, path)
-    if path.suffix != ".gguf":
-        raise ModelFileError(f"{path}: neither a folder nor a .gguf file")
-    return ResolvedModel(path.stem, path)
 
 
 def _fetch_from_hub(name: str) -> Path:

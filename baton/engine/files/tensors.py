@@ -50,11 +50,9 @@ class GgufTensors:
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file = file
-        self._rotated_heads = (
-            {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}
-            if config.architecture in ("llama", "mistral")
-            else {}
-        )
+        self._rotated_heads: dict[str, int] = {}
+        if config.architecture in ("llama", "mistral"):
+            self._rotated_heads = {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = torch.from_numpy(self._file.read(gguf_name(name)))
@@ -94,7 +92,10 @@ class SafetensorsFolder:
         for path, shard in self._open.items():
             names: list[str] = shard.keys()  # type: ignore[no-untyped-call]
             self._shard_of.update(dict.fromkeys(names, path))
-        self._check_index()
+        if len(self._open) > 1 and (model.path / INDEX).exists():
+            promised = read_json(model.path / INDEX).section("weight_map")
+            if missing := sorted(set(promised.names()) - set(self._shard_of)):
+                raise promised.error(f"names {missing[0]}, which no shard holds")
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         path = self._shard_of.get(name)
@@ -114,14 +115,6 @@ class SafetensorsFolder:
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
         raise AssertionError("safetensors hold plain floats")
-
-    def _check_index(self) -> None:
-        path = self._folder / INDEX
-        if len(self._open) < 2 or not path.exists():
-            return
-        promised = read_json(path).section("weight_map")
-        if missing := sorted(set(promised.names()) - set(self._shard_of)):
-            raise promised.error(f"names {missing[0]}, which no shard holds")
 
 
 def _open_shard(path: Path) -> safe_open:

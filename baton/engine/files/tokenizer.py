@@ -37,7 +37,11 @@ def tokenizer_json(meta: Metadata) -> bytes:
     if kind not in builders:
         raise meta.error(f"tokenizer.ggml.model {kind!r} is not supported; these are: {', '.join(builders)}")
     pieces = meta.texts("tokenizer.ggml.tokens")
-    kinds = _kinds(meta, len(pieces))
+    kinds: list[int] = [PieceKind.NORMAL] * len(pieces)
+    if meta.get("tokenizer.ggml.token_type") is not None:
+        kinds = [int(kind) for kind in meta.numbers("tokenizer.ggml.token_type")]
+    if len(kinds) != len(pieces):
+        raise meta.error(f"{len(kinds)} token types do not fit {len(pieces)} tokens")
     tokenizer = builders[kind](meta, pieces, kinds)
     tokenizer.add_special_tokens(_added(pieces, kinds, PieceKind.CONTROL))
     tokenizer.add_tokens(_added(pieces, kinds, PieceKind.USER_DEFINED))
@@ -48,15 +52,6 @@ def adds_bos(meta: Metadata) -> bool:
     """Whether the model's tokeniser puts a BOS before plain text; without an entry in the file, llama.cpp's default."""
     silent = meta.text("tokenizer.ggml.model") == "llama" or meta.text("tokenizer.ggml.pre", "") in _WHOLE_WORDS_FIRST
     return meta.flag("tokenizer.ggml.add_bos_token", silent)
-
-
-def _kinds(meta: Metadata, count: int) -> list[int]:
-    if meta.get("tokenizer.ggml.token_type") is None:
-        return [PieceKind.NORMAL] * count
-    kinds = [int(kind) for kind in meta.numbers("tokenizer.ggml.token_type")]
-    if len(kinds) != count:
-        raise meta.error(f"{len(kinds)} token types do not fit {count} tokens")
-    return kinds
 
 
 def _added(pieces: list[str], kinds: list[int], wanted: PieceKind) -> list[AddedToken]:
@@ -71,9 +66,7 @@ def _byte_level(meta: Metadata, pieces: list[str], kinds: list[int]) -> Tokenize
         known = ", ".join(_PRE_TOKENISERS)
         raise meta.error(f"pre-tokeniser (tokenizer.ggml.pre) {name!r} is not supported; these are: {known}")
     merges = [_merge(meta, line) for line in meta.texts("tokenizer.ggml.merges")]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    model = _bpe(meta, vocabulary, merges, ignore_merges=name in _WHOLE_WORDS_FIRST)
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(_bpe(meta, pieces, merges, ignore_merges=name in _WHOLE_WORDS_FIRST))
     if name in _QWEN2_NAMES:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENISERS[name]()
@@ -88,7 +81,8 @@ def _merge(meta: Metadata, line: str) -> tuple[str, str]:
     return left, right
 
 
-def _bpe(meta: Metadata, vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: object) -> models.BPE:
+def _bpe(meta: Metadata, pieces: list[str], merges: list[tuple[str, str]], **options: object) -> models.BPE:
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
     for pair in merges:
         if missing := [piece for piece in (*pair, "".join(pair)) if piece not in vocabulary]:
             raise meta.error(f"tokenizer.ggml.merges names {missing[0]!r}, which is no token")
@@ -123,11 +117,9 @@ def _sentencepiece(meta: Metadata, pieces: list[str], kinds: list[int]) -> Token
     scores = meta.numbers("tokenizer.ggml.scores")
     if len(scores) != len(pieces):
         raise meta.error(f"{len(scores)} scores do not fit {len(pieces)} tokens")
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
     unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == PieceKind.UNKNOWN), None)
     merges = merges_from_scores(pieces, scores, kinds)
-    model = _bpe(meta, vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(_bpe(meta, pieces, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = meta.flag("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces

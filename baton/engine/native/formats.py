@@ -63,7 +63,6 @@ def layer_matrices(config: ModelConfig, layer: int) -> Iterator[tuple[Slot, Part
 
 
 def layer_vectors(config: ModelConfig, layer: int) -> Iterator[tuple[Vector, Parts]]:
-    """A layer's norms and biases."""
     prefix, attention = f"model.layers.{layer}", f"model.layers.{layer}.self_attn"
     yield Vector.INPUT_NORM, [(f"{prefix}.input_layernorm.weight", config.hidden)]
     yield Vector.MLP_NORM, [(f"{prefix}.post_attention_layernorm.weight", config.hidden)]

@@ -67,9 +67,6 @@ class _Loader:
     def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
         return self.stacked([(name, rows)], columns)
 
-    def vector(self, name: str, size: int) -> torch.Tensor:
-        return self.stacked([(name, size)], None)
-
     def norm(self, name: str, size: int) -> torch.Tensor:
         return self.source.read(name, (size,)).to(self.device, torch.float32)
 
@@ -105,7 +102,7 @@ def _layer(loader: _Loader, config: ModelConfig, index: int) -> LayerWeights:
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
         output=loader.matrix(f"{attention}.o_proj.weight", config.hidden, queries),
-        output_bias=loader.vector(f"{attention}.o_proj.bias", config.hidden) if config.output_bias else None,
+        output_bias=loader.stacked([(f"{attention}.o_proj.bias", config.hidden)], None) if config.output_bias else None,
         mlp_norm=loader.norm(f"{prefix}.post_attention_layernorm.weight", config.hidden),
         gate_up=loader.stacked(
             [(f"{prefix}.mlp.gate_proj.weight", config.mlp), (f"{prefix}.mlp.up_proj.weight", config.mlp)],

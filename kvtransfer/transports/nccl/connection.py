@@ -158,7 +158,8 @@ class NcclConnection(WriterConnection):
             self.send(wire.pack_answer(batch.serial, wire.BatchStatus.READY))
         if self._sent and link.completed >= self._posted:
             self.batch = None
-            self._events.landed(batch.identity.key, batch.identity.generation, batch.indices)
+            indices = [index for index, _ in batch.targets]
+            self._events.landed(batch.identity.key, batch.identity.generation, indices)
             self.send(wire.pack_answer(batch.serial, wire.BatchStatus.DONE))
 
     def _writer_sent(self, serial: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from baton.errors import ConfigError
 from baton.model import KvLayout
@@ -18,14 +18,6 @@ from kvtransfer.transports.nccl.seam import RECEIVER, UNIQUE_ID_BYTES, Communica
 
 EXTRA = "nccl4py, nvidia-nccl-cu12 and cuda-python, the extra [cuda]"
 MAX_CTAS = 8  # multiprocessors that a communicator's kernel takes from compute, at most
-
-
-class RecordedEvent(Protocol):
-    """A fence: an event that the engine recorded on its stream, as `torch.cuda.Event`."""
-
-    @property
-    def cuda_event(self) -> int:
-        """The handle, valid at least until the batch is posted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +78,8 @@ class NcclCommunicator:
 
     def post(self, group: Sequence[Span], fence: object | None) -> None:
         nccl, cuda = self._nccl, self._cuda
-        if fence is not None:
-            event = cuda.cudaEvent_t(cast(RecordedEvent, fence).cuda_event)
+        if fence is not None:  # as `torch.cuda.Event`; its handle is valid at least until the batch is posted
+            event = cuda.cudaEvent_t(cast(Any, fence).cuda_event)
             _checked(cuda, cuda.cudaStreamWaitEvent(self._stream, event, 0))
         move, peer = (nccl.recv, 1) if self._rank == RECEIVER else (nccl.send, 0)
         kind, stream = int(nccl.DataType.Uint8), int(self._stream)

@@ -47,7 +47,9 @@ class NcclReceiver(SocketReceiver[NcclConnection]):
         super().__init__(events, *listen_on(host, 0, advertise), HELLO_SECONDS)
 
     def _connection(self, peer: socket.socket) -> NcclConnection:
-        changed = self._changed_elsewhere
+        def changed(connection: NcclConnection, link: Link) -> None:
+            self._reactor.call(partial(self._changed, connection, link))
+
         return NcclConnection(peer, self._memory, self._events, self._issuer, self._tickets.get, self._post, changed)
 
     def _post(self, link: Link, key: HandoffKey, group: list[Span], deadline: float) -> int:
@@ -55,9 +57,6 @@ class NcclReceiver(SocketReceiver[NcclConnection]):
         self._writing.setdefault(key, {})[link] = number
         self._issuer.post(link, group, None, deadline)
         return number
-
-    def _changed_elsewhere(self, connection: NcclConnection, link: Link) -> None:
-        self._reactor.call(partial(self._changed, connection, link))
 
     def _changed(self, connection: NcclConnection, link: Link) -> None:
         self._written(link)

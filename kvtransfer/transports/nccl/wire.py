@@ -77,10 +77,6 @@ class RunBatch:
         """(index, destination) of each block, one by one: a run of a stranger may claim billions."""
         return ((run.first + i, run.destination + i) for run in self.runs for i in range(run.blocks))
 
-    @property
-    def indices(self) -> list[int]:
-        return [index for index, _ in self.targets]
-
 
 def frame(op: NcclOp, body: bytes = b"") -> bytes:
     return FRAME.pack(op, len(body)) + body

@@ -28,20 +28,16 @@ ABORT_SECONDS = 5.0
 Fence = Callable[[], object | None]
 
 
-def no_fence() -> None:
-    """For a pool that is filled synchronously."""
-
-
 class NcclWriter(Writer):
     """`memory` is on the device of `issuer`, which the caller closes after this.
 
     `fence` is called on the thread that calls `write`: it gives an event that the engine has recorded after the work
-    that fills the newest blocks, and the sends wait for it on the device.
+    that fills the newest blocks, and the sends wait for it on the device; None for a pool that is filled synchronously.
     """
 
     kind = "nccl"
 
-    def __init__(self, memory: BlockMemory, incarnation: str, issuer: Issuer, fence: Fence = no_fence) -> None:
+    def __init__(self, memory: BlockMemory, incarnation: str, issuer: Issuer, fence: Fence = lambda: None) -> None:
         self.memory = memory
         self.incarnation = incarnation
         self.issuer = issuer
@@ -121,8 +117,6 @@ class _PairFailed(Exception):
 
 @dataclass(slots=True)
 class _Attempt:
-    """One try at one batch, and how far it has come."""
-
     ticket: Ticket
     fence: object | None
     deadline: float

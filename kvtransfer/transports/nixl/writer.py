@@ -28,33 +28,25 @@ class NixlWriter(Writer):
 
     def __init__(self, memory: PoolMemory, incarnation: str, *, checksums: bool = False) -> None:
         require()
-        self._memory = memory
-        self._incarnation = incarnation
-        self._flags = Flags.CHECKSUMS if checksums else Flags(0)
+        self.memory = memory
+        self.incarnation = incarnation
+        self.flags = Flags.CHECKSUMS if checksums else Flags(0)
 
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> NixlChannel:
-        return NixlChannel(self._memory, self._incarnation, self._flags, endpoint, peer, deadline)
+        return NixlChannel(self, endpoint, peer, deadline)
 
 
 class NixlChannel(BlockChannel):
-    def __init__(
-        self,
-        source: PoolMemory,
-        incarnation: str,
-        flags: Flags,
-        endpoint: str,
-        peer: ProcessRef,
-        deadline: float,
-    ) -> None:
-        super().__init__(source, peer)
-        self._source = source
-        self._flags = flags
+    def __init__(self, writer: NixlWriter, endpoint: str, peer: ProcessRef, deadline: float) -> None:
+        super().__init__(writer.memory, peer)
+        self._source = writer.memory
+        self._flags = writer.flags
         self._batches = 0
         self._agent: NixlAgent | None = None
         self._stream = WriterSocket(Stream(connect_to(endpoint, peer.name, deadline)), peer.name)
         try:
-            metadata = self._handshake(incarnation, deadline)
-            self._agent = NixlAgent(f"writer {incarnation}", source)
+            metadata = self._handshake(writer.incarnation, deadline)
+            self._agent = NixlAgent(f"writer {writer.incarnation}", writer.memory)
             self._agent.know(metadata)
         except BaseException:
             self.close()

@@ -32,16 +32,16 @@ class TcpWriter(Writer):
     def __init__(
         self, memory: PoolMemory, *, checksums: bool = False, tls: TlsContexts | None = None, connections: int = 1
     ) -> None:
-        self._memory = memory
-        self._flags = tcp_flags(checksums, tls)
-        self._tls = tls
+        self.memory = memory
+        self.flags = tcp_flags(checksums, tls)
+        self.tls = tls
         self._count = connections
 
     def connect(self, endpoint: str, peer: ProcessRef, deadline: float) -> Channel:
         channels: list[Channel] = []
         try:
             for _ in range(self._count):
-                channels.append(TcpChannel(self._memory, self._flags, endpoint, peer, deadline, self._tls))  # noqa: PERF401
+                channels.append(TcpChannel(self, endpoint, peer, deadline))  # noqa: PERF401
         except BaseException:
             for channel in channels:
                 channel.close()
@@ -50,20 +50,13 @@ class TcpWriter(Writer):
 
 
 class TcpChannel(BlockChannel):
-    def __init__(
-        self,
-        source: PoolMemory,
-        flags: Flags,
-        endpoint: str,
-        peer: ProcessRef,
-        deadline: float,
-        tls: TlsContexts | None,
-    ) -> None:
-        super().__init__(source, peer)
-        self._source = source
-        self._flags = flags
+    def __init__(self, writer: TcpWriter, endpoint: str, peer: ProcessRef, deadline: float) -> None:
+        super().__init__(writer.memory, peer)
+        self._source = writer.memory
+        self._flags = writer.flags
         connected = connect_to(endpoint, peer.name, deadline)
-        self._stream = WriterSocket(Stream(connected) if tls is None else tls.connect(connected), peer.name)
+        stream = Stream(connected) if writer.tls is None else writer.tls.connect(connected)
+        self._stream = WriterSocket(stream, peer.name)
         try:
             self._handshake(deadline)
         except BaseException:

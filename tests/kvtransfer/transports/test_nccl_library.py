@@ -43,7 +43,7 @@ def has_device() -> bool:
 @needs_library
 def test_version_and_unique_id_work_without_a_gpu() -> None:
     program = (
-        "from kvtransfer.transports.nccl_library import mint, version;"
+        "from kvtransfer.transports.nccl.library import mint, version;"
         "print(version() >= (2, 30, 0), len(mint()), mint() != mint())"
     )
     ran = run("-c", program)

@@ -262,4 +262,4 @@ def test_neighbours_on_both_sides_are_one_send() -> None:
     body = wire.pack_batch(7, 1.5, ticket, [run for run, _ in runs])
     batch = wire.unpack_batch(body[wire.FRAME.size :])
     assert (batch.serial, batch.seconds, batch.identity.key) == (7, 1.5, ticket.key)
-    assert batch.indices == [0, 1, 2, 3, 4, 5]
+    assert [index for index, _ in batch.targets] == [0, 1, 2, 3, 4, 5]
