@@ -30,7 +30,7 @@ def requests(corner: str, rate: float, seconds: float) -> Sequence[Planned]:
     return make_plan(load(corner, rate, seconds), CONTEXT).requests
 
 
-@pytest.mark.parametrize(("corner", "rate"), [("ttft", 3.0), ("middle", 5.0)])
+@pytest.mark.parametrize(("corner", "rate"), [pytest.param("ttft", 3.0, marks=pytest.mark.nightly), ("middle", 5.0)])
 def test_to_choose_for_each_request_is_as_good_as_the_better_of_the_fixed_ways(corner: str, rate: float) -> None:
     asked = load(corner, rate, 120.0)
     adaptive, split, direct = (
@@ -40,7 +40,7 @@ def test_to_choose_for_each_request_is_as_good_as_the_better_of_the_fixed_ways(c
     assert adaptive > min(split, direct) + 0.05, "and the fixed ways do differ here"
 
 
-@pytest.mark.parametrize("rate", [6.0, 8.0])
+@pytest.mark.parametrize("rate", [6.0, pytest.param(8.0, marks=pytest.mark.nightly)])
 def test_at_tight_tpot_the_decode_worker_helps_out(rate: float) -> None:
     """Also where it is behind: prompts don't pile up on it beside a prefill worker that rests."""
     adaptive, split, direct = (
