@@ -78,7 +78,7 @@ def spec_to_wire(spec: SequenceSpec) -> wire.SequenceSpec:
 
 
 def spec_from_wire(message: wire.SequenceSpec) -> SequenceSpec:
-    """See `SequenceSpec`. Raises InvalidArgument for what no router of ours sends."""
+    """Raises InvalidArgument for what no router of ours sends."""
     if len(message.attempt) != 16:
         raise InvalidArgument("spec.attempt", f"has {len(message.attempt)} bytes, not 16")
     if not message.prompt_tokens:
@@ -129,7 +129,7 @@ def cost_to_wire(cost: StepCost, error: float, chunk_tokens: int) -> wire.StepCo
 
 
 def cost_from_wire(message: wire.StepCost) -> StepCost:
-    """See `StepCost`. What no worker of ours sends (negative, not finite) counts as 0."""
+    """What no worker of ours sends (negative, not finite) counts as 0."""
 
     def sane(value: float) -> float:
         return value if math.isfinite(value) and value > 0 else 0.0
