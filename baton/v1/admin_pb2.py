@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"<\n\x13ListWorkersResponse\x12%\n\x07workers\x18\x01 \x03(\x0b\x32\x14.baton.v1.WorkerInfo\"\xcd\x02\n\nWorkerInfo\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x1d\n\x05roles\x18\x02 \x03(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x08\x63\x61pacity\x18\x04 \x01(\x0b\x32\x12.baton.v1.Capacity\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x10\n\x08\x61ttached\x18\x06 \x01(\x08\x12\x15\n\rlease_left_ms\x18\x07 \x01(\x01\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08\x61ttempts\x18\t \x01(\r\x12*\n\x0bpredictions\x18\n \x01(\x0b\x32\x15.baton.v1.Predictions\x12\x17\n\nhandoff_ms\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_handoff_ms\"L\n\x0bPredictions\x12\x10\n\x08promised\x18\x01 \x01(\x04\x12\x0c\n\x04kept\x18\x02 \x01(\x04\x12\r\n\x05\x65rror\x18\x03 \x01(\x01\x12\x0e\n\x06\x66\x61\x63tor\x18\x04 \x01(\x01\"9\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btenant_salt\x18\x02 \x01(\t\":\n\x0f\x45xplainResponse\x12\'\n\nplacements\x18\x01 \x03(\x0b\x32\x13.baton.v1.Placement\"\xfa\x01\n\tPlacement\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\x01\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05meets\x18\x05 \x01(\x08\x12\x12\n\nconstraint\x18\x06 \x01(\t\x12\x14\n\x07ttft_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\'\n\ncandidates\x18\t \x03(\x0b\x32\x13.baton.v1.Candidate\x12\x0e\n\x06others\x18\n \x01(\r\x12\x0f\n\x07refused\x18\x0b \x01(\x08\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"\x9a\x01\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0b\n\x03way\x18\x02 \x01(\t\x12\x10\n\x08\x66\x65\x61sible\x18\x03 \x01(\x08\x12\x0c\n\x04note\x18\x04 \x01(\t\x12\x14\n\x07ttft_ms\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04load\x18\x07 \x01(\x01\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"\x12\n\x10GetStatusRequest\"\x99\x03\n\x11GetStatusResponse\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x1d\n\x05roles\x18\x02 \x03(\x0e\x32\x0e.baton.v1.Role\x12\"\n\x04pool\x18\x03 \x01(\x0b\x32\x14.baton.v1.PoolStatus\x12\x33\n\x04live\x18\x04 \x03(\x0b\x32%.baton.v1.GetStatusResponse.LiveEntry\x12;\n\x08\x63ounters\x18\x05 \x03(\x0b\x32).baton.v1.GetStatusResponse.CountersEntry\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x1d\n\x05pairs\x18\x08 \x03(\x0b\x32\x0e.baton.v1.Pair\x1a+\n\tLiveEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"N\n\x04Pair\x12!\n\x04peer\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08handoffs\x18\x03 \x01(\r\"\x85\x01\n\nPoolStatus\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0c\n\x04held\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x13\n\x0bquarantined\x18\x05 \x01(\r\x12\x17\n\x0fintegrity_error\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x32\xd9\x01\n\x05\x41\x64min\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12\x44\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x1b.baton.v1.GetStatusResponse\x12>\n\x07\x45xplain\x12\x18.baton.v1.ExplainRequest\x1a\x19.baton.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"N\n\x13ListWorkersResponse\x12%\n\x07workers\x18\x01 \x03(\x0b\x32\x14.baton.v1.WorkerInfo\x12\x10\n\x08\x64\x65graded\x18\x02 \x03(\t\"\xcd\x02\n\nWorkerInfo\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x1d\n\x05roles\x18\x02 \x03(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x08\x63\x61pacity\x18\x04 \x01(\x0b\x32\x12.baton.v1.Capacity\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x10\n\x08\x61ttached\x18\x06 \x01(\x08\x12\x15\n\rlease_left_ms\x18\x07 \x01(\x01\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08\x61ttempts\x18\t \x01(\r\x12*\n\x0bpredictions\x18\n \x01(\x0b\x32\x15.baton.v1.Predictions\x12\x17\n\nhandoff_ms\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_handoff_ms\"L\n\x0bPredictions\x12\x10\n\x08promised\x18\x01 \x01(\x04\x12\x0c\n\x04kept\x18\x02 \x01(\x04\x12\r\n\x05\x65rror\x18\x03 \x01(\x01\x12\x0e\n\x06\x66\x61\x63tor\x18\x04 \x01(\x01\"9\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btenant_salt\x18\x02 \x01(\t\":\n\x0f\x45xplainResponse\x12\'\n\nplacements\x18\x01 \x03(\x0b\x32\x13.baton.v1.Placement\"\xfa\x01\n\tPlacement\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\x01\x12\x0e\n\x06\x63hosen\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05meets\x18\x05 \x01(\x08\x12\x12\n\nconstraint\x18\x06 \x01(\t\x12\x14\n\x07ttft_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\'\n\ncandidates\x18\t \x03(\x0b\x32\x13.baton.v1.Candidate\x12\x0e\n\x06others\x18\n \x01(\r\x12\x0f\n\x07refused\x18\x0b \x01(\x08\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"\x9a\x01\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0b\n\x03way\x18\x02 \x01(\t\x12\x10\n\x08\x66\x65\x61sible\x18\x03 \x01(\x08\x12\x0c\n\x04note\x18\x04 \x01(\t\x12\x14\n\x07ttft_ms\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04load\x18\x07 \x01(\x01\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"\x12\n\x10GetStatusRequest\"\xab\x03\n\x11GetStatusResponse\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x1d\n\x05roles\x18\x02 \x03(\x0e\x32\x0e.baton.v1.Role\x12\"\n\x04pool\x18\x03 \x01(\x0b\x32\x14.baton.v1.PoolStatus\x12\x33\n\x04live\x18\x04 \x03(\x0b\x32%.baton.v1.GetStatusResponse.LiveEntry\x12;\n\x08\x63ounters\x18\x05 \x03(\x0b\x32).baton.v1.GetStatusResponse.CountersEntry\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x1d\n\x05pairs\x18\x08 \x03(\x0b\x32\x0e.baton.v1.Pair\x12\x10\n\x08\x64\x65graded\x18\t \x03(\t\x1a+\n\tLiveEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\\\n\x04Pair\x12!\n\x04peer\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08handoffs\x18\x03 \x01(\r\x12\x0c\n\x04note\x18\x04 \x01(\t\"\x85\x01\n\nPoolStatus\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0c\n\x04held\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x13\n\x0bquarantined\x18\x05 \x01(\r\x12\x17\n\x0fintegrity_error\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x32\xd9\x01\n\x05\x41\x64min\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12\x44\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x1b.baton.v1.GetStatusResponse\x12>\n\x07\x45xplain\x12\x18.baton.v1.ExplainRequest\x1a\x19.baton.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,31 +39,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSREQUEST']._serialized_start=57
   _globals['_LISTWORKERSREQUEST']._serialized_end=77
   _globals['_LISTWORKERSRESPONSE']._serialized_start=79
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=139
-  _globals['_WORKERINFO']._serialized_start=142
-  _globals['_WORKERINFO']._serialized_end=475
-  _globals['_PREDICTIONS']._serialized_start=477
-  _globals['_PREDICTIONS']._serialized_end=553
-  _globals['_EXPLAINREQUEST']._serialized_start=555
-  _globals['_EXPLAINREQUEST']._serialized_end=612
-  _globals['_EXPLAINRESPONSE']._serialized_start=614
-  _globals['_EXPLAINRESPONSE']._serialized_end=672
-  _globals['_PLACEMENT']._serialized_start=675
-  _globals['_PLACEMENT']._serialized_end=925
-  _globals['_CANDIDATE']._serialized_start=928
-  _globals['_CANDIDATE']._serialized_end=1082
-  _globals['_GETSTATUSREQUEST']._serialized_start=1084
-  _globals['_GETSTATUSREQUEST']._serialized_end=1102
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1105
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1514
-  _globals['_GETSTATUSRESPONSE_LIVEENTRY']._serialized_start=1422
-  _globals['_GETSTATUSRESPONSE_LIVEENTRY']._serialized_end=1465
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=1467
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1514
-  _globals['_PAIR']._serialized_start=1516
-  _globals['_PAIR']._serialized_end=1594
-  _globals['_POOLSTATUS']._serialized_start=1597
-  _globals['_POOLSTATUS']._serialized_end=1730
-  _globals['_ADMIN']._serialized_start=1733
-  _globals['_ADMIN']._serialized_end=1950
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=157
+  _globals['_WORKERINFO']._serialized_start=160
+  _globals['_WORKERINFO']._serialized_end=493
+  _globals['_PREDICTIONS']._serialized_start=495
+  _globals['_PREDICTIONS']._serialized_end=571
+  _globals['_EXPLAINREQUEST']._serialized_start=573
+  _globals['_EXPLAINREQUEST']._serialized_end=630
+  _globals['_EXPLAINRESPONSE']._serialized_start=632
+  _globals['_EXPLAINRESPONSE']._serialized_end=690
+  _globals['_PLACEMENT']._serialized_start=693
+  _globals['_PLACEMENT']._serialized_end=943
+  _globals['_CANDIDATE']._serialized_start=946
+  _globals['_CANDIDATE']._serialized_end=1100
+  _globals['_GETSTATUSREQUEST']._serialized_start=1102
+  _globals['_GETSTATUSREQUEST']._serialized_end=1120
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1123
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1550
+  _globals['_GETSTATUSRESPONSE_LIVEENTRY']._serialized_start=1458
+  _globals['_GETSTATUSRESPONSE_LIVEENTRY']._serialized_end=1501
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=1503
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=1550
+  _globals['_PAIR']._serialized_start=1552
+  _globals['_PAIR']._serialized_end=1644
+  _globals['_POOLSTATUS']._serialized_start=1647
+  _globals['_POOLSTATUS']._serialized_end=1780
+  _globals['_ADMIN']._serialized_start=1783
+  _globals['_ADMIN']._serialized_end=2000
 # @@protoc_insertion_point(module_scope)

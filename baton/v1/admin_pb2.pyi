@@ -39,16 +39,22 @@ class ListWorkersResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerInfo]: ...
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is missing, in words, while the cluster serves all the same: a line for each model and pool."""
+
     def __init__(
         self,
         *,
         workers: _abc.Iterable[Global___WorkerInfo] | None = ...,
+        degraded: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,6 +380,7 @@ class GetStatusResponse(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
     resident_bytes: _builtins.int
     """All of the process that is in memory, pool and weights included."""
     weight_bytes: _builtins.int
@@ -398,6 +405,10 @@ class GetStatusResponse(_message.Message):
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pair]:
         """Prefill workers: the decode workers that it is connected to."""
 
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in ListWorkersResponse. Empty on a worker."""
+
     def __init__(
         self,
         *,
@@ -409,10 +420,11 @@ class GetStatusResponse(_message.Message):
         resident_bytes: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
         pairs: _abc.Iterable[Global___Pair] | None = ...,
+        degraded: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool", "process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "live", b"live", "pairs", b"pairs", "pool", b"pool", "process", b"process", "resident_bytes", b"resident_bytes", "roles", b"roles", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "degraded", b"degraded", "live", b"live", "pairs", b"pairs", "pool", b"pool", "process", b"process", "resident_bytes", b"resident_bytes", "roles", b"roles", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -425,10 +437,13 @@ class Pair(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     HANDOFFS_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
     """What blocks travel by, as in "shm"."""
     handoffs: _builtins.int
     """Under way."""
+    note: _builtins.str
+    """Why a better transport could not be used; empty where this is the best."""
     @_builtins.property
     def peer(self) -> _worker_pb2.ProcessId: ...
     def __init__(
@@ -437,10 +452,11 @@ class Pair(_message.Message):
         peer: _worker_pb2.ProcessId | None = ...,
         transport: _builtins.str = ...,
         handoffs: _builtins.int = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoffs", b"handoffs", "peer", b"peer", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoffs", b"handoffs", "note", b"note", "peer", b"peer", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,6 +120,7 @@ class HandshakeRequest(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     CHECKSUMS_FIELD_NUMBER: _builtins.int
     TCP_TLS_FIELD_NUMBER: _builtins.int
+    RECEIVER_FIELD_NUMBER: _builtins.int
     version_min: _builtins.int
     """The protocol versions it speaks, so that a pool can be upgraded one worker at a time."""
     version_max: _builtins.int
@@ -129,6 +130,8 @@ class HandshakeRequest(_message.Message):
     checksums: _builtins.bool
     tcp_tls: _builtins.bool
     """Whether its tcp transport encrypts; it must be so on both ends, or on neither."""
+    receiver: _builtins.str
+    """The incarnation that it is meant for, as in Hello."""
     @_builtins.property
     def process(self) -> _worker_pb2.ProcessId: ...
     @_builtins.property
@@ -149,10 +152,11 @@ class HandshakeRequest(_message.Message):
         host: _builtins.str = ...,
         checksums: _builtins.bool = ...,
         tcp_tls: _builtins.bool = ...,
+        receiver: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "fingerprint", b"fingerprint", "host", b"host", "kv_layout", b"kv_layout", "process", b"process", "tcp_tls", b"tcp_tls", "transports", b"transports", "version_max", b"version_max", "version_min", b"version_min"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "fingerprint", b"fingerprint", "host", b"host", "kv_layout", b"kv_layout", "process", b"process", "receiver", b"receiver", "tcp_tls", b"tcp_tls", "transports", b"transports", "version_max", b"version_max", "version_min", b"version_min"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -123,6 +123,13 @@ class RegisterRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    VERSION_MIN_FIELD_NUMBER: _builtins.int
+    VERSION_MAX_FIELD_NUMBER: _builtins.int
+    version_min: _builtins.int
+    """The versions of the protocol between processes that it speaks, so that a pool can be upgraded one process at a time.
+    Absent (0) is version 1.
+    """
+    version_max: _builtins.int
     @_builtins.property
     def worker(self) -> Global___ProcessId: ...
     @_builtins.property
@@ -143,10 +150,12 @@ class RegisterRequest(_message.Message):
         model: Global___ModelCard | None = ...,
         capacity: Global___Capacity | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        version_min: _builtins.int = ...,
+        version_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model", "roles", b"roles", "transports", b"transports", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model", "roles", b"roles", "transports", b"transports", "version_max", b"version_max", "version_min", b"version_min", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,7 +167,10 @@ class RegisterResponse(_message.Message):
 
     ROUTER_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     lease_ms: _builtins.int
+    version: _builtins.int
+    """The highest that both speak."""
     @_builtins.property
     def router(self) -> Global___ProcessId: ...
     def __init__(
@@ -166,10 +178,11 @@ class RegisterResponse(_message.Message):
         *,
         router: Global___ProcessId | None = ...,
         lease_ms: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["router", b"router"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "router", b"router"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "router", b"router", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -563,12 +576,22 @@ class Hello(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     RECEIVED_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    VERSION_MIN_FIELD_NUMBER: _builtins.int
+    VERSION_MAX_FIELD_NUMBER: _builtins.int
+    RECEIVER_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session to take up again; a new one when it is unknown to the peer."""
     received: _builtins.int
     """Highest frame number received in that session."""
     resumed: _builtins.bool
     """In the answer: the session was known and continues."""
+    version_min: _builtins.int
+    """As in RegisterRequest; both the same in the answer, which has chosen."""
+    version_max: _builtins.int
+    receiver: _builtins.str
+    """The incarnation that it is meant for: another process refuses it before it has any effect. Empty from a process that
+    does not know this field.
+    """
     @_builtins.property
     def process(self) -> Global___ProcessId: ...
     def __init__(
@@ -578,10 +601,13 @@ class Hello(_message.Message):
         session: _builtins.str = ...,
         received: _builtins.int = ...,
         resumed: _builtins.bool = ...,
+        version_min: _builtins.int = ...,
+        version_max: _builtins.int = ...,
+        receiver: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "received", b"received", "resumed", b"resumed", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "received", b"received", "receiver", b"receiver", "resumed", b"resumed", "session", b"session", "version_max", b"version_max", "version_min", b"version_min"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1208,6 +1234,26 @@ class LoadReport(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class PairNotesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WAITING_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
@@ -1219,6 +1265,7 @@ class LoadReport(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
     GRANTED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PAIR_NOTES_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     running: _builtins.int
     waiting_tokens: _builtins.int
@@ -1238,6 +1285,12 @@ class LoadReport(_message.Message):
     def pairs(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Prefill workers: how many decode workers it is connected to over each transport."""
 
+    @_builtins.property
+    def pair_notes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Prefill workers, by transport: why a better one could not be used with some decode worker, as in
+        "shm: connection refused".
+        """
+
     def __init__(
         self,
         *,
@@ -1252,10 +1305,11 @@ class LoadReport(_message.Message):
         cost: Global___StepCost | None = ...,
         pairs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         granted_blocks: _builtins.int = ...,
+        pair_notes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "granted_blocks", b"granted_blocks", "held_blocks", b"held_blocks", "pairs", b"pairs", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "granted_blocks", b"granted_blocks", "held_blocks", b"held_blocks", "pair_notes", b"pair_notes", "pairs", b"pairs", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
