@@ -111,7 +111,7 @@ class RouterConfig(RoutingSettings):
     listen: Annotated[str, PROCESS] = DEFAULT_LISTEN
     """HOST:PORT to serve on; port 0 takes any free one."""
     name: Annotated[str, PROCESS] = ""
-    """Its name in logs and handshakes; made from host and process id when empty."""
+    """Its name in logs and handshakes; made from the host and a random part when empty."""
     lease_s: Annotated[float, PROCESS] = 6.0
     """A worker that has not renewed for this long is taken for lost."""
     client_buffer_tokens: Annotated[int, PROCESS] = 4096
@@ -212,7 +212,7 @@ class WorkerConfig(WorkerSettings):
     advertise: Annotated[str, PROCESS] = ""
     """HOST:PORT where others reach it, when that differs from `listen`."""
     name: Annotated[str, PROCESS] = ""
-    """Its name in `baton workers` and timelines; made from host and process id when empty."""
+    """Its name in `baton workers` and timelines; made from the host and a random part when empty."""
     pin: Annotated[str, PROCESS] = ""
     """CPUs to stay on, as for taskset: `0` or `0,2-3`."""
     compute_nice: Annotated[int, PROCESS] = 5

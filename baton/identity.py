@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import uuid
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ from baton.spec import AttemptKey, ProcessRef
 
 
 def mint_process(role: str, address: str, name: str = "") -> ProcessRef:
-    """A new incarnation. The default name has role, host and process id."""
-    return ProcessRef(name or f"{role}-{socket.gethostname()}-{os.getpid()}", str(uuid.uuid4()), address)
+    """A new incarnation. The default name has something random: two containers may both have process id 1."""
+    return ProcessRef(name or f"{role}-{socket.gethostname()}-{secrets.token_hex(4)}", str(uuid.uuid4()), address)
 
 
 def mint_attempt() -> AttemptKey:

@@ -12,6 +12,7 @@ import structlog
 from baton import errors
 from baton.identity import fingerprint_difference, host_id
 from baton.rpc import convert
+from baton.rpc.greeting import agree_on_version, check_receiver
 from baton.rpc.lanes import Assembler
 from baton.rpc.net import cancelling
 from baton.rpc.status import abort
@@ -19,7 +20,6 @@ from baton.spec import ProcessRef, RefusalReason
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
 from baton.v1.transfer_pb2_grpc import TransferServicer
-from baton.worker.handshake import PROTOCOL_VERSION
 from baton.worker.service import WorkerService
 from decode_worker.records import FirstToken
 from decode_worker.service import DecodeRole
@@ -80,9 +80,11 @@ class TransferService(TransferServicer):
     def handshake(self, theirs: wire.HandshakeRequest) -> wire.HandshakeResponse:
         """What this worker offers the sender, or the first field in which the two differ."""
         answer = wire.HandshakeResponse(
-            process=convert.process_to_wire(self._process), version=PROTOCOL_VERSION, lease_ms=int(self._lease_s * 1e3)
+            process=convert.process_to_wire(self._process), lease_ms=int(self._lease_s * 1e3)
         )
         try:
+            check_receiver(theirs.receiver, self._process)
+            answer.version = agree_on_version(theirs)
             self._check(theirs)
             answer.endpoints.extend(self._endpoints(theirs))
         except errors.Mismatch as error:
@@ -107,8 +109,6 @@ class TransferService(TransferServicer):
 
     def _check(self, theirs: wire.HandshakeRequest) -> None:
         """Raises Mismatch where the two workers can't understand each other's KV."""
-        if not theirs.version_min <= PROTOCOL_VERSION <= theirs.version_max:
-            raise errors.Mismatch("version", str(PROTOCOL_VERSION), f"{theirs.version_min} to {theirs.version_max}")
         if difference := convert.layout_from_wire(theirs.kv_layout).difference(self._role.layout):
             field, sender, receiver = difference
             raise errors.Mismatch(f"kv_layout.{field}", receiver, sender)

@@ -21,7 +21,8 @@ from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_load import Loaded, claim_cpus, load
 from baton.rpc import collector
 from baton.rpc.convert import ROLES, card_to_wire, process_to_wire
-from baton.rpc.net import Server, Service, parse_address, service
+from baton.rpc.greeting import with_versions
+from baton.rpc.net import WILDCARDS, Server, Service, check_dialable, parse_address, service
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from baton.v1 import admin_pb2_grpc, transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -42,7 +43,6 @@ from prefill_worker.service import PrefillRole
 
 EXPIRE_EVERY_S = 0.25
 STOP_GRACE_S = 1.0
-WILDCARDS = ("0.0.0.0", "::")
 HANDOFF_LIMIT_S = 600.0
 """The longest a decode worker waits for a sequence that it granted room for; its writer renews the lease meanwhile."""
 log = structlog.get_logger(__name__)
@@ -106,12 +106,15 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
 
 
 def check_address(config: WorkerConfig) -> None:
-    """Raises ConfigError where no router could dial the worker back."""
+    """Raises ConfigError where no router could dial the worker back, or no other worker its KV port."""
     host, _ = parse_address(config.listen, "listen")
-    if config.advertise:
-        parse_address(config.advertise, "advertise")
-    elif host in WILDCARDS:
+    for name, value in (("advertise", config.advertise), ("tcp_advertise", config.tcp_advertise)):
+        if value:
+            check_dialable(value, name)
+    if not config.advertise and host in WILDCARDS:
         raise ConfigError(f"advertise: needed with listen on {host}: where others reach this worker, as HOST:PORT")
+    if parse_address(config.router, "router")[1] == 0:
+        raise ConfigError(f"router: {config.router} has port 0, where nothing listens")
 
 
 async def _serve(parts: Parts, server: Server, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -233,10 +236,11 @@ def _prefill_role(parts: Parts) -> PrefillRole:
 
 def _register_request(parts: Parts) -> worker_pb2.RegisterRequest:
     card, config = parts.loaded.card, parts.config
-    return worker_pb2.RegisterRequest(
+    message = worker_pb2.RegisterRequest(
         worker=process_to_wire(parts.process),
         roles=[ROLES[name] for name in sorted(config.roles)],
         model=card_to_wire(card),
         capacity=worker_pb2.Capacity(blocks=parts.pool.blocks, max_sequences=config.max_sequences),
         transports=list(parts.receivers or parts.writers),
     )
+    return with_versions(message)

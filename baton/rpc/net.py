@@ -36,6 +36,7 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 LIVENESS, READINESS = "liveness", "readiness"
+WILDCARDS = ("0.0.0.0", "::")
 
 
 def parse_address(text: str, what: str = "address") -> tuple[str, int]:
@@ -45,6 +46,21 @@ def parse_address(text: str, what: str = "address") -> tuple[str, int]:
     if not separator or not host or not port.isdecimal() or int(port) > 65535 or (":" in host and not bracketed):
         raise ConfigError(f"{what}: expected HOST:PORT (an IPv6 host in brackets), not {text!r}")
     return host.strip("[]"), int(port)
+
+
+def check_dialable(text: str, what: str) -> None:
+    """Raises ConfigError, naming `what`, for an address that nobody can dial: a wildcard, port 0, or a name that
+    does not resolve here."""
+    host, port = parse_address(text, what)
+    if host in WILDCARDS:
+        raise ConfigError(f"{what}: {host} is every address of a machine; say which one others reach")
+    if port == 0:
+        raise ConfigError(f"{what}: {text} has port 0, where nothing listens; say which one others reach")
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ConfigError(f"{what}: {host} does not resolve: {reason}") from None
 
 
 def format_address(host: str, port: int) -> str:

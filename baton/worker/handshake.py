@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from baton.identity import host_id
 from baton.model import KvLayout
 from baton.rpc.convert import layout_to_wire, process_to_wire
+from baton.rpc.greeting import with_versions
 from baton.spec import ProcessRef
 from baton.v1 import transfer_pb2
-
-PROTOCOL_VERSION = 1
 
 
 def handshake_of(
@@ -22,10 +21,8 @@ def handshake_of(
     checksums: bool = False,
     tcp_tls: bool = False,
 ) -> transfer_pb2.HandshakeRequest:
-    return transfer_pb2.HandshakeRequest(
+    message = transfer_pb2.HandshakeRequest(
         process=process_to_wire(process),
-        version_min=PROTOCOL_VERSION,
-        version_max=PROTOCOL_VERSION,
         fingerprint=fingerprint,
         kv_layout=layout_to_wire(layout),
         transports=transports,
@@ -33,3 +30,4 @@ def handshake_of(
         checksums=checksums,
         tcp_tls=tcp_tls,
     )
+    return with_versions(message)

@@ -27,7 +27,8 @@ class Membership:
         self._address, self._request = router_address, request
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Leaves and returns after `stop`. Raises Mismatch or InvalidArgument where the router refuses the worker."""
+        """Leaves and returns after `stop`. Raises Mismatch or InvalidArgument where the router refuses the worker, also
+        later: when it finds another process at the worker's address."""
         channel = open_channel(self._address)
         stub: RegistryStub = RegistryStub(channel)
         try:
@@ -52,7 +53,8 @@ class Membership:
                 await _pause(stop, BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
                 attempt += 1
                 continue
-            log.info("registered", router=answer.router.name, lease_ms=answer.lease_ms)
+            version = answer.version or 1
+            log.info("registered", router=answer.router.name, lease_ms=answer.lease_ms, version=version)
             return answer.lease_ms / 1e3, answer.router.incarnation
         return None
 
@@ -63,9 +65,11 @@ class Membership:
         while not await _pause(stop, lease_s / 3):
             try:
                 answer = await call(stub.Renew(wire.RenewRequest(worker=self._request.worker)), CALL_TIMEOUT_S)
-            except errors.NotFound:
-                log.info("the router forgot this worker; registering again")
+            except errors.NotFound as error:
+                log.warning("registering again", router=self._address, why=str(error))
                 return
+            except errors.InvalidArgument:
+                raise
             except errors.BatonError as error:  # only the lease decides whether the worker is still known
                 log.warning("lease not renewed", router=self._address, error=str(error))
                 continue

@@ -16,6 +16,7 @@ from baton import errors
 from baton.messages import CancelCommand, Command, Ended
 from baton.rpc.convert import process_from_wire, process_to_wire
 from baton.rpc.frames import attempt_of, command_from_frame
+from baton.rpc.greeting import agree_on_version, check_receiver
 from baton.rpc.lanes import FRAGMENT_BYTES
 from baton.rpc.link import GRACE_S, SILENCE_S, read_frames
 from baton.rpc.net import cancelling
@@ -72,10 +73,18 @@ class WorkerService(WorkerServicer):
             await abort(context, errors.InvalidArgument("hello", "a stream starts with a hello"))
         if first.WhichOneof("body") != "hello" or not first.hello.process.incarnation or not first.hello.session:
             await abort(context, errors.InvalidArgument("hello", "must name the process, its incarnation, the session"))
+        try:
+            check_receiver(first.hello.receiver, self._process)
+            version = agree_on_version(first.hello)
+        except errors.Mismatch as error:
+            self._counts.add("hellos_refused")
+            log.warning("hello refused", router=first.hello.process.name, error=str(error))
+            await abort(context, error)
         record, resumed, stream = self._enter(first.hello)
         try:
             process, received = process_to_wire(self._process), record.link.received
             hello = wire.Hello(process=process, session=record.session_id, received=received, resumed=resumed)
+            hello.version_min = hello.version_max = version
             yield wire.WorkerFrame(hello=hello)
             reader = asyncio.create_task(self._read(record, stream, request_iterator))
             async with cancelling(reader):
@@ -87,6 +96,10 @@ class WorkerService(WorkerServicer):
     async def FetchArtifact(
         self, request: wire.FetchArtifactRequest, context: Any
     ) -> AsyncIterator[wire.FetchArtifactResponse]:
+        try:
+            check_receiver(request.receiver, self._process)
+        except errors.Mismatch as error:
+            await abort(context, error)
         data = self._artifacts.get(request.sha256)
         if data is None:
             await abort(context, errors.NotFound(f"no artifact with SHA-256 {request.sha256!r} here"))

@@ -17,12 +17,14 @@ from typing import Any
 import grpc
 import structlog
 
-from baton.errors import InvalidArgument, ResourceExhausted, TransferError
+from baton.errors import BatonError, InvalidArgument, Mismatch, ResourceExhausted, TransferError, Unimplemented
 from baton.messages import Command, Event
 from baton.rpc import net
 from baton.rpc.convert import process_to_wire
 from baton.rpc.frames import command_to_frame, event_from_frame
+from baton.rpc.greeting import RECEIVER, agree_on_version, with_versions
 from baton.rpc.link import GRACE_S, Session, read_frames
+from baton.rpc.status import from_rpc_error
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerStub
@@ -35,7 +37,16 @@ log = structlog.get_logger(__name__)
 
 
 class Gone(Exception):
-    """The worker is lost; another try is of no use."""
+    """The worker is lost; another try is of no use. `disproved`: its address is not its own."""
+
+    def __init__(self, why: str, disproved: bool = False) -> None:
+        super().__init__(why)
+        self.disproved = disproved
+
+
+def disproves(error: BatonError) -> bool:
+    """Whether an answer shows that an address belongs to another process than the worker, or to no worker at all."""
+    return isinstance(error, Unimplemented) or (isinstance(error, Mismatch) and error.field == RECEIVER)
 
 
 class WorkerLink:
@@ -56,6 +67,8 @@ class WorkerLink:
         on_lost: Callable[[str], None],
     ) -> None:
         self.attached = False
+        self.disproved = False
+        """Lost, because another process answers at the worker's address."""
         self.breaks = 0
         self._worker, self._router = worker, router
         self._on_state, self._on_lost = on_state, on_lost
@@ -112,36 +125,39 @@ class WorkerLink:
 
     async def _run(self) -> None:
         try:
-            reason = await self._serve()
+            gone = await self._serve()
         except Exception as error:
             log.error("unexpected error on a worker's stream", worker=self._worker.name, exc_info=error)
-            reason = "internal error on its stream"
+            gone = Gone("internal error on its stream")
         finally:
             self.attached = False
             self._session.close()
         if not self._closing:
-            self._on_lost(reason)
+            self.disproved = gone.disproved
+            self._on_lost(str(gone))
 
-    async def _serve(self) -> str:
+    async def _serve(self) -> Gone:
         """Opens the stream again whenever it breaks; returns why the worker is lost."""
         clock = asyncio.get_running_loop().time
         broken_since = clock()
         while True:
             cause = await self._connect_once()
-            if isinstance(cause, Gone) or self._closing:
-                return str(cause)
+            if isinstance(cause, Gone):
+                return cause
+            if self._closing:
+                return Gone(cause)
             if self.attached:
                 self.attached, self.breaks, broken_since = False, self.breaks + 1, clock()
                 self._on_state()
             if self._overrun:
-                return self._overrun
+                return Gone(self._overrun)
             if not await net.listens(self._worker.address, PROBE_S):
-                return f"nobody listens at {self._worker.address} any more"
+                return Gone(f"nobody listens at {self._worker.address} any more")
             if clock() - broken_since > GRACE_S:
-                return f"no stream for {GRACE_S:g} s: {cause}"
+                return Gone(f"no stream for {GRACE_S:g} s: {cause}")
             await asyncio.sleep(RETRY_S)
 
-    async def _connect_once(self) -> Exception | str:
+    async def _connect_once(self) -> Gone | str:
         """One stream, from its opening to its end; returns its cause."""
         try:
             async with net.open_channel(self._worker.address) as channel:
@@ -149,7 +165,7 @@ class WorkerLink:
         except Gone as gone:
             return gone
         except grpc.aio.AioRpcError as error:
-            return error.details() or error.code().name
+            return self._verdict(from_rpc_error(error))
         except asyncio.InvalidStateError:
             return "the stream broke"
         except TimeoutError:
@@ -158,9 +174,17 @@ class WorkerLink:
             return str(error)
         except (ResourceExhausted, InvalidArgument) as error:
             return Gone(f"a message of its is lost: {error}")
+        except Mismatch as error:
+            return self._verdict(error)
         finally:
             self._call = None
         return "the worker ended the stream"
+
+    def _verdict(self, error: BatonError) -> Gone | str:
+        """What an error of the call says of the worker."""
+        if isinstance(error, (Mismatch, Unimplemented)):
+            return Gone(f"at {self._worker.address}: {error}", disproves(error))
+        return str(error)
 
     async def _hold(self, call: Any) -> None:
         self._call = call
@@ -182,15 +206,19 @@ class WorkerLink:
 
     async def _greet(self, call: Any, frames: AsyncIterator[wire.WorkerFrame]) -> None:
         hello = wire.Hello(
-            process=process_to_wire(self._router), session=self._session_id, received=self._session.received
+            process=process_to_wire(self._router),
+            session=self._session_id,
+            received=self._session.received,
+            receiver=self._worker.incarnation,
         )
-        await call.write(wire.RouterFrame(hello=hello))
+        await call.write(wire.RouterFrame(hello=with_versions(hello)))
         try:
             answer = (await anext(frames)).hello
         except StopAsyncIteration:
             raise TransferError("the worker ended the stream instead of answering") from None
         if (answer.process.name, answer.process.incarnation) != (self._worker.name, self._worker.incarnation):
-            raise Gone(f"another process answers at {self._worker.address}: {answer.process.name}")
+            raise Gone(f"another process answers at {self._worker.address}: {answer.process.name}", disproved=True)
+        agree_on_version(answer)
         if self._known and not answer.resumed:
             raise Gone("it does not know the session any more")
         self._known = True

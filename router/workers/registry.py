@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -24,15 +25,24 @@ from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from router.text.tokenisation import Language
 from router.workers.artifacts import ArtifactStore
-from router.workers.link import WorkerLink
+from router.workers.link import WorkerLink, disproves
 from router.workers.served_model import ServedModel, check_card
 from router.workers.worker import Registration, Worker
 
 NO_WORKER_RETRY_S = 1.0
 PROBE_S = 0.25
+LOSSES = 1024
+"""Losses that are remembered, to tell a worker that still renews."""
 LEFT = "it left"
 """The reason of a loss that is logged without a warning."""
 log = structlog.get_logger(__name__)
+
+
+class Loss(NamedTuple):
+    """Why an incarnation was lost; `disproved`: another process answers at its address."""
+
+    reason: str
+    disproved: bool
 
 
 class Registry:
@@ -63,6 +73,7 @@ class Registry:
         self._artifacts = ArtifactStore()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._losses: OrderedDict[str, Loss] = OrderedDict()
         self._closed = False
 
     def workers(self) -> list[Worker]:
@@ -89,9 +100,10 @@ class Registry:
         """A worker joins, or repeats its registration, which renews its lease.
 
         A new incarnation of a name replaces one that is gone. Raises InvalidArgument while the old one lives: two that
-        both renew would evict each other for ever. Mismatch when its model differs from that of the same name;
-        Unavailable when the router is closing.
+        both renew would evict each other for ever; and where its address was found to be another's. Mismatch when its
+        model differs from that of the same name; Unavailable when the router is closing.
         """
+        self._check_address(given.process)
         known = self._workers.get(given.process.name)
         if known is not None and await _lives_beside(known, given):
             why = f"{known.name!r} is the name of a live worker at {known.process.address}; this one needs another"
@@ -110,10 +122,13 @@ class Registry:
         return self._join(given)
 
     def renew(self, process: ProcessRef) -> None:
-        """Extends the lease. Raises NotFound without one."""
+        """Extends the lease. Raises NotFound without one, InvalidArgument where its address is another's."""
+        self._check_address(process)
         worker = self._holder(process)
         if worker is None:
-            raise NotFound(f"{process.name} is not registered here (any more)")
+            lost = self._losses.get(process.incarnation)
+            why = f"is not registered here any more: {lost.reason}" if lost else "is not registered here"
+            raise NotFound(f"{process.name} {why}")
         worker.lease_until = self._now() + self.lease_s
 
     def deregister(self, process: ProcessRef) -> None:
@@ -122,11 +137,15 @@ class Registry:
         if worker is not None:
             self.lose(worker, LEFT)
 
-    def lose(self, worker: Worker, reason: str) -> None:
-        """Removes the worker, its lease and its stream, and a model with its last worker. Idempotent."""
+    def lose(self, worker: Worker, reason: str, disproved: bool = False) -> None:
+        """Removes the worker, its lease and its stream, and a model with its last worker. Idempotent. `disproved`: its
+        address is another's, so this incarnation can't come back."""
         if worker.lost:
             return
         worker.lost = True
+        self._losses[worker.process.incarnation] = Loss(reason, disproved)
+        if len(self._losses) > LOSSES:
+            self._losses.popitem(last=False)
         del self._workers[worker.name]
         model = self.models[worker.card.name]
         if worker in model.workers:
@@ -159,7 +178,7 @@ class Registry:
             self._router,
             on_event=lambda event: self._on_event(worker, event),
             on_state=lambda: self._changed(model),
-            on_lost=lambda reason: self.lose(worker, reason),
+            on_lost=lambda reason: self.lose(worker, reason, link.disproved),
         )
         worker = Worker(given, link, self._now() + self.lease_s)
         self._workers[worker.name] = worker
@@ -175,9 +194,10 @@ class Registry:
         try:
             async with model.loading:
                 if model.language is None:
-                    model.language = await self._load(model.card, worker.process.address)
+                    model.language = await self._load(model.card, worker.process)
         except BatonError as error:
-            self.lose(worker, f"its artifacts can't be used: {error}")  # it registers again, and may do better
+            # It registers again, and may do better.
+            self.lose(worker, f"its artifacts can't be used: {error}", disproves(error))
             return
         if worker.lost:
             return
@@ -186,9 +206,9 @@ class Registry:
         worker.link.start()  # only now: a worker that finds itself attached can be used
         self._changed(model)
 
-    async def _load(self, card: ModelCard, address: str) -> Language:
-        tokenizer = await self._artifacts.get(card.tokenizer_sha256, address)
-        template = await self._artifacts.get(card.chat_template_sha256, address) if card.chat_template_sha256 else None
+    async def _load(self, card: ModelCard, worker: ProcessRef) -> Language:
+        tokenizer = await self._artifacts.get(card.tokenizer_sha256, worker)
+        template = await self._artifacts.get(card.chat_template_sha256, worker) if card.chat_template_sha256 else None
 
         def build() -> Language:
             return Language(
@@ -205,6 +225,11 @@ class Registry:
     def _changed(self, model: ServedModel) -> None:
         model.changed()
         self._on_change()
+
+    def _check_address(self, process: ProcessRef) -> None:
+        lost = self._losses.get(process.incarnation)
+        if lost is not None and lost.disproved:
+            raise InvalidArgument("worker.address", f"{process.address} is not {process.name}'s own: {lost.reason}")
 
     def _holder(self, process: ProcessRef) -> Worker | None:
         worker = self._workers.get(process.name)

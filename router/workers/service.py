@@ -7,6 +7,7 @@ from typing import Any
 
 from baton.errors import BatonError, ConfigError, InvalidArgument, Mismatch
 from baton.rpc.convert import ROLE_NAMES, card_from_wire, process_from_wire, process_to_wire
+from baton.rpc.greeting import agree_on_version
 from baton.rpc.net import parse_address
 from baton.rpc.status import abort
 from baton.spec import ProcessRef
@@ -23,16 +24,18 @@ class RegistryService(RegistryServicer):
         self._registry, self._router = registry, router
 
     async def Register(self, request: wire.RegisterRequest, context: Any) -> wire.RegisterResponse:
-        """FAILED_PRECONDITION, with the field and both values, where the model differs from that of other workers;
-        INVALID_ARGUMENT where a live worker has the name."""
+        """FAILED_PRECONDITION, with the field and both values, where the protocol's version or the model differs from
+        that of other workers; INVALID_ARGUMENT where a live worker has the name or another process the address."""
         try:
+            version = agree_on_version(request)
             await self._registry.register(read_registration(request))
         except BatonError as error:
             await abort(context, error)
-        return wire.RegisterResponse(router=process_to_wire(self._router), lease_ms=self._lease_ms)
+        router = process_to_wire(self._router)
+        return wire.RegisterResponse(router=router, lease_ms=self._lease_ms, version=version)
 
     async def Renew(self, request: wire.RenewRequest, context: Any) -> wire.RenewResponse:
-        """NOT_FOUND asks the worker to register again."""
+        """NOT_FOUND asks the worker to register again. INVALID_ARGUMENT where another process has the address."""
         try:
             self._registry.renew(process_from_wire(request.worker))
         except BatonError as error:

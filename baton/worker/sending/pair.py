@@ -72,6 +72,7 @@ class PairStream:
         self._lanes: Lanes[wire.SenderFrame] = Lanes(wire.SenderFrame)
         self._lease = PeerLease()
         self._renewed = asyncio.Event()
+        self._gone = False
         self._wanted = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"stream to {peer.name}")
 
@@ -112,8 +113,8 @@ class PairStream:
                 message = f"{type(error).__name__}: {error}"
             log.info("control stream down", peer=self.peer.name, reason=message)
             self._events.stream_down(reason, f"{self.peer.name}: {message}")
-            if not await self._listens():
-                break  # refused: the process is gone, and the granted memory with it
+            if self._gone or not await self._listens():
+                break  # the process is gone, and the granted memory with it
             if self._events.has_business:
                 self._wanted.set()
             await asyncio.sleep(RECONNECT_S)
@@ -163,18 +164,21 @@ class PairStream:
         self._lease.asked(time.monotonic())
         try:
             async with asyncio.timeout(HANDSHAKE_S):
-                await call.write(wire.SenderFrame(handshake=self._handshake))
+                handshake = wire.HandshakeRequest(receiver=self.peer.incarnation)
+                handshake.MergeFrom(self._handshake)
+                await call.write(wire.SenderFrame(handshake=handshake))
                 frame = await call.read()
         except TimeoutError:
             raise errors.DeadlineExceeded(f"no answer to the handshake within {HANDSHAKE_S:g} s") from None
         if not isinstance(frame, wire.ReceiverFrame) or frame.WhichOneof("body") != "handshake":
             raise errors.PeerClosed("no answer to the handshake")
         answer = frame.handshake
+        if answer.process.incarnation != self.peer.incarnation:
+            self._gone = True
+            raise errors.PeerClosed(f"it has restarted, or its address is {answer.process.name}'s now")
         if answer.HasField("mismatch"):
             wrong = answer.mismatch
             raise errors.Mismatch(wrong.field, wrong.sender_value, wrong.receiver_value)
-        if answer.process.incarnation != self.peer.incarnation:
-            raise errors.PeerClosed("the worker has restarted")
         self._lease.granted(answer.lease_ms / 1e3)
         for endpoint in answer.endpoints:
             if endpoint.transport in self._transports:
