@@ -213,6 +213,8 @@ class WorkerConfig(WorkerSettings):
     """HOST:PORT where others reach it, when that differs from `listen`."""
     name: Annotated[str, PROCESS] = ""
     """Its name in `baton workers` and timelines; made from the host and a random part when empty."""
+    router_hold_s: Annotated[float, PROCESS] = 60.0
+    """How long the sequences of a router that is silent on an open connection are kept."""
     pin: Annotated[str, PROCESS] = ""
     """CPUs to stay on, as for taskset: `0` or `0,2-3`."""
     compute_nice: Annotated[int, PROCESS] = 5
@@ -226,7 +228,7 @@ class WorkerConfig(WorkerSettings):
         require(1 <= self.tcp_connections <= 64, "tcp_connections", f"1 to 64, not {self.tcp_connections}")
         require(0 <= self.compute_nice <= 19, "compute_nice", f"0 to 19, not {self.compute_nice}")
         require_at_least(self, 1, "max_ungranted")
-        require_positive(self, "lease_s", "handoff_deadline_s")
+        require_positive(self, "lease_s", "handoff_deadline_s", "router_hold_s")
 
     @property
     def tcp_tls(self) -> bool:

@@ -1,7 +1,7 @@
 """Sequences on their way to this worker: grants room, takes their blocks, and makes residents of them.
 
-The ledger (`kvtransfer.handoffs.grants`) has the life cycle of a handoff. Each entry of `pending` lasts until its
-sequence is resident, or until all of its granted blocks are proved safe.
+The ledger (`kvtransfer.handoffs.grants`) has the life cycle of a handoff; its clock is `baton.rpc.awake`. Each entry of
+`pending` lasts until its sequence is resident, or until all of its granted blocks are proved safe.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from baton.cost import HANDOFF_S, HandoffTimes
 from baton.engine import api
 from baton.messages import Freed, HandoffDone, TokenRun, Tokens
 from baton.model import KvLayout
+from baton.rpc import awake
 from baton.spec import AttemptKey, HandoffKey, RefusalReason, SequenceSpec
 from baton.worker.session import RouterSession
 from decode_worker.records import FirstToken, Pending, Resident
@@ -91,7 +92,7 @@ class DecodeHandoffs:
         if refusal is not None or router is None:
             self._counts.add("handoffs_refused")
             return refusal or Refusal(key, RefusalReason.UNKNOWN_ROUTER, "no stream to this router")
-        now, digests = time.monotonic(), self._admission.digests(spec)
+        now, digests = awake.now(), self._admission.digests(spec)
         blocks, most = self._layout.blocks_for(spec.known_tokens), self._layout.blocks_for(spec.kv_tokens)
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         answer = self._ledger.open(key, writer, digests, blocks, most, now, deadline)
@@ -113,17 +114,17 @@ class DecodeHandoffs:
     def closed(self, key: HandoffKey) -> None:
         pending = self._pending.get(key)
         proof = pending is not None and not self.receivers[pending.transport].revoke_proves
-        self._ledger.closed(key, time.monotonic(), proof)
+        self._ledger.closed(key, awake.now(), proof)
         self._settle_aborted()
         self._check_freed(key)
 
     def renew(self, writer: str) -> None:
-        self._ledger.writers.renew(writer, time.monotonic())
+        self._ledger.writers.renew(writer, awake.now())
 
     def writer_back(self, writer: str) -> None:
         """The writer has a new control stream. It has failed all handoffs of the old one, and its closes may be lost:
         gives up its grants, and asks for the closes again."""
-        now, message = time.monotonic(), "the control stream broke"
+        now, message = awake.now(), "the control stream broke"
         for key in self._of_writer(writer):
             grant = self._ledger.grant(key)
             given_up = self._ledger.abort(key, RefusalReason.UNREACHABLE, now, message)
@@ -148,7 +149,7 @@ class DecodeHandoffs:
             self._check_freed(key)
 
     def writer_gone(self, incarnation: str) -> None:
-        self._ledger.writer_gone(incarnation, time.monotonic())
+        self._ledger.writer_gone(incarnation, awake.now())
         self._settle_aborted()
         for key in self._of_writer(incarnation):
             self._check_freed(key)
@@ -161,7 +162,7 @@ class DecodeHandoffs:
 
     def cancel(self, attempt: AttemptKey) -> bool:
         """Gives the attempt's handoff up, and refuses any later one. False when none was on its way."""
-        answer = self._ledger.cancel(attempt, time.monotonic())
+        answer = self._ledger.cancel(attempt, awake.now())
         self._settle_aborted()
         return answer.aborted
 
@@ -174,7 +175,7 @@ class DecodeHandoffs:
         return bool(waiting)
 
     def expire(self) -> None:
-        self._ledger.expire(time.monotonic())
+        self._ledger.expire(awake.now())
         self._settle_aborted()
 
     # Inside.
@@ -198,7 +199,7 @@ class DecodeHandoffs:
         if outcome is LedgerOutcome.RESIDENT:
             self._start(key)
         elif outcome is LedgerOutcome.CONFLICT:
-            self._ledger.abort(key, RefusalReason.MISMATCH, time.monotonic(), "a message contradicts the grant")
+            self._ledger.abort(key, RefusalReason.MISMATCH, awake.now(), "a message contradicts the grant")
             self._settle_aborted()
         return outcome
 

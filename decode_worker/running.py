@@ -19,6 +19,7 @@ from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
 from baton.errors import Internal
 from baton.messages import Ended, Freed, Started, TokenRun
+from baton.rpc import awake
 from baton.spec import AttemptKey, HandoffKey
 from baton.telemetry import Counts
 from baton.worker.admission_queue import AdmissionQueue, WaitingPrompt
@@ -50,6 +51,7 @@ class Residents:
         load: LoadReporter,
     ) -> None:
         self._queue, self.ledger, self.admission = queue, ledger, admission
+        self._scheduler = scheduler
         self.pending: dict[HandoffKey, Pending] = {}
         """Granted sequences; each takes a slot, as a resident does."""
         self._block_tokens, self._fingerprint = engine.layout.block_tokens, fingerprint
@@ -79,12 +81,24 @@ class Residents:
     def add(self, resident: Resident, sequence: Sequence) -> None:
         self._held[resident.key.attempt] = resident
         self.runner.add(sequence)
+        if self._scheduler.paused:
+            self.check_backlogs()
 
     def start_waiting(self) -> None:
         """Starts the prompts whose turn it is. To be called when room may have come free."""
         while self.has_slot() and (found := self._queue.next(self._held.values(), self.runner.under_way_s)) is not None:
             self._start(*found)
         self._load.changed()
+
+    def check_backlogs(self) -> None:
+        """Pauses the sequences of routers that are far behind, and lets those go on whose routers have caught up. To be
+        called now and then: nothing else tells of a router that has caught up."""
+        behind = {router for router in {resident.router for resident in self} if router.behind}
+        paused = frozenset(key for key, resident in self._held.items() if resident.router in behind)
+        if paused != self._scheduler.paused:
+            self.counts.add("sequences_paused", len(paused - self._scheduler.paused))
+            self._scheduler.paused = paused
+            self.runner.nudge()
 
     def cancel(self, attempt: AttemptKey) -> bool:
         """Takes the sequence out of the engine; frees and acknowledges it after that. False when it is not here."""
@@ -183,5 +197,5 @@ class Residents:
         digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
         del self._held[resident.key.attempt]
         resident.state = ResidentState.RELEASED
-        self.ledger.release(resident.key, time.monotonic(), digests)
+        self.ledger.release(resident.key, awake.now(), digests)
         self.start_waiting()

@@ -1,5 +1,5 @@
-"""Picks the sequences of a decode step: all residents, one token each (continuous batching), and chunks of the prompts
-that are computed here, as large as the residents' objectives allow.
+"""Picks the sequences of a decode step: all residents that are not paused, one token each (continuous batching), and
+chunks of the prompts that are computed here, as large as the residents' objectives allow.
 
 Every resident waits for a chunk, so a chunk gets what the strictest of their objectives leaves of a step: then none is
 missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with a budget in time,
@@ -46,6 +46,9 @@ class DecodeScheduler:
         """Replaced as a whole, from any thread."""
         self.handoff_s = HANDOFF_S
         """The time from first token to resident. Set from any thread."""
+        self.paused: frozenset[AttemptKey] = frozenset()
+        """Residents that are left out. Replaced as a whole, from any thread."""
+        self._paused_since: dict[AttemptKey, float] = {}
 
     def add(self, sequence: Sequence) -> None:
         """The sequence joins from the next step on: as a prompt, until its first token is drawn."""
@@ -59,15 +62,17 @@ class DecodeScheduler:
         self._residents.pop(key, None)
         self._at_first.pop(key, None)
         self._prompts.pop(key, None)
+        self._paused_since.pop(key, None)
 
     def pick(self) -> list[Work]:
         """Every resident with its last token, then prompts in order of rank."""
         for key in [key for key, prompt in self._prompts.items() if self._is_computed(prompt)]:
             self._settle(self._prompts.pop(key))
-        batch = [Work(sequence, sequence.remaining) for sequence in self._residents.values()]
+        active = self._active()
+        batch = [Work(sequence, sequence.remaining) for sequence in active.values()]
         if not self._prompts:
             return batch
-        left = self._chunk()
+        left = self._chunk(active)
         for prompt in self._prompts.values():
             if left <= 0:
                 break
@@ -82,33 +87,45 @@ class DecodeScheduler:
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
 
-    def _chunk(self) -> int:
+    def _active(self) -> dict[AttemptKey, Sequence]:
+        """The residents that are not paused. Steps that a pause left out are no debt: their time does not count."""
+        if not self.paused and not self._paused_since:
+            return self._residents
+        now, paused = self._clock(), self.paused & self._residents.keys()
+        for key in paused - self._paused_since.keys():
+            self._paused_since[key] = now
+        for key in self._paused_since.keys() - paused:
+            resident, since = self._residents[key], self._paused_since.pop(key)
+            resident.first_token_at = (resident.first_token_at or since) + now - since
+        return {key: resident for key, resident in self._residents.items() if key not in paused}
+
+    def _chunk(self, residents: dict[AttemptKey, Sequence]) -> int:
         """Prompt tokens of this step. Residents wait no longer than their objectives allow. The step takes more than
         the first prompt only where its fixed cost would weigh too much otherwise."""
         cost, first = self._cost(), next(iter(self._prompts.values()))
-        resident_tokens = sum(len(other.tokens) for other in self._residents.values())
-        if not self._residents:
+        resident_tokens = sum(len(other.tokens) for other in residents.values())
+        if not residents:
             fixed = cost.chunk
             largest = cost.making_way(self._chunk_tokens) if first.late else self._chunk_tokens
             limits = [prompt.tpot_s for prompt in self._prompts.values() if prompt.tpot_s is not None]
             most = cost.fits_alone(self._strictest(limits), first.computed, largest)
         else:
-            fixed = cost.decode(len(self._residents), resident_tokens)
-            limit = self._strictest(self._left_s(fixed))
+            fixed = cost.decode(len(residents), resident_tokens)
+            limit = self._strictest(self._left_s(residents, fixed))
             most = max(LEAST_CHUNK, cost.fits_beside(fixed, limit, first.computed, self._chunk_tokens))
         if self.expected:
-            step_s = cost.decode(len(self._residents) + 1, resident_tokens) + LEAST_CHUNK * cost.per_token
+            step_s = cost.decode(len(residents) + 1, resident_tokens) + LEAST_CHUNK * cost.per_token
             spare = [gaps * (MARGIN * tpot_s - step_s) - self.handoff_s for gaps, tpot_s in self.expected]
             if in_time := [seconds for seconds in spare if seconds > 0]:
                 fits = cost.fits(min(in_time) / cost.mixed - fixed, first.computed, most)
                 return min(most, max(LEAST_CHUNK, fits))
         return min(most, max(cost.worth_computing(fixed, most), first.remaining))
 
-    def _left_s(self, alone_s: float) -> list[float]:
+    def _left_s(self, residents: dict[AttemptKey, Sequence], alone_s: float) -> list[float]:
         """What each resident's objective leaves for this step: all of it, or less for one that is behind and can still
         catch up by steps of `alone_s`. A resident that can't, and whose objective no step keeps, has no say."""
         now, left = self._clock(), []
-        for key, resident in self._residents.items():
+        for key, resident in residents.items():
             if resident.tpot_s is None:
                 continue
             assert resident.first_token_at is not None, "a resident's steps count from somewhere"

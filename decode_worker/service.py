@@ -94,6 +94,7 @@ class DecodeRole:
 
     def expire(self) -> None:
         self.handoffs.expire()
+        self._residents.check_backlogs()
 
     async def stop(self) -> None:
         self._load.close()

@@ -12,6 +12,7 @@ import structlog
 from baton import errors
 from baton.identity import fingerprint_difference, host_id
 from baton.rpc import convert
+from baton.rpc.awake import patience
 from baton.rpc.greeting import agree_on_version, check_receiver
 from baton.rpc.lanes import Assembler
 from baton.rpc.net import cancelling
@@ -28,6 +29,7 @@ from kvtransfer.handoffs.messages import Grant, Refusal
 from kvtransfer.handoffs.outcomes import LedgerOutcome
 
 HANDSHAKE_S = 5.0
+SILENT_WRITER_S = 60.0
 log = structlog.get_logger(__name__)
 
 
@@ -119,14 +121,18 @@ class TransferService(TransferServicer):
             raise errors.Mismatch(*fingerprint_difference(self._role.fingerprint, theirs.fingerprint))
 
     async def _read(self, stream: WriterStream, source: AsyncIterator[wire.SenderFrame]) -> None:
-        """The stream needs no deadline: gRPC's keepalive ends it when the peer is gone, and leases end what the peer
-        holds."""
+        """Until the stream ends, or the writer has not renewed its lease for so long that its host must be gone."""
         assembler: Assembler[wire.SenderFrame] = Assembler(wire.SenderFrame)
         try:
-            async for frame in source:
-                whole = assembler.add(frame.fragment) if frame.WhichOneof("body") == "fragment" else frame
-                if whole is not None:
-                    self._take(stream, whole)
+            async with patience(SILENT_WRITER_S) as limit:
+                async for frame in source:
+                    limit.restart()
+                    whole = assembler.add(frame.fragment) if frame.WhichOneof("body") == "fragment" else frame
+                    if whole is not None:
+                        self._take(stream, whole)
+        except TimeoutError:
+            stream.error = errors.DeadlineExceeded(f"silent for {SILENT_WRITER_S:g} s")
+            log.warning("control stream ended", writer=stream.process.name, error=str(stream.error))
         except (errors.ResourceExhausted, errors.InvalidArgument) as error:
             log.warning("control stream ended", writer=stream.process.name, error=str(error))
             stream.error = error

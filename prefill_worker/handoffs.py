@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import structlog
 
 from baton.messages import HandoffFailed
+from baton.rpc import awake
 from baton.spec import HandoffKey, ProcessRef, RefusalReason
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
@@ -76,7 +75,7 @@ class PrefillHandoffs:
         self._counts.add("handoffs_failed")
         about = {"request": outbound.spec.request_id, "handoff": str(outbound.key)}
         log.info("handoff failed", **about, reason=reason.name, message=message)
-        prompt.hold_until = time.monotonic() + HOLD_S
+        prompt.hold_until = awake.now() + HOLD_S
         prompt.router.send(HandoffFailed(outbound.key, reason, message, retry_after_s))
 
     def settled(self, outbound: Outbound) -> None:

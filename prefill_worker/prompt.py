@@ -44,7 +44,7 @@ class PromptState(enum.Enum):
 
 @dataclass(slots=True)
 class Prompt(WaitingPrompt):
-    """Times are monotonic seconds. `hold_until`: when a computed prompt that no decode worker takes is given up.
+    """Times are monotonic seconds. `hold_until`: when, by `baton.rpc.awake`, a prompt that nobody takes is given up.
     The router gets `farewell` at RELEASED."""
 
     state: PromptState = PromptState.WAITING

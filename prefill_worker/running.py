@@ -9,6 +9,7 @@ from baton.cost import CostModel
 from baton.engine.api import Engine
 from baton.errors import BatonError, Internal
 from baton.messages import Ended, Started, TokenRun
+from baton.rpc import awake
 from baton.spec import AttemptKey
 from baton.telemetry import Counts
 from baton.worker.admission_queue import AdmissionQueue
@@ -112,7 +113,7 @@ class Prompts:
 
     def bury(self, key: AttemptKey) -> None:
         """Late commands for the attempt must not bring it back."""
-        self.tombstones.grant(key, time.monotonic(), TOMBSTONE_S)
+        self.tombstones.grant(key, awake.now(), TOMBSTONE_S)
         if len(self.tombstones) > TOMBSTONES:
             self.tombstones.pop_earliest()
 
@@ -174,7 +175,7 @@ class Prompts:
             prompt.router.send(Ended(prompt.key, item.finish, output_tokens=len(prompt.spec.output) + 1))
             self.end(prompt)
             return
-        prompt.hold_until = now + HOLD_S
+        prompt.hold_until = awake.now() + HOLD_S
         prompt.tell_progress()
 
     def _broken(self, item: StepItem, reason: str) -> None:

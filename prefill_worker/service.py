@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 from baton.cost import CostModel
 from baton.engine.api import Engine
 from baton.errors import ResourceExhausted
 from baton.messages import BindCommand, CancelCommand, Command, Ended, Freed, LoadReport, PrefillCommand
+from baton.rpc import awake
 from baton.spec import AttemptKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
@@ -81,7 +80,7 @@ class PrefillRole:
 
     def expire(self) -> None:
         """Gives up computed prompts that no decode worker took in time, and forgets old attempts."""
-        now = time.monotonic()
+        now = awake.now()
         self._prompts.tombstones.expire(now)
         for prompt in self._prompts:
             if prompt.hold_until and prompt.hold_until < now and not (prompt.granted or prompt.over):

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from baton.errors import NotFound
+from baton.rpc import awake
 from baton.rpc.convert import ROLES, process_to_wire
 from baton.rpc.frames import load_to_wire
 from baton.rpc.status import abort
@@ -28,7 +29,7 @@ class AdminService(AdminServicer):
 
     async def ListWorkers(self, request: admin.ListWorkersRequest, context: Any) -> admin.ListWorkersResponse:
         """The workers that hold a lease, by name."""
-        now = asyncio.get_running_loop().time()
+        now = awake.now()
         return admin.ListWorkersResponse(workers=[_info(worker, now) for worker in self._registry.workers()])
 
     async def Explain(self, request: admin.ExplainRequest, context: Any) -> admin.ExplainResponse:

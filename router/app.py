@@ -37,7 +37,7 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         """Binds its address. Raises ConfigError when that can't be used."""
         self.config, self.counts = config, Counts()
-        self._server = net.Server(config.listen)
+        self._server = net.Server(config.listen, for_clients=True)
         self.process = mint_process("router", self._server.address, config.name)
         self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
         self.placer = Placer(config.path, Prefixes(config.prefix_index_blocks, self.counts), self.counts)

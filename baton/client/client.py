@@ -17,7 +17,7 @@ from baton.client import wire
 from baton.client.reports import ModelInfo, Placement, ProcessStatus, WorkerInfo
 from baton.client.types import Accepted, Completion, Event, Finished, Message, RequestOptions, Tokenization, Tokens
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidArgument, NotFound, Unavailable
-from baton.rpc.net import open_channel, parse_address
+from baton.rpc.net import open_client_channel, parse_address
 from baton.rpc.status import from_rpc_error
 from baton.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
@@ -35,7 +35,7 @@ class Client:
     def __init__(self, address: str = "127.0.0.1:9700") -> None:
         parse_address(address)
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = open_client_channel(address)
         self._generation: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(self._channel)
         self._admin: admin_pb2_grpc.AdminAsyncStub = admin_pb2_grpc.AdminStub(self._channel)
 

@@ -19,7 +19,7 @@ from baton.identity import mint_process
 from baton.launch.transports import check_device, device_issuer, receivers, writers
 from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_load import Loaded, claim_cpus, load
-from baton.rpc import collector
+from baton.rpc import awake, collector
 from baton.rpc.convert import ROLES, card_to_wire, process_to_wire
 from baton.rpc.greeting import with_versions
 from baton.rpc.net import WILDCARDS, Server, Service, check_dialable, parse_address, service
@@ -90,7 +90,7 @@ async def run(config: WorkerConfig, *, on_ready: Callable[[str], None], stop: as
     server = Server(config.listen)
     process = mint_process("-".join(sorted(config.roles)), config.advertise or server.address, config.name)
     counts, pool = Counts(), BlockPool(loaded.memory.blocks)
-    worker = WorkerService(process, loaded.card.artifacts, counts)
+    worker = WorkerService(process, loaded.card.artifacts, counts, config.router_hold_s)
     parts = Parts(config, loaded, process, counts, pool, worker, issuer=device_issuer(config, loaded.memory))
     try:
         await server.start(_compose(parts))
@@ -155,8 +155,9 @@ async def _expire(parts: Parts) -> None:
     """Leases end within a fraction of a second of their deadline."""
     while True:
         await asyncio.sleep(EXPIRE_EVERY_S)
-        for role in parts.roles:
-            role.expire()
+        if not awake.catching_up():
+            for role in parts.roles:
+                role.expire()
 
 
 def _compose(parts: Parts) -> list[Service]:

@@ -11,18 +11,18 @@ Frames leave by `baton.rpc.lanes`, so that a cancel waits for at most one piece 
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 from baton.errors import ResourceExhausted, TransferError
+from baton.rpc.awake import Timer, patience
 from baton.rpc.lanes import Assembler, Lanes
 from baton.v1 import worker_pb2 as wire
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 5.0
-"""A stream whose peer is silent for so long (five heartbeats) is broken off."""
+"""A peer that says nothing for so long (five heartbeats) is silent."""
 GRACE_S = 3.0
 """How long a session outlives its stream."""
 ACK_EVERY = 64
@@ -139,15 +139,22 @@ def _nothing() -> None: ...
 
 
 async def read_frames(
-    session: Session[Out, In], source: AsyncIterator[In], on_first: Callable[[], None] = _nothing
+    session: Session[Out, In],
+    source: AsyncIterator[In],
+    patience_s: float,
+    on_first: Callable[[], None] = _nothing,
+    on_silent: Callable[[], None] = _nothing,
 ) -> None:
-    """Feeds a stream into its session until it ends. Raises TimeoutError when the peer falls silent."""
-    while True:
-        async with asyncio.timeout(SILENCE_S):
-            try:
-                frame = await anext(source)
-            except StopAsyncIteration:
-                return
-        on_first()
-        on_first = _nothing
-        session.receive(frame)
+    """Feeds a stream into its session until it ends. Calls `on_silent` when the peer is silent, and raises TimeoutError
+    when it is for `patience_s`."""
+    async with patience(patience_s) as limit:
+        silence = Timer(SILENCE_S, on_silent)
+        try:
+            async for frame in source:
+                limit.restart()
+                silence.restart()
+                on_first()
+                on_first = _nothing
+                session.receive(frame)
+        finally:
+            silence.cancel()

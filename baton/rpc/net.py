@@ -21,10 +21,6 @@ MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-    # Notice a silent death of the peer within seconds, also on an idle stream.
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     ("grpc.http2.max_ping_strikes", 0),
@@ -34,6 +30,27 @@ OPTIONS: list[tuple[str, Any]] = [
     # A second process on the same port must fail, not take some of the connections.
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
+]
+WATCHFUL = [
+    # A client that dies or freezes without a word is noticed after ten seconds, and its blocks are free again. gRPC has
+    # two options for the answer to a ping, and waits for the longer one.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+PATIENT = [
+    # Between our processes heartbeats and leases judge, which know of their own absence; gRPC's timers do not. These
+    # only end the connections of a host that is gone.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 60_000),
+    ("grpc.http2.ping_timeout_ms", 60_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+GENTLE = [
+    # By its default a gRPC server allows a ping in five minutes, and ends the connection of a client that sends more.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 ]
 LIVENESS, READINESS = "liveness", "readiness"
 WILDCARDS = ("0.0.0.0", "::")
@@ -68,8 +85,18 @@ def format_address(host: str, port: int) -> str:
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel whose connection is its own; gRPC shares those to the same address by default."""
-    return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    """A channel between our processes. Its connection is its own; gRPC shares those to the same address by default."""
+    return _channel(address, PATIENT)
+
+
+def open_client_channel(address: str) -> grpc.aio.Channel:
+    """A client's channel, also to servers behind others' proxies; its connection is its own too."""
+    return _channel(address, GENTLE)
+
+
+def _channel(address: str, keepalive: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
+    options = [*OPTIONS, *keepalive, ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.insecure_channel(address, options=options)
 
 
 async def listens(address: str, timeout: float = 1.0) -> bool:
@@ -109,11 +136,12 @@ class Server:
     """A gRPC server with health and reflection. It is bound when made, so that a process knows its address early; it
     serves from `start` on."""
 
-    def __init__(self, listen: str) -> None:
-        """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours."""
+    def __init__(self, listen: str, *, for_clients: bool = False) -> None:
+        """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours. `for_clients`: its
+        callers may die without a word, and have no heartbeat of ours."""
         host, port = parse_address(listen, "listen")
         _check_free(host, port)
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=[*OPTIONS, *(WATCHFUL if for_clients else PATIENT)])
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError:

@@ -22,6 +22,7 @@ import structlog
 
 from baton.cost import CostModel
 from baton.engine.api import Engine, Sampled, Sequence, Work, shape_of
+from baton.rpc import awake
 from baton.spec import AttemptKey, FinishReason, TokenLogprobs
 
 IDLE_CHECK_S = 1.0
@@ -86,7 +87,7 @@ class Runner:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._step_began: float | None = None
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._clock = asyncio.get_running_loop(), awake.clock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -107,6 +108,10 @@ class Runner:
     def wake(self, blocks: Iterable[int]) -> None:
         """A sequence in these blocks will come soon, after a rest."""
         self._commands.put(lambda: self._engine.wake(tuple(blocks)))
+
+    def nudge(self) -> None:
+        """The scheduler may have work again."""
+        self._commands.put(lambda: None)
 
     def stand_back(self, by: int) -> None:
         """Adds `by` to the nice value (sched(7)) of this thread and of those that it starts later. So threads that pass
@@ -153,7 +158,7 @@ class Runner:
             return
 
     def _step(self, batch: list[Work]) -> StepReport:
-        shape, started = shape_of(batch), time.monotonic()
+        shape, started, missed = shape_of(batch), time.monotonic(), self._clock.missed
         self._step_began = started
         try:
             sampled = self._engine.step(batch)
@@ -165,7 +170,8 @@ class Runner:
             return StepReport(started, time.monotonic() - started, items, f"{type(error).__name__}: {error}")
         finally:
             self._step_began = None
-        self.model.observe(shape, time.monotonic() - started)
+        if self._clock.missed == missed:  # else the process was suspended, and the time tells nothing of the step
+            self.model.observe(shape, time.monotonic() - started)
         items = tuple(self._advance(work.sequence, drawn) for work, drawn in zip(batch, sampled, strict=True))
         return StepReport(started, time.monotonic() - started, items)
 

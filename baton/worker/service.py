@@ -1,19 +1,22 @@
 """The Worker service: one multiplexed stream per router, and the model card's files.
 
-A router's session outlives its stream by the grace time. When it is lost, `RoleHandler.on_router_lost` frees all that
-the router had placed here.
+A router whose connection ended is gone: its session outlives the stream by the grace time. A router that is silent on
+an open connection may only be suspended, or behind a network that drops packets: it is waited for much longer, while
+its sequences go on. When it is lost, `RoleHandler.on_router_lost` frees all that the router had placed here.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
 
 from baton import errors
 from baton.messages import CancelCommand, Command, Ended
+from baton.rpc import awake
 from baton.rpc.convert import process_from_wire, process_to_wire
 from baton.rpc.frames import attempt_of, command_from_frame
 from baton.rpc.greeting import agree_on_version, check_receiver
@@ -27,6 +30,8 @@ from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerServicer
 from baton.worker.session import RouterSession
 
+HOLD_S = 60.0
+"""How long a silent router is waited for."""
 log = structlog.get_logger(__name__)
 
 
@@ -43,8 +48,10 @@ class RoleHandler(Protocol):
 class WorkerService(WorkerServicer):
     """Serves `Worker`. `artifacts` maps SHA-256 (hexadecimal) to bytes."""
 
-    def __init__(self, process: ProcessRef, artifacts: dict[str, bytes], counts: Counts) -> None:
-        self._process, self._artifacts, self._counts = process, artifacts, counts
+    def __init__(
+        self, process: ProcessRef, artifacts: dict[str, bytes], counts: Counts, hold_s: float = HOLD_S
+    ) -> None:
+        self._process, self._artifacts, self._counts, self._hold_s = process, artifacts, counts, hold_s
         self._sessions: dict[str, RouterSession] = {}
         self._handlers: list[RoleHandler] = []
         self.on_attach: list[Callable[[RouterSession], None]] = []
@@ -140,9 +147,11 @@ class WorkerService(WorkerServicer):
 
     async def _read(self, record: RouterSession, stream: int, source: AsyncIterator[wire.RouterFrame]) -> None:
         try:
-            await read_frames(record.link, source, lambda: self._confirmed(record))
+            confirmed, silent = partial(self._confirmed, record), partial(self._silent, record)
+            await read_frames(record.link, source, self._hold_s, confirmed, silent)
         except TimeoutError:
-            log.warning("router is silent; stream broken off", router=record.router.name)
+            log.warning("router given up", router=record.router.name, error=f"silent for {self._hold_s:g} s")
+            record.link.close()
         except errors.TransferError as error:
             log.warning("stream broken off", router=record.router.name, error=str(error))
         except (errors.ResourceExhausted, errors.InvalidArgument) as error:
@@ -150,6 +159,10 @@ class WorkerService(WorkerServicer):
             record.link.close()
         finally:
             record.link.detach(stream)
+
+    def _silent(self, record: RouterSession) -> None:
+        self._counts.add("routers_silent")
+        log.warning("router is silent; its sequences go on", router=record.router.name, hold_s=self._hold_s)
 
     def _leave(self, record: RouterSession) -> None:
         record.streams -= 1
@@ -159,8 +172,8 @@ class WorkerService(WorkerServicer):
             self._lose(record, "its stream can't be taken up again")
             return
         record.link.detach()
-        loop = asyncio.get_running_loop()
-        record.grace = loop.call_later(GRACE_S, self._lose, record, "it did not come back within the grace time")
+        late = "it did not come back within the grace time"
+        record.grace = awake.Timer(GRACE_S, lambda: self._lose(record, late))
 
     def _dispatch(self, record: RouterSession, frame: wire.RouterFrame) -> None:
         try:

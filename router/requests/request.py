@@ -10,13 +10,13 @@ attempt comes back as an exception. Messages that the attempt does not expect ar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from enum import Enum, auto
 
 import structlog
 
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
 from baton.messages import Ended, HandoffDone, HandoffFailed, PrefillReport, Started, TokenRun
+from baton.rpc import awake
 from baton.spec import FinishReason
 from baton.telemetry import Counts
 from router.requests.attempt import Attempt, AttemptState, late
@@ -50,14 +50,14 @@ class Request:
         self._ended: Ended | None = None
         self._reason: FinishReason | None = None
         self._loop = asyncio.get_running_loop()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers: dict[str, asyncio.TimerHandle | awake.Timer] = {}
 
     # From the service.
 
     def start(self) -> None:
         now = self._loop.time()
         left_s, passed = max(self.admitted.deadline - now, 0.0), "the request's deadline has passed"
-        self._arm("deadline", left_s, lambda: self.fail(DeadlineExceeded(passed), cut=True))
+        self._arm("deadline", self._loop.call_later(left_s, lambda: self.fail(DeadlineExceeded(passed), cut=True)))
         self.attempt.start()
         self.marks.commanded = now
 
@@ -105,7 +105,7 @@ class Request:
             return late(self._counts, "handoff_failed")
         pause_s = self.attempt.handoff_failed(worker, failure)
         if pause_s is not None:
-            self._arm("rebind", pause_s, self._rebind)
+            self._arm("rebind", self._loop.call_later(pause_s, self._rebind))
         return None
 
     def on_handed_over(self, worker: Worker, message: HandoffDone) -> None:
@@ -163,7 +163,7 @@ class Request:
             accuracy.observe(plan.raw_ttft_s, self.marks.ttft_ms / 1e3, plan.ttft_s, self._loop.time())
         self.attempt.computed(last=ends)
         if self.attempt.state is AttemptState.HANDING_OFF:
-            self._arm("handoff", self.admitted.handoff_wait_s, self._on_handoff_deadline)
+            self._arm("handoff", awake.Timer(self.admitted.handoff_wait_s, self._on_handoff_deadline))
 
     def _decodes(self) -> None:
         self.attempt.decodes(self.marks.first_token)
@@ -178,7 +178,7 @@ class Request:
     def _check_end(self, ended: Ended) -> None:
         if self._output.delivered < ended.output_tokens:
             missing = Internal(f"{ended.output_tokens - self._output.delivered} tokens did not come")
-            return self._arm("missing", MISSING_WAIT_S, lambda: self.fail(missing))
+            return self._arm("missing", awake.Timer(MISSING_WAIT_S, lambda: self.fail(missing)))
         if ended.reason is None:
             return self.fail(Internal("the worker ended the sequence without a reason"))
         return self._finish(ended.reason)
@@ -195,7 +195,7 @@ class Request:
                 return self.fail(error, cut=True)
         self._disarm("handoff", "rebind", "missing")
         if self.attempt.report is None and self.attempt.prefill in self.attempt.holding:
-            return self._arm("report", REPORT_WAIT_S, self._complete)
+            return self._arm("report", self._loop.call_later(REPORT_WAIT_S, self._complete))
         return self._complete()
 
     def _complete(self) -> None:
@@ -246,9 +246,9 @@ class Request:
         self._counts.add("handoffs_given_up")
         self.fail(self.attempt.refusal(self.admitted.handoff_wait_s))
 
-    def _arm(self, name: str, delay_s: float, act: Callable[[], None]) -> None:
+    def _arm(self, name: str, timer: asyncio.TimerHandle | awake.Timer) -> None:
         self._disarm(name)
-        self._timers[name] = self._loop.call_later(delay_s, act)
+        self._timers[name] = timer
 
     def _disarm(self, *names: str) -> None:
         for name in names:

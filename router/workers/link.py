@@ -19,7 +19,7 @@ import structlog
 
 from baton.errors import BatonError, InvalidArgument, Mismatch, ResourceExhausted, TransferError, Unimplemented
 from baton.messages import Command, Event
-from baton.rpc import net
+from baton.rpc import awake, link, net
 from baton.rpc.convert import process_to_wire
 from baton.rpc.frames import command_to_frame, event_from_frame
 from baton.rpc.greeting import RECEIVER, agree_on_version, with_versions
@@ -138,7 +138,7 @@ class WorkerLink:
 
     async def _serve(self) -> Gone:
         """Opens the stream again whenever it breaks; returns why the worker is lost."""
-        clock = asyncio.get_running_loop().time
+        clock = awake.now
         broken_since = clock()
         while True:
             cause = await self._connect_once()
@@ -195,7 +195,7 @@ class WorkerLink:
         self.attached = True
         self._on_state()
         try:
-            await read_frames(self._session, frames)
+            await read_frames(self._session, frames, link.SILENCE_S)
         finally:
             self._session.detach()
             writer.cancel()

@@ -20,7 +20,7 @@ import structlog
 from baton.errors import BatonError, InvalidArgument, NotFound, Unavailable
 from baton.messages import Event
 from baton.model import ModelCard
-from baton.rpc import net
+from baton.rpc import awake, net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
 from router.text.tokenisation import Language
@@ -72,7 +72,7 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         self._artifacts = ArtifactStore()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: awake.Timer | None = None
         self._losses: OrderedDict[str, Loss] = OrderedDict()
         self._closed = False
 
@@ -112,7 +112,7 @@ class Registry:
             raise Unavailable("the router is shutting down", NO_WORKER_RETRY_S)
         known = self._workers.get(given.process.name)
         if known is not None and known.registration == given:
-            known.lease_until = self._now() + self.lease_s
+            known.lease_until = awake.now() + self.lease_s
             return known
         others = {model.card.name: model for model in self.models.values() if model.workers != [known]}
         if given.card.name in others:
@@ -129,7 +129,7 @@ class Registry:
             lost = self._losses.get(process.incarnation)
             why = f"is not registered here any more: {lost.reason}" if lost else "is not registered here"
             raise NotFound(f"{process.name} {why}")
-        worker.lease_until = self._now() + self.lease_s
+        worker.lease_until = awake.now() + self.lease_s
 
     def deregister(self, process: ProcessRef) -> None:
         """Idempotent."""
@@ -180,7 +180,7 @@ class Registry:
             on_state=lambda: self._changed(model),
             on_lost=lambda reason: self.lose(worker, reason, link.disproved),
         )
-        worker = Worker(given, link, self._now() + self.lease_s)
+        worker = Worker(given, link, awake.now() + self.lease_s)
         self._workers[worker.name] = worker
         model = self.models.setdefault(given.card.name, ServedModel(given.card))
         bisect.insort(model.workers, worker, key=lambda other: other.name)
@@ -252,17 +252,14 @@ class Registry:
             self._timer = None
         if self._workers and not self._closed:
             earliest = min(worker.lease_until for worker in self._workers.values())
-            self._timer = asyncio.get_running_loop().call_at(earliest, self._expire)
+            self._timer = awake.Timer(max(0.0, earliest - awake.now()), self._expire)
 
     def _expire(self) -> None:
-        now = self._now()
+        now = awake.now()
         for worker in self.workers():
             if worker.lease_until <= now:
                 self.lose(worker, f"it has not renewed its lease for {self.lease_s:g} s")
         self._arm()
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
 
 
 async def _lives_beside(known: Worker, given: Registration) -> bool:

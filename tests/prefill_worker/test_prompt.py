@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 
+from baton.rpc.awake import Timer
 from baton.spec import HandoffKey
 from baton.worker.sending.outbound import Closer, Outbound
 from kvtransfer.handoffs.delivery import Delivery
@@ -126,11 +127,10 @@ def test_each_handoff_has_its_own_costs_and_its_own_close() -> None:
 async def test_one_timer_at_a_time() -> None:
     outbound, _ = bound(waiting(20))
     fired: list[int] = []
-    loop = asyncio.get_running_loop()
-    outbound.set_timer(loop.call_later(0.001, fired.append, 1))
-    outbound.set_timer(loop.call_later(0.002, fired.append, 2))
+    outbound.set_timer(Timer(0.001, lambda: fired.append(1)))
+    outbound.set_timer(Timer(0.002, lambda: fired.append(2)))
     await asyncio.sleep(0.02)
-    outbound.set_timer(loop.call_later(0.001, fired.append, 3))
+    outbound.set_timer(Timer(0.001, lambda: fired.append(3)))
     outbound.set_timer(None)
     await asyncio.sleep(0.02)
     assert fired == [2]

@@ -12,7 +12,7 @@ import grpc
 
 from baton.identity import mint_process
 from baton.rpc.convert import process_to_wire, spec_to_wire
-from baton.rpc.link import Session, read_frames
+from baton.rpc.link import SILENCE_S, Session, read_frames
 from baton.rpc.net import cancelling, open_channel
 from baton.spec import ProcessRef, Sampling, SequenceSpec
 from baton.v1 import worker_pb2 as wire
@@ -73,7 +73,7 @@ class Link:
                 self.resumed.append(answer.resumed)
                 writer = asyncio.create_task(self._write(call))
                 async with cancelling(writer):
-                    await read_frames(self.session, frames)
+                    await read_frames(self.session, frames, SILENCE_S)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                 pass  # it broke, or the worker fell silent: a test that expects so goes on
             finally:

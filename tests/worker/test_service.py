@@ -12,7 +12,7 @@ import pytest
 
 from baton import errors
 from baton.messages import Freed
-from baton.rpc import lanes, link
+from baton.rpc import lanes
 from baton.rpc.status import from_rpc_error
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
@@ -133,7 +133,7 @@ async def test_the_grace_time_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch
 
 async def test_a_silent_router_is_broken_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_service, "GRACE_S", 0.05)
-    monkeypatch.setattr(link, "SILENCE_S", 0.05)
+    monkeypatch.setattr(bench.worker, "_hold_s", 0.05)
     call, _ = await bench.attach()
     await until(lambda: bench.handler.lost == ["r-1"])
     assert await rest(call) == []

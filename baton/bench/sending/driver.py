@@ -28,7 +28,7 @@ from baton.client.reports import ModelInfo
 from baton.client.types import Accepted, Finished, RequestOptions
 from baton.client.wire import event_from_wire, model_from_wire, request_to_wire
 from baton.errors import ConfigError, Retryable, Unavailable
-from baton.rpc.net import cancelling, open_channel, parse_address
+from baton.rpc.net import cancelling, open_client_channel, parse_address
 from baton.rpc.status import call, from_rpc_error
 from baton.v1 import generation_pb2, generation_pb2_grpc
 
@@ -80,7 +80,7 @@ async def connect(address: str, config: LoadConfig) -> AsyncIterator[LoadTarget]
     """Every channel has answered a call, so that no request pays for connecting. Raises ConfigError for an impossible
     address or model, Unavailable without a server at the address."""
     parse_address(address, "server")
-    channels = tuple(open_channel(address) for _ in range(config.channels))
+    channels = tuple(open_client_channel(address) for _ in range(config.channels))
     try:
         for channel in channels:
             models = await _models(channel, address)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.rpc.awake import Timer
 from baton.spec import HandoffKey, RefusalReason, SequenceSpec, TokenLogprobs
 from kvtransfer.handoffs.delivery import Delivery
 
@@ -44,7 +44,7 @@ class Outbound:
     transport: str = ""
     cost: TransferCost = field(default_factory=TransferCost)
     routes: dict[int, Closer] = field(default_factory=dict)
-    timer: asyncio.TimerHandle | None = None
+    timer: Timer | None = None
 
     @property
     def key(self) -> HandoffKey:
@@ -65,7 +65,7 @@ class Outbound:
         self.routes[key.handoff] = closer
         self.cost = TransferCost()
 
-    def set_timer(self, timer: asyncio.TimerHandle | None) -> None:
+    def set_timer(self, timer: Timer | None) -> None:
         """Replaces the timer, so that at most one wait is bounded at a time."""
         if self.timer is not None:
             self.timer.cancel()

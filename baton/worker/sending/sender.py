@@ -7,13 +7,14 @@ owed again when the stream breaks before the peer has answered a later renewal. 
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from baton import errors
+from baton.rpc import awake
 from baton.rpc.convert import handoff_from_wire, logprobs_to_wire, refusal_from_wire, spec_to_wire
 from baton.spec import AttemptKey, HandoffKey, ProcessRef, RefusalReason
 from baton.telemetry import Counts
@@ -248,8 +249,7 @@ class Sender:
 
     def _bound_wait(self, outbound: Outbound, what: str) -> None:
         message = f"{what} from {self.peer.name} within {self._deadline_s:g} s"
-        loop = asyncio.get_running_loop()
-        outbound.set_timer(loop.call_later(self._deadline_s, self._timed_out, outbound, outbound.key, message))
+        outbound.set_timer(awake.Timer(self._deadline_s, partial(self._timed_out, outbound, outbound.key, message)))
 
     def _timed_out(self, outbound: Outbound, key: HandoffKey, message: str) -> None:
         if outbound.key == key and outbound.delivery.fail(message):
