@@ -30,6 +30,34 @@ def test_all_residents_one_token_each() -> None:
     assert [(work.sequence, work.count, work.samples) for work in batch] == [(each, 1, True) for each in sequences]
 
 
+def test_paused_residents_are_left_out_and_owe_nothing_afterwards() -> None:
+    """The time of the pause does not count against their objective: no chunk shrinks to make up for it."""
+    now = [10.0]
+    scheduler = DecodeScheduler(clock=lambda: now[0])
+    paused, other = resident(5), resident(6)
+    for each in (paused, other):
+        each.tpot_s = 0.1
+        scheduler.add(each)
+    scheduler.paused = frozenset({paused.key})
+    assert [work.sequence for work in scheduler.pick()] == [other]
+    now[0] += 60.0
+    assert [work.sequence for work in scheduler.pick()] == [other]
+    scheduler.paused = frozenset()
+    assert [work.sequence for work in scheduler.pick()] == [paused, other]
+    assert (paused.first_token_at, other.first_token_at) == (70.0, 10.0)
+
+
+def test_a_resident_that_leaves_while_it_is_paused_is_forgotten() -> None:
+    scheduler = DecodeScheduler()
+    one = resident(5)
+    scheduler.add(one)
+    scheduler.paused = frozenset({one.key})
+    assert scheduler.pick() == []
+    scheduler.remove(one.key)
+    scheduler.paused = frozenset()
+    assert scheduler.pick() == []
+
+
 def test_joins_and_leaves_between_steps() -> None:
     scheduler = DecodeScheduler()
     first, second = resident(5), resident(6)

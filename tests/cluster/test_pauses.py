@@ -1,0 +1,96 @@
+"""A process that was suspended, and wakes: its own absence is nobody's death. Timeouts are a tenth of the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from baton.client import Client
+from baton.errors import Unavailable
+from tests.cluster.conftest import Running, running, settled
+from tests.hostile.pauses import Stream, frozen_client, streams_through, suspended
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PROGRAM = (sys.executable, "-m", "tests.launch.hurried")
+PAUSE_S = 2.0
+"""Four times the silence after which a peer is judged, and three leases."""
+HOLD_S = 6.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hurried() -> AsyncIterator[Running]:
+    options: dict[str, Any] = {"engine": "simulated", "model": "bytes", "pool_tokens": 65_536, "cost_model": "instant"}
+    async with running("--router-hold-s", str(HOLD_S), program=PROGRAM, **options) as started:
+        yield started
+
+
+async def lost_workers(cluster: Running) -> int:
+    return (await cluster.client.status()).counters.get("workers_lost", 0)
+
+
+async def test_a_suspended_router_loses_no_stream(hurried: Running) -> None:
+    """The decode worker goes on until the router is far behind, and pauses."""
+    router = hurried.cluster.processes[:1]
+    assert await streams_through(hurried, router, PAUSE_S, count=6, tokens=3500) == []
+    assert await lost_workers(hurried) == 0
+    counters = {name: value for status in await hurried.statuses() for name, value in status.counters.items()}
+    assert counters["sequences_paused"] == 6
+    assert "routers_lost" not in counters
+    await settled(hurried)
+
+
+async def test_a_machine_that_was_suspended_loses_no_stream(hurried: Running) -> None:
+    assert await streams_through(hurried, hurried.cluster.processes, PAUSE_S, count=6, tokens=2500) == []
+    assert await lost_workers(hurried) == 0
+    assert not any("routers_lost" in status.counters for status in await hurried.statuses())
+    await settled(hurried)
+
+
+async def test_a_router_that_does_not_wake_is_given_up() -> None:
+    """Its sequences are held for so long and no longer; when it wakes after all, its clients are told."""
+    options: dict[str, Any] = {"engine": "simulated", "model": "bytes", "sim_speed": 4.0}
+    async with running("--router-hold-s", "1", program=PROGRAM, **options) as cluster:
+        router, _, decode = cluster.cluster.processes
+        stream = Stream(cluster.client, 1, 8000)
+        async with asyncio.timeout(20.0):
+            while not stream.under_way:
+                await asyncio.sleep(0.01)
+            async with suspended([router]), Client(decode.address) as worker:
+                while (await worker.status()).live["residents"]:
+                    await asyncio.sleep(0.05)
+                assert (await worker.status()).counters["routers_silent"] == 1
+            with pytest.raises(Unavailable):
+                await stream.task
+        await settled(cluster)
+
+
+async def test_a_frozen_client_is_noticed() -> None:
+    """By gRPC's pings, which it does not answer; its sequence would otherwise decode to the end."""
+    async with running(program=PROGRAM, engine="simulated", model="bytes", sim_speed=0.5) as cluster:
+        async with frozen_client(cluster.cluster.address), asyncio.timeout(8.0):
+            while (await cluster.client.status()).live["requests"]:
+                await asyncio.sleep(0.05)
+        await settled(cluster)
+
+
+async def test_a_router_that_died_is_given_up_within_the_grace_time() -> None:
+    async with running(program=PROGRAM, engine="simulated", model="bytes", sim_speed=4.0) as cluster:
+        router, _, decode = cluster.cluster.processes
+        stream = Stream(cluster.client, 1, 2000)
+        async with asyncio.timeout(20.0), Client(decode.address) as worker:
+            while not stream.under_way:
+                await asyncio.sleep(0.01)
+            router.kill()
+            with pytest.raises(Unavailable):
+                await stream.task
+            while (await worker.status()).live["residents"]:
+                await asyncio.sleep(0.02)
+            counters = (await worker.status()).counters
+            assert counters["routers_lost"] == 1
+            assert "routers_silent" not in counters
