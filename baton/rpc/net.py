@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.errors import ConfigError
+from baton.rpc.unreadable import RefuseUnreadable
 from baton.v1 import admin_pb2, generation_pb2, transfer_pb2, worker_pb2
 
 MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
@@ -141,7 +142,8 @@ class Server:
         callers may die without a word, and have no heartbeat of ours."""
         host, port = parse_address(listen, "listen")
         _check_free(host, port)
-        self._server = grpc.aio.server(options=[*OPTIONS, *(WATCHFUL if for_clients else PATIENT)])
+        options = [*OPTIONS, *(WATCHFUL if for_clients else PATIENT)]
+        self._server = grpc.aio.server(options=options, interceptors=[RefuseUnreadable()])
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError:

@@ -14,7 +14,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -92,4 +92,5 @@ async def attack_apart(address: str, first: int, count: int, seconds: float) -> 
 
 if __name__ == "__main__":
     where, *numbers = sys.argv[1:]
-    print(json.dumps(asdict(asyncio.run(attack(where, int(numbers[0]), int(numbers[1]), float(numbers[2]))))))
+    found_there = asyncio.run(attack(where, int(numbers[0]), int(numbers[1]), float(numbers[2])))
+    print(json.dumps(vars(found_there)))
