@@ -11,9 +11,11 @@ import pytest
 
 from kvtransfer.handoffs.messages import BlockMove
 from kvtransfer.transports import wire
-from kvtransfer.transports.tcp.wire import HELLO, MAGIC, VERSION
+from kvtransfer.transports.tcp.wire import HELLO
 from tests.kvtransfer.transports.bare_tcp import PEER, SIZE, Wire, batch, ends, exactly, soon
 from tests.kvtransfer.transports.patterns import pattern
+
+GREETING_BYTES = HELLO.size + wire.TOKEN_BYTES
 
 
 @pytest.fixture
@@ -99,16 +101,17 @@ def test_a_revoke_in_the_middle_of_a_block_closes_its_connection(tcp: Wire) -> N
     "stop_at",
     [
         pytest.param(3, marks=pytest.mark.nightly),
-        pytest.param(HELLO.size + 10, marks=pytest.mark.nightly),
-        HELLO.size + wire.BATCH_BYTES + 100,
+        pytest.param(GREETING_BYTES - 3, marks=pytest.mark.nightly),
+        pytest.param(GREETING_BYTES + 10, marks=pytest.mark.nightly),
+        GREETING_BYTES + wire.BATCH_BYTES + 100,
     ],
 )
 def test_a_writer_that_stops_in_a_message_is_let_go_and_an_idle_one_stays(impatient: Wire, stop_at: int) -> None:
     idle = impatient.writer.connect(impatient.receiver.endpoint(), PEER, soon())
-    message = HELLO.pack(MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE) + batch(impatient.ticket(), bytes(SIZE))
+    message = impatient.greeting + batch(impatient.ticket(), bytes(SIZE))
     bare = impatient.bare(hello=False)
     bare.sendall(message[:stop_at])
-    if stop_at > HELLO.size:
+    if stop_at > GREETING_BYTES:
         exactly(bare, HELLO.size)
     started = time.monotonic()
     assert ends(bare)  # by then the idle one has been silent for longer

@@ -19,7 +19,7 @@ from kvtransfer.transports.tcp.receiver import TcpReceiver
 from kvtransfer.transports.tcp.wire import HELLO
 from kvtransfer.transports.tcp.writer import TcpWriter
 from tests.kvtransfer.transports.bare_tcp import LAYOUT, PEER, SIZE, Wire, exactly, soon
-from tests.kvtransfer.transports.harness import GENEROUS, Recorder
+from tests.kvtransfer.transports.harness import GENEROUS, Recorder, host_and_port
 from tests.kvtransfer.transports.patterns import pattern
 
 
@@ -33,13 +33,12 @@ def tcp(nothing_left: None) -> Iterator[Wire]:
 def test_the_writer_hears_of_a_corrupted_block(tcp: Wire) -> None:
     """A relay flips one byte of the payload on the way."""
     ticket = tcp.ticket()
-    host, _, port = tcp.receiver.endpoint().rpartition(":")
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def relay() -> None:
-            with server.accept()[0] as near, socket.create_connection((host, int(port)), GENEROUS) as far:
+            with server.accept()[0] as near, socket.create_connection(host_and_port(tcp.receiver), GENEROUS) as far:
                 near.settimeout(GENEROUS)
-                far.sendall(exactly(near, HELLO.size))
+                far.sendall(exactly(near, HELLO.size + wire.TOKEN_BYTES))
                 near.sendall(exactly(far, HELLO.size))
                 size = wire.BATCH_BYTES + wire.ENTRY.size + SIZE
                 for spoil in (1, 0):
@@ -50,7 +49,7 @@ def test_the_writer_hears_of_a_corrupted_block(tcp: Wire) -> None:
 
         thread = threading.Thread(target=relay)
         thread.start()
-        channel = tcp.writer.connect(f"127.0.0.1:{server.getsockname()[1]}", PEER, soon())
+        channel = tcp.writer.connect(tcp.relayed(server), PEER, soon())
         with pytest.raises(ChecksumMismatch, match="block 2"):
             channel.write(ticket, [BlockMove(9, 2, 2)], soon())
         assert tcp.events.landings == []
@@ -139,7 +138,7 @@ def test_addresses() -> None:
     wide = TcpReceiver(memory, events, host="0.0.0.0", advertise="127.0.0.1")
     assert wide.endpoint().startswith("127.0.0.1:")
     with pytest.raises(ConfigError, match="can't listen"):
-        TcpReceiver(memory, events, port=int(wide.endpoint().rpartition(":")[2]))
+        TcpReceiver(memory, events, port=host_and_port(wide)[1])
     wide.close()
     with pytest.raises(ConfigError, match="address"):
         TcpReceiver(memory, events, host="0.0.0.0")
