@@ -19,7 +19,7 @@ from baton.client import Client, ProcessStatus
 from baton.config import RoleName
 from baton.errors import Unavailable
 from baton.launch.child import Sink
-from baton.launch.cluster import ClusterConfig, LocalCluster
+from baton.launch.cluster import PROGRAM, ClusterConfig, LocalCluster
 
 VOCABULARY = 49_152
 SETTLE_S = 20.0
@@ -52,6 +52,7 @@ async def running(
     *worker_flags: str,
     role_flags: Mapping[RoleName, Sequence[str]] | None = None,
     sink: Sink | None = None,
+    program: Sequence[str] = PROGRAM,
     **options: object,
 ) -> AsyncIterator[Running]:
     """A cluster on a free port, with every prompt over both pools unless told otherwise; none of its processes is left
@@ -60,7 +61,7 @@ async def running(
     fields = {"listen": "127.0.0.1:0", "pool_tokens": 12_288, "path": path} | options
     config = ClusterConfig(**fields)  # type: ignore[arg-type]
     flags = {role: (*worker_flags, *(role_flags or {}).get(role, ())) for role in get_args(RoleName)}
-    async with LocalCluster(config, worker_flags=flags, sink=sink) as cluster:
+    async with LocalCluster(config, worker_flags=flags, sink=sink, program=program) as cluster:
         pids = [child.pid for child in cluster.processes]
         async with Client(cluster.address) as client:
             yield Running(cluster, client)
