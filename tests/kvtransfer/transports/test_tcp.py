@@ -11,7 +11,7 @@ import pytest
 
 from kvtransfer.handoffs.messages import BlockMove
 from kvtransfer.transports import wire
-from kvtransfer.transports.tcp.wire import HELLO
+from kvtransfer.transports.tcp.wire import HELLO, MAGIC, VERSION
 from tests.kvtransfer.transports.bare_tcp import PEER, SIZE, Wire, batch, ends, exactly, soon
 from tests.kvtransfer.transports.patterns import pattern
 
@@ -56,6 +56,26 @@ def test_garbage_closes_the_connection_and_nothing_else(tcp: Wire, garbage: byte
     ticket = tcp.ticket()
     assert channel.write(ticket, [BlockMove(0, 0, 0)], soon()).bytes == SIZE
     channel.close()
+
+
+def test_a_writer_of_another_version_is_answered_at_once(tcp: Wire) -> None:
+    """Version 1 has no token: it must not be waited for."""
+    bare = tcp.bare(hello=False)
+    bare.sendall(HELLO.pack(MAGIC, 1, wire.Flags.CHECKSUMS, SIZE))
+    assert HELLO.unpack(exactly(bare, HELLO.size)) == (MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE)
+    assert ends(bare)
+
+
+def test_a_writer_that_means_another_receiver_is_told_so_before_anything_else(tcp: Wire) -> None:
+    """Also where more of it differs, and nothing after its first message is read."""
+    for flags, size in ((wire.Flags.CHECKSUMS, SIZE), (wire.Flags(0), 2 * SIZE)):
+        bare = tcp.bare(hello=False)
+        bare.sendall(
+            HELLO.pack(MAGIC, VERSION, flags, size) + bytes(wire.TOKEN_BYTES) + batch(tcp.ticket(), bytes(SIZE))
+        )
+        assert HELLO.unpack(exactly(bare, HELLO.size))[0] == wire.ELSEWHERE
+        assert ends(bare)
+    assert tcp.events.landings == tcp.events.refusals == []
 
 
 def test_a_table_that_is_too_long_is_not_believed(tcp: Wire) -> None:

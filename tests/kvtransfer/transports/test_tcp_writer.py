@@ -16,7 +16,7 @@ from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove
 from kvtransfer.transports import wire
 from kvtransfer.transports.tcp.receiver import TcpReceiver
-from kvtransfer.transports.tcp.wire import HELLO
+from kvtransfer.transports.tcp.wire import HELLO, MAGIC
 from kvtransfer.transports.tcp.writer import TcpWriter
 from tests.kvtransfer.transports.bare_tcp import LAYOUT, PEER, SIZE, Wire, exactly, soon
 from tests.kvtransfer.transports.harness import GENEROUS, Recorder, host_and_port
@@ -80,6 +80,24 @@ def test_differences_are_named(tcp: Wire) -> None:
     other.close()
 
 
+def test_a_receiver_of_another_version_is_named(tcp: Wire) -> None:
+    """Version 1 gives no token in its endpoint."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as near:
+                near.settimeout(GENEROUS)
+                exactly(near, HELLO.size)
+                near.sendall(HELLO.pack(MAGIC, 1, wire.Flags.CHECKSUMS, SIZE))
+                exactly(near, wire.TOKEN_BYTES)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(Mismatch, match="tcp version differs: here 2, there 1"):
+            tcp.writer.connect(f"127.0.0.1:{server.getsockname()[1]}", PEER, soon())
+        thread.join(GENEROUS)
+
+
 def test_a_silent_listener_ends_the_handshake(tcp: Wire) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
@@ -135,6 +153,10 @@ def test_addresses() -> None:
         assert six.endpoint().startswith("[::1]:")
         TcpWriter(memory).connect(six.endpoint(), PEER, soon()).close()
         six.close()
+        every = TcpReceiver(memory, events, host="::", advertise="::1")
+        TcpWriter(memory).connect(every.endpoint(), PEER, soon()).close()
+        TcpWriter(memory).connect(every.endpoint().replace("[::1]", "127.0.0.1"), PEER, soon()).close()
+        every.close()
     wide = TcpReceiver(memory, events, host="0.0.0.0", advertise="127.0.0.1")
     assert wide.endpoint().startswith("127.0.0.1:")
     with pytest.raises(ConfigError, match="can't listen"):
