@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,7 @@ async def test_processes_that_do_not_see_each_other_use_tcp_and_say_why() -> Non
     """As in containers of one pod, with the default transport. `tests/faults/test_reach.py` compares the KV."""
     apart = sys.executable, "-m", "tests.faults.namespaces", *PROGRAM
     said: list[str] = []
-    simulated = {"engine": "simulated", "model": "bytes", "cost_model": "instant"}
+    simulated: dict[str, Any] = {"engine": "simulated", "model": "bytes", "cost_model": "instant"}
     async with running(program=apart, sink=said.append, **simulated) as cluster:
         completion = await cluster.client.complete(prompt="a b c" * 20, max_tokens=3, timeout=60)
         assert completion.finished.timeline.transport == "tcp"

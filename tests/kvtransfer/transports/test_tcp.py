@@ -75,7 +75,7 @@ def test_a_writer_that_means_another_receiver_is_told_so_before_anything_else(tc
         )
         assert HELLO.unpack(exactly(bare, HELLO.size))[0] == wire.ELSEWHERE
         assert ends(bare)
-    assert tcp.events.landings == tcp.events.refusals == []
+    assert (tcp.events.landings, tcp.events.refusals) == ([], [])
 
 
 def test_a_table_that_is_too_long_is_not_believed(tcp: Wire) -> None:
