@@ -12,7 +12,7 @@ import pytest
 from baton.launch.cluster import PROGRAM
 from baton.model import KvLayout
 from tests.cli.runner import baton
-from tests.cluster.conftest import Running, prompt_of, running, settled
+from tests.cluster.conftest import SETTLE_S, Running, prompt_of, running, settled
 from tests.cluster.reference import NEAR_IN_BF16, assert_greedy
 from tests.faults.namespaces import why_no_pids
 from tests.kvtransfer.conftest import needs_nixl
@@ -48,8 +48,10 @@ async def check(cluster: Running, transport: str) -> None:
 
 
 async def check_pair(cluster: Running, transport: str, note: str = "") -> None:
-    """What router and worker say of the one pair."""
-    loads = {worker.name: worker.load for worker in await cluster.client.workers()}
+    """What router and worker say of the one pair; a load report takes a moment."""
+    async with asyncio.timeout(SETTLE_S):
+        while not (loads := {worker.name: worker.load for worker in await cluster.client.workers()})["prefill-0"].pairs:
+            await asyncio.sleep(0.02)
     assert {name: load.pairs for name, load in loads.items()} == {"prefill-0": {transport: 1}, "decode-0": {}}
     notes = {"prefill-0": {transport: note} if note else {}, "decode-0": {}}
     assert {name: load.pair_notes for name, load in loads.items()} == notes
