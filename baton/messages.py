@@ -151,7 +151,7 @@ class Freed:
 class LoadReport:
     """`resident_tokens` are in the KV of running sequences; `granted_blocks` are the held blocks of sequences on their
     way; `cost_error` is the mean relative error of predicted step times; `pairs` counts connected decode workers by
-    transport."""
+    transport, and `pair_notes` says by transport why a better one could not be used."""
 
     waiting: int = 0
     running: int = 0
@@ -166,6 +166,7 @@ class LoadReport:
     cost_error: float = 0.0
     chunk_tokens: int = 0
     pairs: Mapping[str, int] = field(default_factory=dict)
+    pair_notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

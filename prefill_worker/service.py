@@ -120,4 +120,5 @@ class PrefillRole:
             waiting_tokens=self._queue.tokens + self._prompts.computing_tokens,
             resident_tokens=self._pool.statistics().held * self._block_tokens,
             pairs=self.senders.by_transport(),
+            pair_notes=self.senders.notes(),
         )

@@ -32,6 +32,8 @@ class Load:
     quarantined_blocks: int
     pairs: dict[str, int]
     """Decode workers that a prefill worker is connected to, by the transport between them."""
+    pair_notes: dict[str, str]
+    """By transport: why a better one could not be used with some decode worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +86,14 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A decode worker that a prefill worker is connected to; so many `handoffs` are under way."""
+    """A decode worker that a prefill worker is connected to; so many `handoffs` are under way. `note` says why a better
+    transport could not be used."""
 
     peer: str
     address: str
     transport: str
     handoffs: int
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,7 +124,7 @@ def worker_from_wire(message: admin.WorkerInfo) -> reports.WorkerInfo:
         blocks=message.capacity.blocks,
         max_sequences=message.capacity.max_sequences,
         transports=tuple(message.transports),
-        load=_mirror(reports.Load, load, pairs=dict(load.pairs)),
+        load=_mirror(reports.Load, load, pairs=dict(load.pairs), pair_notes=dict(load.pair_notes)),
         predictions=_mirror(reports.Predictions, message.predictions) if known else None,
         step_error=load.cost.error if load.HasField("cost") else None,
     )

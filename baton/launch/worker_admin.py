@@ -69,7 +69,12 @@ class WorkerAdmin(AdminServicer):
             counters=self._counts.snapshot(),
             resident_bytes=resident_bytes(),
             pairs=[
-                wire.Pair(peer=process_to_wire(sender.peer), transport=sender.transport, handoffs=sender.handoffs)
+                wire.Pair(
+                    peer=process_to_wire(sender.peer),
+                    transport=sender.transport,
+                    handoffs=sender.handoffs,
+                    note=sender.note,
+                )
                 for sender in ([] if self._senders is None else self._senders.connected())
             ],
         )

@@ -178,7 +178,8 @@ def _ended_from_wire(message: wire.Ended) -> Ended:
 
 def load_to_wire(event: LoadReport) -> wire.LoadReport:
     cost = None if event.cost is None else convert.cost_to_wire(event.cost, event.cost_error, event.chunk_tokens)
-    return wire.LoadReport(cost=cost, pairs=event.pairs, **{name: getattr(event, name) for name in LOAD_COUNTS})
+    counts = {name: getattr(event, name) for name in LOAD_COUNTS}
+    return wire.LoadReport(cost=cost, pairs=event.pairs, pair_notes=event.pair_notes, **counts)
 
 
 def _load_from_wire(message: wire.LoadReport) -> LoadReport:
@@ -187,6 +188,7 @@ def _load_from_wire(message: wire.LoadReport) -> LoadReport:
         cost_error=message.cost.error,
         chunk_tokens=message.cost.chunk_tokens,
         pairs=dict(message.pairs),
+        pair_notes=dict(message.pair_notes),
         **{name: getattr(message, name) for name in LOAD_COUNTS},
     )
 

@@ -1,7 +1,7 @@
 """One writer's connection on the receivers of `tcp` and `nixl`: batches are checked, filled and answered.
 
-    HELLO -> BATCH -> TABLE -> FILLING -> BATCH ...     the blocks' bytes go straight into the granted blocks
-                            -> DRAIN   -> BATCH ...     the bytes of a refused batch, read and dropped
+    HELLO -> TOKEN -> BATCH -> TABLE -> FILLING -> BATCH ...   the blocks' bytes go straight into the granted blocks
+                                     -> DRAIN   -> BATCH ...   the bytes of a refused batch, read and dropped
 
 A connection needs memory for one table and one bounded scratch buffer, however fast or slow its peer is.
 """
@@ -29,7 +29,7 @@ TURN_BYTES = 16 * 2**20
 
 class BatchPhase(Enum):
     HELLO = auto()
-    NAME = auto()  # nixl only
+    TOKEN = auto()  # with nixl the writer's name follows it
     BATCH = auto()
     TABLE = auto()
     FILLING = auto()
@@ -37,8 +37,8 @@ class BatchPhase(Enum):
 
 
 class BatchConnection(WriterConnection):
-    """`find` gives the ticket that is admitted for a key. `incarnation` is the writer's, where it has to name it.
-    `HELLO_BYTES` is the size of the first message."""
+    """`find` gives the ticket that is admitted for a key. `token` is the receiver's. `incarnation` is the writer's,
+    where it has to name it. `HELLO_BYTES` is the size of the first message."""
 
     HELLO_BYTES: ClassVar[int]
     incarnation: str | None = None
@@ -52,12 +52,14 @@ class BatchConnection(WriterConnection):
         flags: Flags,
         events: ReceiverEvents,
         find: Callable[[HandoffKey], Ticket | None],
+        token: bytes,
     ) -> None:
         super().__init__(peer)
         self._memory = memory
         self._flags = flags
         self._events = events
         self._find = find
+        self._token = token
         self._identity: Identity | None = None
         self._entries: list[BlockEntry] = []
         self._expect(BatchPhase.HELLO, self.HELLO_BYTES, self._hello)

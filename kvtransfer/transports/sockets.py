@@ -3,6 +3,7 @@ the writer's end with a deadline on every wait."""
 
 from __future__ import annotations
 
+import secrets
 import select
 import socket
 import time
@@ -27,29 +28,47 @@ READ_BYTES = 4096
 
 def listen_on(host: str, port: int, advertise: str | None, advertise_port: int = 0) -> tuple[socket.socket, str]:
     """A non-blocking listener on `host` and `port` (0: any), and the endpoint that writers are told: `advertise` or
-    `host`, and `advertise_port` or the port that was bound. Raises `ConfigError`."""
+    `host`, `advertise_port` or the port that was bound, and a new token. A wildcard takes IPv4 and IPv6, as with gRPC.
+    Raises `ConfigError`."""
     if host in WILDCARDS and not advertise:
         raise ConfigError(f"kv transfer binds {host or 'all addresses'}: say which address writers are to use")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        both = host in WILDCARDS and socket.has_dualstack_ipv6()
+        bound = "::" if both else host or None
+        family, _, _, _, address = socket.getaddrinfo(bound, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(f"kv transfer can't listen on {host}:{port}: {error}") from error
     listener.setblocking(False)
     shown = advertise or host
     shown = f"[{shown}]" if ":" in shown else shown
-    return listener, f"{shown}:{advertise_port or listener.getsockname()[1]}"
+    token = secrets.token_hex(wire.TOKEN_BYTES)
+    return listener, f"{shown}:{advertise_port or listener.getsockname()[1]}#{token}"
+
+
+def split_endpoint(endpoint: str) -> tuple[str, bytes]:
+    """The address, and the token by which the receiver knows that it is meant: `HOST:PORT#TOKEN`. Zeros where there is
+    none, as from a receiver of an older version. Raises `PeerClosed` for a malformed one."""
+    address, _, token = endpoint.partition("#")
+    try:
+        raw = bytes.fromhex(token) or bytes(wire.TOKEN_BYTES)
+    except ValueError:
+        raw = b""
+    if len(raw) != wire.TOKEN_BYTES:
+        raise PeerClosed(f"{address}: a malformed token")
+    return address, raw
 
 
 def connect_to(endpoint: str, name: str, deadline: float) -> socket.socket:
     """A connection to the receiver `name`, which does not block. Raises `PeerClosed` or `DeadlineExceeded`."""
-    host, _, port = endpoint.rpartition(":")
+    address = split_endpoint(endpoint)[0]
+    host, _, port = address.rpartition(":")
     try:
         connected = socket.create_connection((host.strip("[]"), int(port)), timeout=left(deadline))
     except TimeoutError as error:
-        raise DeadlineExceeded(f"{name} did not answer at {endpoint}") from error
-    except OSError as error:
-        raise PeerClosed(f"{name} at {endpoint}: {error}") from error
+        raise DeadlineExceeded(f"{name} did not answer at {address}") from error
+    except (OSError, ValueError, OverflowError) as error:  # the last two: no host or port that could be one
+        raise PeerClosed(f"{name} at {address}: {error}") from error
     connected.setblocking(False)
     prepare(connected)
     if connected.getsockname()[0] == connected.getpeername()[0]:

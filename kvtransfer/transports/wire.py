@@ -24,6 +24,10 @@ PREFIX = struct.Struct("<4sI")  # magic, count; the identity follows
 BATCH_BYTES = PREFIX.size + IDENTITY.size
 ENTRY = struct.Struct("<III")  # index in the sequence, destination block, CRC-32 of the bytes (0 without checksums)
 ACK = struct.Struct("<4sHH")  # magic, status, bytes of text that follow
+TOKEN_BYTES = 16
+"""Of the receiver's token, which its endpoint names and each writer's first message repeats."""
+ELSEWHERE = b"BTNO"
+"""In place of the magic in a receiver's answer: the token is not its own, so the writer means another receiver."""
 MAX_COUNT = 256
 MAX_TEXT = 512
 

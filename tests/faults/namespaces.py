@@ -1,14 +1,20 @@
-"""Two network namespaces with a cable between them, where the machine lets us make them."""
+"""Network namespaces with a cable between them, and PID namespaces, where the machine lets us make them.
+
+As a program it runs a command, in a PID namespace of its own.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWPID = 0x40000000, 0x20000000
+PR_SET_PDEATHSIG = 1
 
 
 def enter(name: str) -> None:
@@ -19,6 +25,30 @@ def enter(name: str) -> None:
             raise OSError(ctypes.get_errno(), f"can't enter network namespace {name}")
     finally:
         os.close(fd)
+
+
+def why_no_pids() -> str:
+    """Why PID namespaces can't be had here; empty where they can."""
+    try:
+        done = subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return "the unshare command is not installed"
+    return done.stderr.strip() if done.returncode else ""
+
+
+def own_pids() -> None:
+    """Goes on in a child, the first process of a new PID namespace; this process passes signals on, and ends as the
+    child does. For a process with one thread."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWPID):
+        raise OSError(ctypes.get_errno(), "can't make a PID namespace")
+    child = os.fork()
+    if not child:
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: os.kill(child, number))
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
 
 
 class NotPermitted(Exception):
@@ -77,3 +107,11 @@ def _ip(*arguments: str) -> None:
         raise NotPermitted("the ip command is not installed") from None
     if done.returncode:
         raise NotPermitted(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+if __name__ == "__main__":
+    own_pids()
+    command = sys.argv[1:]
+    if "--parent-pid" in command:
+        command[command.index("--parent-pid") + 1] = "0"  # how a parent in another PID namespace is seen
+    os.execv(command[0], command)

@@ -21,7 +21,7 @@ class Proxy:
     """
 
     def __init__(self, target: str) -> None:
-        self.target = target
+        self.target, _, self._token = target.partition("#")
         self.address = ""
         self.delay_s = 0.0
         self.flowing = asyncio.Event()
@@ -40,7 +40,7 @@ class Proxy:
         """The address that stands for the target."""
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=PIECE)
         host, port = self._server.sockets[0].getsockname()
-        self.address = f"{host}:{port}"
+        self.address = f"{host}:{port}" + (f"#{self._token}" if self._token else "")
         return self.address
 
     async def stop(self) -> None:

@@ -43,6 +43,9 @@ class Plan:
     forge: dict[str, Any] | None = None
     """Fields of every ticket that its writes claim instead of the true ones."""
     namespace: str | None = None
+    """Of the network."""
+    own_pids: bool = False
+    """In a PID namespace of its own."""
 
 
 class Stop:
@@ -139,8 +142,8 @@ class WatchedPrefill(PrefillNode):
         if plan.stop_at is Step.BEFORE_COMMIT:
             self._stop_commits()
 
-    def writer(self) -> Writer:
-        self.watched = WatchedWriter(super().writer(), self._stop, self._plan.forge)
+    def writer(self, kind: str) -> Writer:
+        self.watched = WatchedWriter(super().writer(kind), self._stop, self._plan.forge)
         return self.watched
 
     def _before_step(self, steps: int) -> None:
@@ -168,7 +171,7 @@ class WatchedDecode(DecodeNode):
         self._plan, self._stop = plan, stop
         self.aborts: list[str] = []
 
-    def receiver(self, events: ReceiverEvents) -> Receiver:
+    def receiver(self, events: ReceiverEvents, kind: str) -> Receiver:
         landed = events.landed
 
         def late(key: HandoffKey, generation: int, indices: Sequence[int]) -> None:
@@ -176,7 +179,7 @@ class WatchedDecode(DecodeNode):
             landed(key, generation, indices)
 
         events.landed = late  # type: ignore[method-assign]
-        self.watched = WatchedReceiver(super().receiver(events))
+        self.watched = WatchedReceiver(super().receiver(events, kind))
         return self.watched
 
     def compose(self) -> list[Any]:

@@ -17,7 +17,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.faults.namespaces import enter
+from tests.faults.namespaces import enter, own_pids
 from tests.faults.stopping import Plan, Stop, WatchedDecode, WatchedPrefill
 from tests.roles.node import DecodeNode, PrefillNode
 
@@ -75,6 +75,8 @@ def main(control: Connection, steps: Connection, plan: Plan) -> None:
     """The process, until the test ends its pipe."""
     if plan.namespace is not None:
         enter(plan.namespace)
+    if plan.own_pids:
+        own_pids()
     asyncio.run(_serve(control, Stop(plan.stop_at, steps), plan))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ EXPIRE_EVERY_S = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of one worker."""
+    """Of one worker. The kind `auto` is what `--transport auto` offers."""
 
     kind: str = "memory"
     host: str = "127.0.0.1"
@@ -49,18 +50,25 @@ class Settings:
     fingerprint: str = "f" * 32
     layout: KvLayout = LAYOUT
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Best first."""
+        return ("shm", "tcp") if self.kind == "auto" else (self.kind,)
+
 
 class Node:
     """What both roles have in common."""
 
     role: PrefillRole | DecodeRole
     transport: Receiver | Writer
+    """The best one."""
+    others: Sequence[Receiver | Writer] = ()
 
     def __init__(self, name: str, network: MemoryNetwork, settings: Settings) -> None:
         self.name, self.network, self.settings = name, network, settings
         self._server: Server | None = Server(f"{settings.host}:0")
         self.process = mint_process("worker", self._server.address, name)
-        self.memory = PoolMemory(settings.layout, settings.blocks, shared=settings.kind == "shm")
+        self.memory = PoolMemory(settings.layout, settings.blocks, shared="shm" in settings.kinds)
         self.pool = BlockPool(settings.blocks)
         self.engine = CountingEngine(self.memory)
         self.counts = Counts()
@@ -102,7 +110,7 @@ class Node:
         if self._server is not None:
             server, self._server = self._server, None
             await server.stop(0)
-        self.transport.close()
+        self.close_transports()
 
     async def stop(self) -> None:
         """Ends it in order."""
@@ -113,9 +121,14 @@ class Node:
         if self._server is not None:
             await self._server.stop(0)
         await self.role.stop()
-        self.transport.close()
+        self.close_transports()
         self.engine.close()
         self.memory.close()
+
+    def close_transports(self) -> None:
+        """All of them."""
+        for transport in (self.transport, *self.others):
+            transport.close()
 
     async def _expire(self) -> None:
         while True:
@@ -136,12 +149,13 @@ class PrefillNode(Node):
     def compose(self) -> list[Any]:
         settings = self.settings
         self.says()
-        self.transport = self.writer()
+        writers = {kind: self.writer(kind) for kind in settings.kinds}
+        self.transport, *self.others = writers.values()
         self.role = PrefillRole(
             engine=self.engine,
             pool=self.pool,
             fingerprint=settings.fingerprint,
-            writers={settings.kind: self.transport},
+            writers=writers,
             handshake=self._handshake,
             chunk_tokens=settings.chunk_tokens,
             max_ungranted=settings.max_ungranted,
@@ -152,12 +166,12 @@ class PrefillNode(Node):
         )
         return []
 
-    def writer(self) -> Writer:
+    def writer(self, kind: str) -> Writer:
         """What it writes with."""
         incarnation = self.process.incarnation
-        if self.settings.kind == "shm":
+        if kind == "shm":
             return ShmWriter(self.memory, incarnation)
-        if self.settings.kind == "tcp":
+        if kind == "tcp":
             return TcpWriter(self.memory, checksums=True)
         return MemoryWriter(self.memory, incarnation, self.network)
 
@@ -165,7 +179,7 @@ class PrefillNode(Node):
         """What it tells decode workers from the next handshake on; what is not given is the truth."""
         self._handshake.CopyFrom(
             handshake_of(
-                self.process, self.settings.fingerprint, self.settings.layout, [self.settings.kind], checksums=True
+                self.process, self.settings.fingerprint, self.settings.layout, self.settings.kinds, checksums=True
             )
         )
         for name in fields:
@@ -202,11 +216,11 @@ class DecodeNode(Node):
         )
         return [service(transfer_pb2_grpc.add_TransferServicer_to_server, self.transfer, "Transfer")]
 
-    def receiver(self, events: ReceiverEvents) -> Receiver:
+    def receiver(self, events: ReceiverEvents, kind: str) -> Receiver:
         """Where it is written to."""
-        if self.settings.kind == "shm":
+        if kind == "shm":
             return ShmReceiver(self.memory, events)
-        if self.settings.kind == "tcp":
+        if kind == "tcp":
             return TcpReceiver(self.memory, events, host=self.settings.host, checksums=True)
         return MemoryReceiver(self.memory, events, self.process.incarnation, self.network)
 
@@ -219,8 +233,9 @@ class DecodeNode(Node):
         self.streams.end()
 
     def _receivers(self, events: ReceiverEvents) -> dict[str, Receiver]:
-        self.transport = self.receiver(events)
-        return {self.settings.kind: self.transport}
+        receivers = {kind: self.receiver(events, kind) for kind in self.settings.kinds}
+        self.transport, *self.others = receivers.values()
+        return receivers
 
 
 def stranger(name: str = "stranger") -> ProcessRef:

@@ -11,7 +11,7 @@ from baton.cli.exits import FAILURE, OK
 from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import print_json, print_table, show, to_dict
 from baton.client import Client, ProcessStatus, WorkerInfo
-from baton.client.reports import Candidate, Placement
+from baton.client.reports import Candidate, Pair, Placement
 
 T = TypeVar("T")
 
@@ -21,6 +21,10 @@ def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     found = _ask(server, lambda client: client.workers())
     columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "kept"
     show(found, json, (*columns, "transports", "pairs"), map(_worker_row, found))
+    if not json:
+        for worker in found:
+            for transport, note in sorted(worker.load.pair_notes.items()):
+                print(f"{worker.name} uses {transport}: {note}")
 
 
 def _worker_row(worker: WorkerInfo) -> list[object]:
@@ -75,10 +79,14 @@ def _status_rows(found: ProcessStatus) -> list[list[object]]:
         states = f"{pool.free} free, {pool.held} held, {pool.cached} cached, {pool.quarantined} quarantined"
         rows.append(["pool", f"{pool.bytes / 1e6:.0f} MB, {pool.blocks} blocks: {states}"])
         rows.append(["pool integrity", pool.integrity_error or "ok"])
-    rows += [[f"pair {pair.peer}", f"{pair.transport}, {pair.handoffs} under way"] for pair in found.pairs]
+    rows += [[f"pair {pair.peer}", _pair_text(pair)] for pair in found.pairs]
     rows += [[f"live {name}", value] for name, value in sorted(found.live.items())]
     rows += [[f"count {name}", value] for name, value in sorted(found.counters.items())]
     return rows
+
+
+def _pair_text(pair: Pair) -> str:
+    return f"{pair.transport}, {pair.handoffs} under way" + (f"; {pair.note}" if pair.note else "")
 
 
 def explain(request_id: str, /, *, tenant_salt: str = "", server: Server = DEFAULT_SERVER, json: Json = False) -> None:

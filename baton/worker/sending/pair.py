@@ -20,10 +20,11 @@ from baton.rpc.status import from_rpc_error
 from baton.spec import ProcessRef, RefusalReason
 from baton.v1 import transfer_pb2 as wire
 from baton.v1.transfer_pb2_grpc import TransferStub
+from baton.worker.sending.connecting import Connected, connect_best
 from kvtransfer.handoffs.leases import PeerLease
 from kvtransfer.transports.base import Channel, Writer
 
-HANDSHAKE_S = 5.0
+HANDSHAKE_S = CONNECT_S = 5.0
 RECONNECT_S = 0.2
 IDLE_S = 300.0
 log = structlog.get_logger(__name__)
@@ -64,7 +65,9 @@ class PairStream:
         self.peer = peer
         self.closed = self.up = False
         self.transport = ""
-        """The blocks' transport while the stream is up."""
+        """The blocks' transport while the stream is up: one for all of its handoffs."""
+        self.note = ""
+        """Why a better one could not be used."""
         self.heard = 0
         """The peer has acted on so many frames of the stream: it has answered a later renewal."""
         self._sent = 0
@@ -140,26 +143,23 @@ class PairStream:
         async with open_channel(self.peer.address) as connection:
             call: Call = TransferStub(connection).Handoff()
             try:
-                endpoint = await self._shake_hands(call)
-                transport = self._transports[endpoint.transport]
-                loop, deadline = asyncio.get_running_loop(), time.monotonic() + HANDSHAKE_S
-                channel = await loop.run_in_executor(
-                    self._executor, transport.connect, endpoint.address, self.peer, deadline
-                )
+                found = await self._connect(await self._shake_hands(call))
                 try:
-                    self._come_up(endpoint.transport)
+                    self._come_up(found)
+                    move = self._events.move(found.channel)
                     async with asyncio.TaskGroup() as group:
-                        for pump in (self._read(call), self._write(call), self._renew(), self._events.move(channel)):
+                        for pump in (self._read(call), self._write(call), self._renew(), move):
                             group.create_task(pump)
                 finally:
-                    channel.close()
+                    found.channel.close()
             except BaseExceptionGroup as group_error:
                 raise _first(group_error) from None
             finally:
                 self.up = False
                 call.cancel()
 
-    async def _shake_hands(self, call: Call) -> wire.Endpoint:
+    async def _shake_hands(self, call: Call) -> dict[str, str]:
+        """The endpoints that both sides can use, by transport, best first."""
         self._lease = PeerLease()
         self._lease.asked(time.monotonic())
         try:
@@ -180,18 +180,28 @@ class PairStream:
             wrong = answer.mismatch
             raise errors.Mismatch(wrong.field, wrong.sender_value, wrong.receiver_value)
         self._lease.granted(answer.lease_ms / 1e3)
-        for endpoint in answer.endpoints:
-            if endpoint.transport in self._transports:
-                return endpoint
-        raise errors.Mismatch("transports", ", ".join(self._transports), "none of them")
+        usable = {end.transport: end.address for end in answer.endpoints if end.transport in self._transports}
+        if not usable:
+            raise errors.Mismatch("transports", ", ".join(self._transports), "none of them")
+        return usable
 
-    def _come_up(self, transport: str) -> None:
-        self.transport = transport
+    async def _connect(self, endpoints: dict[str, str]) -> Connected:
+        """Leaves a third of the lease for its renewal."""
+        lease_left = (self._lease.deadline or 0.0) - time.monotonic()
+        seconds = min(CONNECT_S, lease_left * 2 / 3)
+        return await connect_best(endpoints, self._transports, self.peer, self._executor, seconds)
+
+    def _come_up(self, found: Connected) -> None:
+        self.transport, self.note = found.transport, found.note
         self._lanes.clear()
         self._sent = self.heard = 0
         self.up = True
         self._events.stream_up()
-        log.info("control stream up", peer=self.peer.name, transport=transport)
+        about = {"peer": self.peer.name, "transport": self.transport}
+        if self.note:
+            log.warning("control stream up", **about, not_used=self.note)
+        else:
+            log.info("control stream up", **about)
 
     async def _read(self, call: Call) -> None:
         while isinstance(frame := await call.read(), wire.ReceiverFrame):

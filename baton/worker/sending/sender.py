@@ -61,6 +61,11 @@ class Sender:
         return self._stream.transport if self._stream.up else ""
 
     @property
+    def note(self) -> str:
+        """Why a better transport could not be used, while it is connected; else empty."""
+        return self._stream.note if self._stream.up else ""
+
+    @property
     def handoffs(self) -> int:
         return len(self._outbound)
 
@@ -126,6 +131,8 @@ class Sender:
         return bool(self._owed or self._outbound)
 
     def stream_up(self) -> None:
+        if self._stream.note:
+            self._counts.add("transport_fallbacks")
         owed, self._owed = self._owed, {}
         for key, reason in owed.items():
             self.send_close(key, reason)

@@ -47,6 +47,10 @@ class Senders:
     def by_transport(self) -> Counter[str]:
         return Counter(sender.transport for sender in self.connected())
 
+    def notes(self) -> dict[str, str]:
+        """By transport in use: why a better one could not be used, of one of the peers for which that is so."""
+        return {sender.transport: sender.note for sender in self.connected() if sender.note}
+
     def connected(self) -> list[Sender]:
         return [sender for sender in self if sender.transport]
 

@@ -7,6 +7,7 @@ batch --checked--> agreed --link opened--> posted --event--> received --SENT--> 
 
 from __future__ import annotations
 
+import hmac
 import socket
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import RECEIVER, Span
 from kvtransfer.transports.receiver import Broken, WriterConnection
-from kvtransfer.transports.wire import refusal
+from kvtransfer.transports.wire import ELSEWHERE, TOKEN_BYTES, refusal
 
 READ_BYTES = 16 * 1024
 MAX_BATCH_SECONDS = 600.0
@@ -27,7 +28,8 @@ MAX_BATCH_SECONDS = 600.0
 
 class NcclConnection(WriterConnection):
     """`find` gives the ticket that is admitted for a key. `post` posts the receives of a batch of a handoff, until a
-    deadline, and returns which group of the link they are. `changed` is called on the issuing thread."""
+    deadline, and returns which group of the link they are. `changed` is called on the issuing thread. `token` is the
+    receiver's."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class NcclConnection(WriterConnection):
         find: Callable[[HandoffKey], Ticket | None],
         post: Callable[[Link, HandoffKey, list[Span], float], int],
         changed: Callable[[NcclConnection, Link], None],
+        token: bytes,
     ) -> None:
         super().__init__(peer)
         self.incarnation = ""
@@ -51,6 +54,7 @@ class NcclConnection(WriterConnection):
         self._find = find
         self._post = post
         self._changed = changed
+        self._token = token
         self._buffer = bytearray()
         self._number = 0  # of the communicator within this connection
         self._announced = False
@@ -125,12 +129,17 @@ class NcclConnection(WriterConnection):
             raise Broken("not a writer of ours")
         magic, version, block_bytes = wire.HELLO.unpack_from(body)
         mine = self._memory.layout.block_bytes
-        if magic != wire.MAGIC:
+        token, name = body[wire.HELLO.size :][:TOKEN_BYTES], body[wire.HELLO.size + TOKEN_BYTES :]
+        if magic != wire.MAGIC or (version == wire.VERSION and not name):
             raise Broken("not a writer of ours")
-        self.send(wire.frame(wire.NcclOp.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION, mine)))
+        meant = version != wire.VERSION or hmac.compare_digest(token, self._token)
+        answer = wire.HELLO.pack(wire.MAGIC if meant else ELSEWHERE, wire.VERSION, mine)
+        self.send(wire.frame(wire.NcclOp.WELCOME, answer))
+        if not meant:
+            raise Broken("the writer means another receiver")
         if (version, block_bytes) != (wire.VERSION, mine):
             raise Broken("the handshake differs")
-        self.incarnation = body[wire.HELLO.size :].decode(errors="replace")
+        self.incarnation = name.decode(errors="replace")
 
     def _check(self, batch: wire.RunBatch) -> None:
         if self.batch is not None:

@@ -18,7 +18,7 @@ from kvtransfer.transports.nccl.connection import NcclConnection
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import Span
 from kvtransfer.transports.receiver import SocketReceiver
-from kvtransfer.transports.sockets import STALL_SECONDS, listen_on
+from kvtransfer.transports.sockets import STALL_SECONDS, listen_on, split_endpoint
 
 HELLO_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # past a batch's deadline, for a writer to say that it gives up
@@ -44,13 +44,16 @@ class NcclReceiver(SocketReceiver[NcclConnection]):
         self._issuer = issuer
         self._writing: dict[HandoffKey, dict[Link, int]] = {}  # receives that are posted: the group on that link
         self._revoking: list[HandoffKey] = []  # waiting for proof
-        super().__init__(events, *listen_on(host, 0, advertise), HELLO_SECONDS)
+        listener, endpoint = listen_on(host, 0, advertise)
+        self._token = split_endpoint(endpoint)[1]
+        super().__init__(events, listener, endpoint, HELLO_SECONDS)
 
     def _connection(self, peer: socket.socket) -> NcclConnection:
         def changed(connection: NcclConnection, link: Link) -> None:
             self._reactor.call(partial(self._changed, connection, link))
 
-        return NcclConnection(peer, self._memory, self._events, self._issuer, self._tickets.get, self._post, changed)
+        find, post = self._tickets.get, self._post
+        return NcclConnection(peer, self._memory, self._events, self._issuer, find, post, changed, self._token)
 
     def _post(self, link: Link, key: HandoffKey, group: list[Span], deadline: float) -> int:
         number = link.posted + 1

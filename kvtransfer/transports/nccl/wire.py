@@ -1,6 +1,8 @@
 """Messages on the control connection of an `nccl` pair; the blocks go from device to device.
 
-writer    HELLO(version, block bytes, incarnation)  -> WELCOME(version, block bytes); closed where they differ
+writer    HELLO(version, block bytes, receiver's token, incarnation)
+                                                    -> WELCOME(version, block bytes); closed where they differ, or
+                                                       its magic is ELSEWHERE: the token is another receiver's
 writer    BATCH(serial, seconds, identity, runs)    -> ANSWER(serial, REFUSED, why), or
                                                        PAIR(number, unique id) where there is no communicator yet, and
                                                        ANSWER(serial, READY) once its receives are posted
@@ -24,9 +26,9 @@ from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.wire import IDENTITY, Identity, pack_identity, unpack_identity
 
 MAGIC = b"BTNC"
-VERSION = 1
+VERSION = 2
 FRAME = struct.Struct("<BI")  # op, bytes that follow
-HELLO = struct.Struct("<4sHQ")  # magic, version, block bytes; a writer's incarnation follows
+HELLO = struct.Struct("<4sHQ")  # magic, version, block bytes; a writer's has token and incarnation after it
 BATCH = struct.Struct("<Id")  # serial, seconds until the writer's deadline; identity and runs follow
 RUN = struct.Struct("<III")  # first index in the sequence, first destination block, blocks
 NUMBER = struct.Struct("<I")  # a batch's serial, or a communicator's number within its connection

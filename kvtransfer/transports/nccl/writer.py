@@ -21,8 +21,8 @@ from kvtransfer.transports.channel import BlockChannel
 from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import SENDER, UNIQUE_ID_BYTES, Span
-from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to, left
-from kvtransfer.transports.wire import agree
+from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to, left, split_endpoint
+from kvtransfer.transports.wire import ELSEWHERE, agree
 
 ABORT_SECONDS = 5.0
 Fence = Callable[[], object | None]
@@ -55,19 +55,24 @@ class Control(WriterSocket):
 
     def __init__(self, endpoint: str, peer: ProcessRef, deadline: float) -> None:
         super().__init__(Stream(connect_to(endpoint, peer.name, deadline)), peer.name)
+        self._address, self._token = split_endpoint(endpoint)
         self._lock = threading.Lock()
         self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._open = True
 
     def shake_hands(self, block_bytes: int, incarnation: str, deadline: float) -> None:
-        hello = wire.HELLO.pack(wire.MAGIC, wire.VERSION, block_bytes) + incarnation.encode()
+        hello = wire.HELLO.pack(wire.MAGIC, wire.VERSION, block_bytes) + self._token + incarnation.encode()
         self.put(wire.frame(wire.NcclOp.HELLO, hello), deadline)
         while (message := self.message()) is None:
             self.wait_for_any(deadline)
         op, body = message
         if op is not wire.NcclOp.WELCOME or len(body) != wire.HELLO.size:
             raise PeerClosed(f"{self.name} is no receiver of ours")
-        _magic, version, theirs = wire.HELLO.unpack(body)
+        magic, version, theirs = wire.HELLO.unpack(body)
+        if magic == ELSEWHERE:
+            raise PeerClosed(f"{self.name} is not at {self._address}: another receiver answers there")
+        if magic != wire.MAGIC:
+            raise PeerClosed(f"{self.name} is no receiver of ours")
         agree(("nccl version", wire.VERSION, version), ("block_bytes", block_bytes, theirs))
 
     def put(self, message: bytes, deadline: float) -> None:

@@ -8,8 +8,10 @@ nothing asks it for progress, so nothing of that writer can be placed. That is t
 
 from __future__ import annotations
 
+import hmac
 import socket
 from functools import partial
+from typing import NoReturn
 
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports.base import ReceiverEvents
@@ -17,8 +19,8 @@ from kvtransfer.transports.batches import BatchConnection, BatchPhase
 from kvtransfer.transports.nixl import wire
 from kvtransfer.transports.nixl.agent import NixlAgent, require
 from kvtransfer.transports.receiver import Broken, SocketReceiver
-from kvtransfer.transports.sockets import STALL_SECONDS, listen_on
-from kvtransfer.transports.wire import Flags, Status, pack_ack
+from kvtransfer.transports.sockets import STALL_SECONDS, listen_on, split_endpoint
+from kvtransfer.transports.wire import ELSEWHERE, TOKEN_BYTES, Flags, Status, pack_ack
 
 
 class NixlConnection(BatchConnection):
@@ -50,21 +52,28 @@ class NixlConnection(BatchConnection):
 
     def _hello(self) -> None:
         magic, version, flags, block_bytes, length = wire.HELLO.unpack(self._message)
-        mine = self._memory.layout.block_bytes
         if magic != wire.MAGIC or not length:
             raise Broken("not a writer of ours")
-        if (version, flags, block_bytes) != (wire.VERSION, self._flags, mine):
-            self.send(wire.pack_welcome(self._flags, mine, 0, 0, b""))  # it sees the difference
-            raise Broken("the handshake differs")
-        self._expect(BatchPhase.NAME, length, self._name)
+        if version != wire.VERSION:
+            self._turn_away(wire.MAGIC, "the handshake differs")
+        self._expect(BatchPhase.TOKEN, TOKEN_BYTES + length, partial(self._compare, flags, block_bytes))
 
-    def _name(self) -> None:
-        self.incarnation = self._message.decode(errors="replace")
+    def _compare(self, flags: int, block_bytes: int) -> None:
+        if not hmac.compare_digest(self._message[:TOKEN_BYTES], self._token):
+            self._turn_away(ELSEWHERE, "the writer means another receiver")
+        if (flags, block_bytes) != (self._flags, self._memory.layout.block_bytes):
+            self._turn_away(wire.MAGIC, "the handshake differs")
+        self.incarnation = self._message[TOKEN_BYTES:].decode(errors="replace")
         memory = self._memory
         self._agent = NixlAgent(f"receiver of {self.incarnation}", memory)
         pool = (memory.layout.block_bytes, memory.blocks, memory.address)
         self.send(wire.pack_welcome(self._flags, *pool, self._agent.metadata))
         self._next_batch()
+
+    def _turn_away(self, magic: bytes, why: str) -> NoReturn:
+        self.send(wire.pack_welcome(self._flags, self._memory.layout.block_bytes, 0, 0, b"", magic))
+        self.stream.drain()  # bytes left unread would reset the connection, and our answer with it
+        raise Broken(why)
 
     def _granted(self) -> None:
         self._expect(BatchPhase.FILLING, 1, self._out_of_turn)  # nothing may come here until the write is answered
@@ -97,10 +106,12 @@ class NixlReceiver(SocketReceiver[NixlConnection]):
         require()
         self._memory = memory
         self._flags = Flags.CHECKSUMS if checksums else Flags(0)
-        super().__init__(events, *listen_on(host, 0, advertise), stall_s)
+        listener, endpoint = listen_on(host, 0, advertise)
+        self._token = split_endpoint(endpoint)[1]
+        super().__init__(events, listener, endpoint, stall_s)
 
     def _connection(self, peer: socket.socket) -> NixlConnection:
-        return NixlConnection(peer, self._memory, self._flags, self._events, self._tickets.get)
+        return NixlConnection(peer, self._memory, self._flags, self._events, self._tickets.get, self._token)
 
     def _bound(self, connection: NixlConnection) -> None:
         filling = connection.phase is BatchPhase.FILLING

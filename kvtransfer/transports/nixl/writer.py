@@ -15,8 +15,8 @@ from kvtransfer.transports.base import Writer
 from kvtransfer.transports.channel import BlockChannel
 from kvtransfer.transports.nixl import wire
 from kvtransfer.transports.nixl.agent import NixlAgent, require
-from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to
-from kvtransfer.transports.wire import MAX_COUNT, BlockEntry, Flags, agree, checksum, pack_batch
+from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to, split_endpoint
+from kvtransfer.transports.wire import ELSEWHERE, MAX_COUNT, BlockEntry, Flags, agree, checksum, pack_batch
 
 ANSWER_SECONDS = 0.0005  # then NIXL is asked for progress again: its notice may need us to be on its way
 
@@ -45,7 +45,7 @@ class NixlChannel(BlockChannel):
         self._agent: NixlAgent | None = None
         self._stream = WriterSocket(Stream(connect_to(endpoint, peer.name, deadline)), peer.name)
         try:
-            metadata = self._handshake(writer.incarnation, deadline)
+            metadata = self._handshake(writer.incarnation, endpoint, deadline)
             self._agent = NixlAgent(f"writer {writer.incarnation}", writer.memory)
             self._agent.know(metadata)
         except BaseException:
@@ -107,11 +107,14 @@ class NixlChannel(BlockChannel):
         if poller.poll(seconds * 1e3):
             self._stream.receive()
 
-    def _handshake(self, incarnation: str, deadline: float) -> bytes:
+    def _handshake(self, incarnation: str, endpoint: str, deadline: float) -> bytes:
         """The metadata of the receiver's agent."""
-        self._stream.send([memoryview(wire.pack_hello(self._flags, self._block_bytes, incarnation))], deadline)
+        address, token = split_endpoint(endpoint)
+        self._stream.send([memoryview(wire.pack_hello(self._flags, self._block_bytes, token, incarnation))], deadline)
         head = self._stream.read(wire.WELCOME.size, deadline)
         magic, version, flags, block_bytes, self._target_blocks, self._target, length = wire.WELCOME.unpack(head)
+        if magic == ELSEWHERE:
+            raise PeerClosed(f"{self._peer.name} is not at {address}: another receiver answers there")
         if magic != wire.MAGIC or length > wire.MAX_METADATA:
             raise PeerClosed(f"{self._peer.name} is no receiver of ours")
         agree(

@@ -8,6 +8,7 @@ Closed does.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -25,6 +26,8 @@ from kvtransfer.transports.wire import Flags, Identity, Status, corrupt, intact,
 
 SO_PEERPIDFD = 77  # Linux 6.5; not named by Python 3.11
 HELLO_SECONDS = 10.0
+OUT_OF_SIGHT = "its process is in a PID namespace that the receiver can't see into"
+log = logging.getLogger(__name__)
 
 
 class ShmConnection(WriterConnection):
@@ -35,9 +38,13 @@ class ShmConnection(WriterConnection):
         super().__init__(peer)
         self.incarnation = ""
         self._take = take
+        self.pid: int
         self.pid, uid, _gid = struct.unpack("iII", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid != os.getuid() or self.pid <= 0:
+        if uid != os.getuid():
             raise Broken(f"process {self.pid} of user {uid}")
+        self.pidfd = -1
+        if self.out_of_sight:
+            return
         try:
             self.pidfd, self._exact = _peer_pidfd(peer, self.pid)
         except OSError:
@@ -46,6 +53,11 @@ class ShmConnection(WriterConnection):
     @property
     def idle(self) -> bool:
         return bool(self.incarnation)
+
+    @property
+    def out_of_sight(self) -> bool:
+        """Whether the kernel has no number for the process here: its end could not be seen."""
+        return self.pid <= 0
 
     def read(self) -> None:
         while (data := self.receive(wire.MAX_PACKET)) is not None:
@@ -106,6 +118,10 @@ class ShmReceiver(SocketReceiver[ShmConnection]):
 
     def _hello(self, connection: ShmConnection, packet: bytes) -> None:
         """Gives the memory to a writer that may have it."""
+        if connection.out_of_sight:
+            log.warning("shm: refused a writer: %s", OUT_OF_SIGHT)
+            connection.send(wire.SORRY + OUT_OF_SIGHT.encode())
+            raise Broken(OUT_OF_SIGHT)
         if len(packet) <= wire.HELLO.size or self._memory.fd is None:
             raise Broken("not a writer of ours")
         magic, version, flags, block_bytes, started = wire.HELLO.unpack_from(packet)

@@ -1,6 +1,7 @@
 """Messages on the unix socket of a shared-memory pair: one message per packet, one request at a time.
 
-writer    HELLO(flags, block bytes, incarnation)     -> WELCOME(flags, blocks, block bytes) with the pool's memfd
+writer    HELLO(flags, block bytes, incarnation)     -> WELCOME(flags, blocks, block bytes) with the pool's memfd, or
+                                                        SORRY and why
 writer    CLAIM(identity, digest of the block table) -> status, text     before the first byte of a ticket
 writer    DONE(identity, entries)                    -> status, text     after the copy
 """
@@ -19,6 +20,7 @@ MAGIC = 0x4D485342  # "BSHM"
 VERSION = 2
 HELLO = struct.Struct("<IHHQQ")  # magic, version, flags, block bytes, start time of the writer's process
 WELCOME = struct.Struct("<IHHQQ")  # magic, version, flags, block bytes, blocks
+SORRY = b"BSHM no: "  # the reason follows; a writer takes any other packet of a wrong size for a refusal too
 ENTRY = struct.Struct("<II")  # index in the sequence, CRC-32 of the bytes (0 without checksums)
 OP = struct.Struct("<B")
 HEAD_BYTES = OP.size + IDENTITY.size

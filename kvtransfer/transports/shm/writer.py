@@ -103,6 +103,9 @@ class ShmChannel(BlockChannel):
                 os.close(fd)
 
     def _map_pool(self, welcome: bytes, fds: list[int]) -> None:
+        if welcome.startswith(wire.SORRY):
+            why = welcome.removeprefix(wire.SORRY).decode(errors="replace")
+            raise PeerClosed(f"{self._peer.name} refused the connection: {why}")
         if len(welcome) != wire.WELCOME.size:
             raise PeerClosed(f"{self._peer.name} refused the connection")
         _magic, version, flags, block_bytes, blocks = wire.WELCOME.unpack(welcome)
@@ -116,7 +119,10 @@ class ShmChannel(BlockChannel):
         size = blocks * block_bytes
         if os.fstat(fds[0]).st_size != size:
             raise Mismatch("pool bytes", str(size), str(os.fstat(fds[0]).st_size))
-        self._map = mmap.mmap(fds[0], size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        try:
+            self._map = mmap.mmap(fds[0], size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError as error:
+            raise PeerClosed(f"can't map the pool of {self._peer.name}: {error}") from error
         self._map.madvise(mmap.MADV_DONTFORK)  # a child must not outlive us as a writer
         self._target = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._target_blocks = blocks

@@ -7,17 +7,19 @@ the ticket is gone, and a connection that was in the middle of one of its blocks
 
 from __future__ import annotations
 
+import hmac
 import socket
 from functools import partial
+from typing import NoReturn
 
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.batches import BatchConnection, BatchPhase
 from kvtransfer.transports.receiver import Broken, SocketReceiver
-from kvtransfer.transports.sockets import STALL_SECONDS, listen_on
+from kvtransfer.transports.sockets import STALL_SECONDS, listen_on, split_endpoint
 from kvtransfer.transports.tcp import wire
 from kvtransfer.transports.tcp.tls import CLIENT_HELLO, TlsContexts, TlsStream, tcp_flags
-from kvtransfer.transports.wire import Flags, Status
+from kvtransfer.transports.wire import ELSEWHERE, TOKEN_BYTES, Flags, Status
 
 SCRATCH_BYTES = 256 * 1024
 
@@ -46,15 +48,28 @@ class TcpConnection(BatchConnection):
 
     def _hello(self) -> None:
         magic, version, flags, block_bytes = wire.HELLO.unpack(self._message)
-        mine = self._memory.layout.block_bytes
         if magic != wire.MAGIC and not self._message.startswith(CLIENT_HELLO):
             raise Broken("not a writer of ours")
-        self.send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, mine))  # in plain to one that wants TLS
-        theirs = (isinstance(self.stream, TlsStream), magic, version, flags, block_bytes)
-        if theirs != (Flags.TLS in self._flags, wire.MAGIC, wire.VERSION, self._flags, mine):
-            self.stream.drain()  # bytes left unread would reset the connection, and our answer with it
-            raise Broken("the handshake differs")
+        if (magic, version) != (wire.MAGIC, wire.VERSION):
+            self._turn_away(wire.MAGIC, "the handshake differs")  # in plain to one that wants TLS
+        self._expect(BatchPhase.TOKEN, TOKEN_BYTES, partial(self._compare, flags, block_bytes))
+
+    def _compare(self, flags: int, block_bytes: int) -> None:
+        if not hmac.compare_digest(self._message, self._token):
+            self._turn_away(ELSEWHERE, "the writer means another receiver")
+        theirs = (isinstance(self.stream, TlsStream), flags, block_bytes)
+        if theirs != (Flags.TLS in self._flags, self._flags, self._memory.layout.block_bytes):
+            self._turn_away(wire.MAGIC, "the handshake differs")
+        self._answer_hello(wire.MAGIC)
         self._next_batch()
+
+    def _turn_away(self, magic: bytes, why: str) -> NoReturn:
+        self._answer_hello(magic)
+        self.stream.drain()  # bytes left unread would reset the connection, and our answer with it
+        raise Broken(why)
+
+    def _answer_hello(self, magic: bytes) -> None:
+        self.send(wire.HELLO.pack(magic, wire.VERSION, self._flags, self._memory.layout.block_bytes))
 
     def _granted(self) -> None:
         blocks = [self._memory.block(entry.destination) for entry in self._entries]
@@ -90,9 +105,11 @@ class TcpReceiver(SocketReceiver[TcpConnection]):
         self._memory = memory
         self._flags = tcp_flags(checksums, tls)
         self._tls = tls
-        super().__init__(events, *listen_on(host, port, advertise, advertise_port), stall_s)
+        listener, endpoint = listen_on(host, port, advertise, advertise_port)
+        self._token = split_endpoint(endpoint)[1]
+        super().__init__(events, listener, endpoint, stall_s)
 
     def _connection(self, peer: socket.socket) -> TcpConnection:
-        connection = TcpConnection(peer, self._memory, self._flags, self._events, self._tickets.get)
+        connection = TcpConnection(peer, self._memory, self._flags, self._events, self._tickets.get, self._token)
         connection.tls = self._tls
         return connection

@@ -16,10 +16,10 @@ from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Channel, Writer, WriteReceipt
 from kvtransfer.transports.channel import BlockChannel
-from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to
+from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to, split_endpoint
 from kvtransfer.transports.tcp import wire
 from kvtransfer.transports.tcp.tls import TlsContexts, tcp_flags
-from kvtransfer.transports.wire import MAX_COUNT, BlockEntry, Flags, agree, checksum, pack_batch
+from kvtransfer.transports.wire import ELSEWHERE, MAX_COUNT, BlockEntry, Flags, agree, checksum, pack_batch
 
 REFUSALS = (WriteRefused, ChecksumMismatch)
 
@@ -58,7 +58,7 @@ class TcpChannel(BlockChannel):
         stream = Stream(connected) if writer.tls is None else writer.tls.connect(connected)
         self._stream = WriterSocket(stream, peer.name)
         try:
-            self._handshake(deadline)
+            self._handshake(endpoint, deadline)
         except BaseException:
             self.close()
             raise
@@ -79,10 +79,11 @@ class TcpChannel(BlockChannel):
     def _free(self) -> None:
         self._stream.close()
 
-    def _handshake(self, deadline: float) -> None:
+    def _handshake(self, endpoint: str, deadline: float) -> None:
+        address, token = split_endpoint(endpoint)
         hello = wire.HELLO.pack(wire.MAGIC, wire.VERSION, self._flags, self._block_bytes)
         try:
-            self._stream.send([memoryview(hello)], deadline)
+            self._stream.send([memoryview(hello + token)], deadline)
             answer = self._stream.read(wire.HELLO.size, deadline)
         except PeerClosed as error:
             # The receiver has answered in plain.
@@ -90,6 +91,8 @@ class TcpChannel(BlockChannel):
                 raise Mismatch("tls", "on", "off") from error
             raise
         magic, version, flags, block_bytes = wire.HELLO.unpack(answer)
+        if magic == ELSEWHERE:
+            raise PeerClosed(f"{self._peer.name} is not at {address}: another receiver answers there")
         if magic != wire.MAGIC:
             raise PeerClosed(f"{self._peer.name} is no receiver of ours")
         agree(("tcp version", wire.VERSION, version), ("block_bytes", self._block_bytes, block_bytes))

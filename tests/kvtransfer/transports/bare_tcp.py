@@ -12,10 +12,11 @@ from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports import wire
+from kvtransfer.transports.sockets import split_endpoint
 from kvtransfer.transports.tcp.receiver import TcpReceiver
 from kvtransfer.transports.tcp.wire import HELLO, MAGIC, VERSION
 from kvtransfer.transports.tcp.writer import TcpWriter
-from tests.kvtransfer.transports.harness import GENEROUS, Recorder
+from tests.kvtransfer.transports.harness import GENEROUS, Recorder, host_and_port
 from tests.kvtransfer.transports.patterns import fill
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=32, dtype="float32")  # 16 KiB a block
@@ -39,12 +40,22 @@ class Wire:
         self.receiver.admit(ticket)
         return ticket
 
+    @property
+    def greeting(self) -> bytes:
+        """A writer's first message."""
+        token = split_endpoint(self.receiver.endpoint())[1]
+        return HELLO.pack(MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE) + token
+
+    def relayed(self, server: socket.socket) -> str:
+        """The receiver's endpoint where a relay of the test stands before it."""
+        token = self.receiver.endpoint().partition("#")[2]
+        return f"127.0.0.1:{server.getsockname()[1]}#{token}"
+
     def bare(self, hello: bool = True) -> socket.socket:
-        host, _, port = self.receiver.endpoint().rpartition(":")
-        bare = socket.create_connection((host, int(port)), timeout=GENEROUS)
+        bare = socket.create_connection(host_and_port(self.receiver), timeout=GENEROUS)
         self.open.append(bare)
         if hello:
-            bare.sendall(HELLO.pack(MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE))
+            bare.sendall(self.greeting)
             assert len(exactly(bare, HELLO.size)) == HELLO.size
         return bare
 

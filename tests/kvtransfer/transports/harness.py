@@ -26,6 +26,7 @@ from kvtransfer.transports.nccl.receiver import NcclReceiver
 from kvtransfer.transports.nixl.receiver import NixlReceiver
 from kvtransfer.transports.receiver import SocketReceiver
 from kvtransfer.transports.shm.receiver import ShmReceiver
+from kvtransfer.transports.sockets import split_endpoint
 from kvtransfer.transports.tcp.receiver import TcpReceiver
 from tests.kvtransfer.transports.patterns import fill, pattern
 
@@ -199,8 +200,9 @@ class Bench:
         self.memory = PoolMemory(LAYOUT, BLOCKS)
         self.network = MemoryNetwork()
         self.issuer = Issuer(DoubleDevice()) if kind == "nccl" else None
-        self.receiver = self._receiver()
+        self.receiver = self._receiver(self.memory, "receiver")
         self._writers: list[Writer] = []
+        self._beside: list[tuple[Receiver, PoolMemory]] = []
 
     def writer(self, incarnation: str = "writer") -> Writer:
         seed = len(self._writers) + 1
@@ -211,6 +213,13 @@ class Bench:
         self._writers.append(new)
         new.connect(self.receiver.endpoint())
         return new
+
+    def beside(self) -> Receiver:
+        """Another receiver of this kind, of another pool of the same layout; it is closed with this one."""
+        memory = PoolMemory(LAYOUT, BLOCKS)
+        other = self._receiver(memory, "beside")
+        self._beside.append((other, memory))
+        return other
 
     def ticket(self, blocks: Sequence[int], cached: int = 0, writer: str = "writer", generation: int = 1) -> Ticket:
         key = HandoffKey(os.urandom(16), 1)
@@ -234,20 +243,29 @@ class Bench:
                 self.network.faults(writer.incarnation, self.receiver.endpoint()).flowing.set()
             writer.close()
         self.receiver.close()
+        for other, memory in self._beside:
+            other.close()
+            memory.close()
         if self.issuer is not None:
             self.issuer.close()
         self.memory.close()
 
-    def _receiver(self) -> Receiver:
+    def _receiver(self, memory: PoolMemory, incarnation: str) -> Receiver:
         if self.kind == "memory":
-            return MemoryReceiver(self.memory, self.events, "receiver", self.network)
+            return MemoryReceiver(memory, self.events, incarnation, self.network)
         if self.kind == "shm":
-            return ShmReceiver(self.memory, self.events, checksums=True)
+            return ShmReceiver(memory, self.events, checksums=True)
         if self.issuer is not None:
-            return NcclReceiver(self.memory, self.events, self.issuer)
+            return NcclReceiver(memory, self.events, self.issuer)
         if self.kind == "nixl":
-            return NixlReceiver(self.memory, self.events, checksums=True)
-        return TcpReceiver(self.memory, self.events, checksums=True)
+            return NixlReceiver(memory, self.events, checksums=True)
+        return TcpReceiver(memory, self.events, checksums=True)
+
+
+def host_and_port(receiver: Receiver) -> tuple[str, int]:
+    """Where a receiver's connections come to."""
+    host, _, port = split_endpoint(receiver.endpoint())[0].rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def until(condition: Callable[[], object]) -> None:

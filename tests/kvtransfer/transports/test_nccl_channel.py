@@ -68,6 +68,7 @@ def stranger(nothing_left: None) -> Iterator[Stranger]:
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", PeerClosed),
         (wire.frame(wire.NcclOp.WELCOME, b"short"), PeerClosed),
+        (wire.frame(wire.NcclOp.WELCOME, wire.HELLO.pack(b"XXXX", wire.VERSION, LAYOUT.block_bytes)), PeerClosed),
         (wire.frame(wire.NcclOp.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION + 1, LAYOUT.block_bytes)), Mismatch),
         (wire.frame(wire.NcclOp.WELCOME, wire.HELLO.pack(wire.MAGIC, wire.VERSION, 512)), Mismatch),
     ],

@@ -16,7 +16,8 @@ from kvtransfer.transports.nccl.double import DoubleDevice
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.receiver import NcclReceiver
 from kvtransfer.transports.nccl.seam import SENDER, UNIQUE_ID_BYTES, Span
-from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, moves, settle, until
+from kvtransfer.transports.sockets import split_endpoint
+from tests.kvtransfer.transports.harness import GENEROUS, LAYOUT, Bench, host_and_port, moves, settle, until
 
 SIZE = LAYOUT.block_bytes
 
@@ -25,15 +26,15 @@ class RawWriter:
     """Speaks the protocol by hand; sends from the receiver's own block 60 on."""
 
     def __init__(self, bench: Bench) -> None:
-        host, _, port = bench.receiver.endpoint().rpartition(":")
         self.bench = bench
-        self.socket = socket.create_connection((host, int(port)), timeout=GENEROUS)
+        self.socket = socket.create_connection(host_and_port(bench.receiver), timeout=GENEROUS)
         self.issuer = Issuer(DoubleDevice())
         self._buffer = bytearray()
         self._changed = threading.Condition()
 
     def hello(self) -> None:
-        self.put(wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION, SIZE) + b"writer"))
+        token = split_endpoint(self.bench.receiver.endpoint())[1]
+        self.put(wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION, SIZE) + token + b"writer"))
         assert self.take()[0] is wire.NcclOp.WELCOME
 
     def batch(self, ticket: Ticket, indices: Sequence[int], seconds: float = GENEROUS, serial: int = 1) -> None:
@@ -180,6 +181,8 @@ def test_a_writer_that_says_nothing_after_its_deadline_is_cut_off(
     [
         b"GET / HTTP/1.1\r\n\r\n",
         wire.frame(wire.NcclOp.HELLO, b""),
+        wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION, SIZE) + bytes(16)),
+        wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION, SIZE) + bytes(16) + b"w"),
         wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(b"XXXX", wire.VERSION, SIZE) + b"w"),
         wire.frame(wire.NcclOp.HELLO, wire.HELLO.pack(wire.MAGIC, wire.VERSION + 1, SIZE) + b"w"),
         wire.pack_number(wire.NcclOp.SENT, 1),

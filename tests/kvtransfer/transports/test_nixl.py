@@ -22,9 +22,10 @@ from kvtransfer.transports.nixl import wire
 from kvtransfer.transports.nixl.agent import restrict
 from kvtransfer.transports.nixl.receiver import NixlReceiver
 from kvtransfer.transports.nixl.writer import NixlWriter
+from kvtransfer.transports.sockets import split_endpoint
 from kvtransfer.transports.wire import checksum
 from tests.kvtransfer.conftest import needs_nixl
-from tests.kvtransfer.transports.harness import BLOCKS, GENEROUS, LAYOUT, Bench, ProcessWriter, moves
+from tests.kvtransfer.transports.harness import BLOCKS, GENEROUS, LAYOUT, Bench, ProcessWriter, host_and_port, moves
 
 PEER = ProcessRef("receiver", "r", "")
 CHECKSUM = "kvtransfer.transports.nixl.writer.checksum"
@@ -112,12 +113,12 @@ def test_a_writer_that_stops_is_let_go(nothing_left: None, announced: bool) -> N
     bench = Bench("nixl")
     bench.receiver.close()
     bench.receiver = NixlReceiver(bench.memory, bench.events, checksums=True, stall_s=0.5)
-    host, _, port = bench.receiver.endpoint().rpartition(":")
-    with socket.create_connection((host, int(port)), GENEROUS) as bare:
+    with socket.create_connection(host_and_port(bench.receiver), GENEROUS) as bare:
         if announced:
             ticket = replace(bench.ticket([1]), writer="bare")
             bench.receiver.admit(ticket)
-            bare.sendall(wire.pack_hello(batch_wire.Flags.CHECKSUMS, LAYOUT.block_bytes, "bare"))
+            token = split_endpoint(bench.receiver.endpoint())[1]
+            bare.sendall(wire.pack_hello(batch_wire.Flags.CHECKSUMS, LAYOUT.block_bytes, token, "bare"))
             head = bare.recv(wire.WELCOME.size, socket.MSG_WAITALL)
             bare.recv(wire.WELCOME.unpack(head)[-1], socket.MSG_WAITALL)
             bare.sendall(batch_wire.pack_batch(ticket, [batch_wire.BlockEntry(0, 1, 0)]))
@@ -129,8 +130,7 @@ def test_a_writer_that_stops_is_let_go(nothing_left: None, announced: bool) -> N
 @needs_nixl
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", bytes(64), os.urandom(4096)])
 def test_garbage_closes_the_connection(nixl: Bench, garbage: bytes) -> None:
-    host, _, port = nixl.receiver.endpoint().rpartition(":")
-    with socket.create_connection((host, int(port)), GENEROUS) as bare:
+    with socket.create_connection(host_and_port(nixl.receiver), GENEROUS) as bare:
         bare.sendall(garbage)
         with suppress(ConnectionResetError):  # what it did not read resets the connection
             assert bare.recv(1) == b""

@@ -15,6 +15,8 @@ from kvtransfer.transports.tcp.wire import HELLO, MAGIC, VERSION
 from tests.kvtransfer.transports.bare_tcp import PEER, SIZE, Wire, batch, ends, exactly, soon
 from tests.kvtransfer.transports.patterns import pattern
 
+GREETING_BYTES = HELLO.size + wire.TOKEN_BYTES
+
 
 @pytest.fixture
 def tcp(nothing_left: None) -> Iterator[Wire]:
@@ -54,6 +56,26 @@ def test_garbage_closes_the_connection_and_nothing_else(tcp: Wire, garbage: byte
     ticket = tcp.ticket()
     assert channel.write(ticket, [BlockMove(0, 0, 0)], soon()).bytes == SIZE
     channel.close()
+
+
+def test_a_writer_of_another_version_is_answered_at_once(tcp: Wire) -> None:
+    """Version 1 has no token: it must not be waited for."""
+    bare = tcp.bare(hello=False)
+    bare.sendall(HELLO.pack(MAGIC, 1, wire.Flags.CHECKSUMS, SIZE))
+    assert HELLO.unpack(exactly(bare, HELLO.size)) == (MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE)
+    assert ends(bare)
+
+
+def test_a_writer_that_means_another_receiver_is_told_so_before_anything_else(tcp: Wire) -> None:
+    """Also where more of it differs, and nothing after its first message is read."""
+    for flags, size in ((wire.Flags.CHECKSUMS, SIZE), (wire.Flags(0), 2 * SIZE)):
+        bare = tcp.bare(hello=False)
+        bare.sendall(
+            HELLO.pack(MAGIC, VERSION, flags, size) + bytes(wire.TOKEN_BYTES) + batch(tcp.ticket(), bytes(SIZE))
+        )
+        assert HELLO.unpack(exactly(bare, HELLO.size))[0] == wire.ELSEWHERE
+        assert ends(bare)
+    assert (tcp.events.landings, tcp.events.refusals) == ([], [])
 
 
 def test_a_table_that_is_too_long_is_not_believed(tcp: Wire) -> None:
@@ -99,16 +121,17 @@ def test_a_revoke_in_the_middle_of_a_block_closes_its_connection(tcp: Wire) -> N
     "stop_at",
     [
         pytest.param(3, marks=pytest.mark.nightly),
-        pytest.param(HELLO.size + 10, marks=pytest.mark.nightly),
-        HELLO.size + wire.BATCH_BYTES + 100,
+        pytest.param(GREETING_BYTES - 3, marks=pytest.mark.nightly),
+        pytest.param(GREETING_BYTES + 10, marks=pytest.mark.nightly),
+        GREETING_BYTES + wire.BATCH_BYTES + 100,
     ],
 )
 def test_a_writer_that_stops_in_a_message_is_let_go_and_an_idle_one_stays(impatient: Wire, stop_at: int) -> None:
     idle = impatient.writer.connect(impatient.receiver.endpoint(), PEER, soon())
-    message = HELLO.pack(MAGIC, VERSION, wire.Flags.CHECKSUMS, SIZE) + batch(impatient.ticket(), bytes(SIZE))
+    message = impatient.greeting + batch(impatient.ticket(), bytes(SIZE))
     bare = impatient.bare(hello=False)
     bare.sendall(message[:stop_at])
-    if stop_at > HELLO.size:
+    if stop_at > GREETING_BYTES:
         exactly(bare, HELLO.size)
     started = time.monotonic()
     assert ends(bare)  # by then the idle one has been silent for longer

@@ -17,10 +17,11 @@ from baton.model import KvLayout
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.sockets import split_endpoint
 from kvtransfer.transports.tcp.receiver import TcpReceiver
 from kvtransfer.transports.tcp.tls import TlsContexts
 from kvtransfer.transports.tcp.writer import ParallelChannel, TcpWriter
-from tests.kvtransfer.transports.harness import GENEROUS, Recorder
+from tests.kvtransfer.transports.harness import GENEROUS, Recorder, host_and_port
 from tests.kvtransfer.transports.patterns import fill, pattern
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=32, dtype="float32")  # 16 KiB a block
@@ -100,12 +101,12 @@ def test_blocks_arrive_under_tls(secret: Pair, tls: TlsContexts, connections: in
 
 def test_nothing_readable_travels_under_tls(secret: Pair, tls: TlsContexts) -> None:
     """A relay keeps what it sees."""
-    host, _, port = secret.receiver.endpoint().rpartition(":")
+    token = secret.receiver.endpoint().partition("#")[2]
     seen = bytearray()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def relay() -> None:
-            with server.accept()[0] as near, socket.create_connection((host, int(port)), GENEROUS) as far:
+            with server.accept()[0] as near, socket.create_connection(host_and_port(secret.receiver), GENEROUS) as far:
                 back = threading.Thread(target=pass_on, args=(far, near, bytearray()))
                 back.start()
                 pass_on(near, far, seen)
@@ -114,13 +115,14 @@ def test_nothing_readable_travels_under_tls(secret: Pair, tls: TlsContexts) -> N
 
         thread = threading.Thread(target=relay)
         thread.start()
-        channel = secret.writer(tls).connect(f"127.0.0.1:{server.getsockname()[1]}", PEER, soon())
+        channel = secret.writer(tls).connect(f"127.0.0.1:{server.getsockname()[1]}#{token}", PEER, soon())
         ticket = secret.ticket(4)
         channel.write(ticket, reversed_moves(4), soon())
         channel.close()
         thread.join(GENEROUS)
     assert len(seen) > 4 * LAYOUT.block_bytes
     assert ticket.write_token not in seen
+    assert bytes.fromhex(token) not in seen
     assert pattern(1, 299, LAYOUT.block_bytes)[:64] not in seen
 
 
@@ -194,8 +196,8 @@ def test_a_port_of_its_own_and_another_to_be_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     pair = Pair(None, port=port)
-    assert pair.receiver.endpoint() == f"127.0.0.1:{port}"
+    assert split_endpoint(pair.receiver.endpoint())[0] == f"127.0.0.1:{port}"
     pair.close()
     pair = Pair(None, host="0.0.0.0", advertise="127.0.0.1", advertise_port=9)
-    assert pair.receiver.endpoint() == "127.0.0.1:9"
+    assert split_endpoint(pair.receiver.endpoint())[0] == "127.0.0.1:9"
     pair.close()

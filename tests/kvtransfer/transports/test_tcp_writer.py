@@ -16,10 +16,10 @@ from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove
 from kvtransfer.transports import wire
 from kvtransfer.transports.tcp.receiver import TcpReceiver
-from kvtransfer.transports.tcp.wire import HELLO
+from kvtransfer.transports.tcp.wire import HELLO, MAGIC
 from kvtransfer.transports.tcp.writer import TcpWriter
 from tests.kvtransfer.transports.bare_tcp import LAYOUT, PEER, SIZE, Wire, exactly, soon
-from tests.kvtransfer.transports.harness import GENEROUS, Recorder
+from tests.kvtransfer.transports.harness import GENEROUS, Recorder, host_and_port
 from tests.kvtransfer.transports.patterns import pattern
 
 
@@ -33,13 +33,12 @@ def tcp(nothing_left: None) -> Iterator[Wire]:
 def test_the_writer_hears_of_a_corrupted_block(tcp: Wire) -> None:
     """A relay flips one byte of the payload on the way."""
     ticket = tcp.ticket()
-    host, _, port = tcp.receiver.endpoint().rpartition(":")
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def relay() -> None:
-            with server.accept()[0] as near, socket.create_connection((host, int(port)), GENEROUS) as far:
+            with server.accept()[0] as near, socket.create_connection(host_and_port(tcp.receiver), GENEROUS) as far:
                 near.settimeout(GENEROUS)
-                far.sendall(exactly(near, HELLO.size))
+                far.sendall(exactly(near, HELLO.size + wire.TOKEN_BYTES))
                 near.sendall(exactly(far, HELLO.size))
                 size = wire.BATCH_BYTES + wire.ENTRY.size + SIZE
                 for spoil in (1, 0):
@@ -50,7 +49,7 @@ def test_the_writer_hears_of_a_corrupted_block(tcp: Wire) -> None:
 
         thread = threading.Thread(target=relay)
         thread.start()
-        channel = tcp.writer.connect(f"127.0.0.1:{server.getsockname()[1]}", PEER, soon())
+        channel = tcp.writer.connect(tcp.relayed(server), PEER, soon())
         with pytest.raises(ChecksumMismatch, match="block 2"):
             channel.write(ticket, [BlockMove(9, 2, 2)], soon())
         assert tcp.events.landings == []
@@ -79,6 +78,24 @@ def test_differences_are_named(tcp: Wire) -> None:
         with pytest.raises(Mismatch, match=field):
             writer.connect(tcp.receiver.endpoint(), PEER, soon())
     other.close()
+
+
+def test_a_receiver_of_another_version_is_named(tcp: Wire) -> None:
+    """Version 1 gives no token in its endpoint."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as near:
+                near.settimeout(GENEROUS)
+                exactly(near, HELLO.size)
+                near.sendall(HELLO.pack(MAGIC, 1, wire.Flags.CHECKSUMS, SIZE))
+                exactly(near, wire.TOKEN_BYTES)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(Mismatch, match="tcp version differs: here 2, there 1"):
+            tcp.writer.connect(f"127.0.0.1:{server.getsockname()[1]}", PEER, soon())
+        thread.join(GENEROUS)
 
 
 def test_a_silent_listener_ends_the_handshake(tcp: Wire) -> None:
@@ -136,10 +153,14 @@ def test_addresses() -> None:
         assert six.endpoint().startswith("[::1]:")
         TcpWriter(memory).connect(six.endpoint(), PEER, soon()).close()
         six.close()
+        every = TcpReceiver(memory, events, host="::", advertise="::1")
+        TcpWriter(memory).connect(every.endpoint(), PEER, soon()).close()
+        TcpWriter(memory).connect(every.endpoint().replace("[::1]", "127.0.0.1"), PEER, soon()).close()
+        every.close()
     wide = TcpReceiver(memory, events, host="0.0.0.0", advertise="127.0.0.1")
     assert wide.endpoint().startswith("127.0.0.1:")
     with pytest.raises(ConfigError, match="can't listen"):
-        TcpReceiver(memory, events, port=int(wide.endpoint().rpartition(":")[2]))
+        TcpReceiver(memory, events, port=host_and_port(wide)[1])
     wide.close()
     with pytest.raises(ConfigError, match="address"):
         TcpReceiver(memory, events, host="0.0.0.0")

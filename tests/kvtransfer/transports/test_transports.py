@@ -205,6 +205,27 @@ def test_a_receiver_that_leaves_ends_the_write(bench: Bench) -> None:
         writer.connect(bench.receiver.endpoint())
 
 
+def test_an_address_that_leads_to_another_receiver_is_noticed(bench: Bench) -> None:
+    """As a wrong `--tcp-advertise` does. Where an address has no token, it is one itself: it can't be another's."""
+    writer, other = bench.writer(), bench.beside()
+    meant, there = bench.receiver.endpoint(), other.endpoint()
+    assert meant != there
+    address, _, token = there.partition("#")
+    if token:
+        writer.connect(there)
+        for wrong in (f"{address}#{meant.partition('#')[2]}", address, f"{address}#00"):
+            with pytest.raises(PeerClosed, match=r"another receiver answers|malformed token"):
+                writer.connect(wrong)
+    else:
+        with pytest.raises(PeerClosed):
+            writer.connect(meant[:-1])
+    writer.connect(meant)
+    ticket = bench.ticket(range(4))
+    writer.write(ticket, moves(ticket, range(4)))
+    assert len(bench.events.landings) == 1
+    assert bench.events.refusals == []
+
+
 def test_many_threads_admit_and_revoke(bench: Bench) -> None:
     writer = bench.writer()
     stop = threading.Event()
