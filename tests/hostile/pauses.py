@@ -16,7 +16,7 @@ from baton.client.types import Finished, Tokens
 from baton.launch.child import Child
 from tests.cluster.conftest import Running
 
-STREAM_S = 120.0
+STREAM_S = 180.0
 
 
 @asynccontextmanager
