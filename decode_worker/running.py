@@ -99,7 +99,7 @@ class Residents:
         tokens = StepTokens()
         for_each(report.items, lambda item: self._advanced(item, report, tokens), self._broken)
         tokens.send()
-        over = report.items if report.error else [item for item in report.items if item.finish is not None]
+        over = [item for item in report.items if report.error or item.error or item.finish is not None]
         for_each(over, lambda item: self._finish(item, report), self._broken)
         self.start_waiting()
 
@@ -165,23 +165,38 @@ class Residents:
         if resident.first_step_at is not None:
             first_step_wait_ms = (resident.first_step_at - resident.resident_at) * 1e3
             decode_ms = (report.started + report.seconds - resident.first_step_at) * 1e3
-        self._release(resident)
+        failed = item.error or (f"decode failed: {report.error}" if report.error else "")
+        if failed:
+            self.counts.add("sequences_failed")
+        self._release(resident, sound=not item.error)
         resident.router.send(
             Ended(
                 item.key,
                 reason=item.finish,
-                error=Internal(f"decode failed: {report.error}") if report.error else None,
+                error=Internal(failed) if failed else None,
                 output_tokens=len(resident.tokens) - len(resident.spec.prompt),
                 first_step_wait_ms=first_step_wait_ms,
                 decode_ms=decode_ms,
             )
         )
 
-    def _release(self, resident: Resident) -> None:
-        """Blocks whose tokens are all computed stay in the prefix cache for the next turn; the last token never is."""
-        computed = resident.tokens[: resident.computed]
-        digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
+    def _release(self, resident: Resident, sound: bool = True) -> None:
+        """Blocks whose tokens are all computed stay in the prefix cache for the next turn; the last token never is. Of
+        a sequence that is not `sound`, only blocks stay that were there before it."""
+        digests: list[bytes] = []
+        if sound:
+            computed = resident.tokens[: resident.computed]
+            digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
+        else:
+            self.ledger.pool.forget(self._new_blocks(resident))
         del self._held[resident.key.attempt]
         resident.state = ResidentState.RELEASED
         self.ledger.release(resident.key, time.monotonic(), digests)
         self.start_waiting()
+
+    def _new_blocks(self, resident: Resident) -> list[int]:
+        """Those that were not found in the cache."""
+        grant, prompt = self.ledger.grant(resident.key), resident.prompt
+        assert grant is not None, "a resident has a grant"
+        found = prompt.room.cached_tokens // self._block_tokens if prompt else grant.ticket.cached_blocks
+        return self.ledger.table(resident.key)[found:]
