@@ -95,7 +95,6 @@ class DecodeHandoffs:
         blocks, most = self._layout.blocks_for(spec.known_tokens), self._layout.blocks_for(spec.kv_tokens)
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         answer = self._ledger.open(key, writer, digests, blocks, most, now, deadline)
-        self._settle_aborted()
         if isinstance(answer, Refusal):
             self._counts.add("handoffs_refused")
         elif self._ledger.state(key) is not GrantState.RESIDENT:
@@ -103,6 +102,7 @@ class DecodeHandoffs:
             self._expect()
             self.receivers[transport].admit(answer.ticket)
             self._wake(answer)
+        self._settle_aborted()  # an older handoff of the attempt
         self._residents.start_waiting()
         return answer
 
@@ -224,7 +224,10 @@ class DecodeHandoffs:
         self._residents.start_waiting()
 
     def _settle_aborted(self) -> None:
-        """Stops the writer of each grant that the ledger gave up, and frees those that are proved safe already."""
+        """Stops the writer of each grant that the ledger gave up, and frees those that are proved safe already. The
+        others keep blocks, and no slot."""
+        if not self._aborted:
+            return
         while self._aborted:
             aborted = self._aborted.pop(0)
             key = aborted.grant.key
@@ -239,6 +242,7 @@ class DecodeHandoffs:
                 self._writers.aborted(aborted)
                 if aborted.proven:
                     self._check_freed(key)
+        self._residents.start_waiting()
 
     def _check_freed(self, key: HandoffKey) -> None:
         """Forgets an aborted handoff once the ledger holds none of its blocks."""

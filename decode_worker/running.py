@@ -30,6 +30,7 @@ from decode_worker.scheduler import DecodeScheduler
 from kvtransfer.blocks.admission import Admission, Room
 from kvtransfer.blocks.prefix import block_digests
 from kvtransfer.handoffs.grants import GrantLedger
+from kvtransfer.handoffs.outcomes import GrantState
 
 
 class Residents:
@@ -51,7 +52,7 @@ class Residents:
     ) -> None:
         self._queue, self.ledger, self.admission = queue, ledger, admission
         self.pending: dict[HandoffKey, Pending] = {}
-        """Granted sequences; each takes a slot, as a resident does."""
+        """Granted sequences, and those whose grant was given up and waits for proof."""
         self._block_tokens, self._fingerprint = engine.layout.block_tokens, fingerprint
         self.max_sequences, self.counts, self._load = max_sequences, counts, load
         self._held: dict[AttemptKey, Resident] = {}
@@ -71,9 +72,14 @@ class Residents:
         """Prompt tokens still to compute here, of started prompts."""
         return sum(resident.uncomputed for resident in self)
 
+    def on_the_way(self) -> list[HandoffKey]:
+        """Granted sequences that will be resident: each takes a slot, as a resident does. One that waits for proof
+        takes blocks alone. O(pending)."""
+        return [key for key in self.pending if self.ledger.state(key) is not GrantState.ABORTING]
+
     def has_slot(self, attempt: AttemptKey = b"") -> bool:
         """Whether one more sequence may run beside all others; `attempt` itself does not count."""
-        others = sum(other.attempt != attempt for other in self.pending)
+        others = sum(other.attempt != attempt for other in self.on_the_way())
         return len(self._held) + others < self.max_sequences
 
     def add(self, resident: Resident, sequence: Sequence) -> None:
