@@ -27,6 +27,7 @@ from decode_worker.writer_streams import WriterStreams
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
 from kvtransfer.handoffs.outcomes import GrantState, LedgerOutcome
 from kvtransfer.transports.base import Receiver, ReceiverEvents
+from kvtransfer.transports.wire import OVER
 
 SLOT_RETRY_S = 0.25
 WAKE_EVERY_S = 0.05
@@ -154,6 +155,11 @@ class DecodeHandoffs:
             self._check_freed(key)
 
     def refused_write(self, key: HandoffKey, why: str) -> None:
+        over = self.is_aborting(key) or self._ledger.attempts.verdict(key) is not None
+        if over and why in OVER:  # it was on its way when the handoff ended
+            self._counts.add("writes_revoked")
+            log.debug("write revoked", handoff=str(key), why=why)
+            return
         self._counts.add("writes_refused")
         log.warning("write refused", handoff=str(key), why=why)
 

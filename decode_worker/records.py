@@ -79,5 +79,6 @@ class Resident:
 
     @property
     def uncomputed(self) -> int:
+        """Prompt tokens. Steps that a cancel overtook may have gone beyond the tokens that are known here."""
         waits = self.prompt is not None and self.prompt.first_token_at is None
-        return len(self.tokens) - self.computed if waits else 0
+        return max(0, len(self.tokens) - self.computed) if waits else 0

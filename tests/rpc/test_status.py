@@ -78,6 +78,7 @@ SAMPLES: list[errors.BatonError] = [
     errors.TransferError("broken"),
     errors.PeerClosed("closed"),
     errors.WriteRefused("refused"),
+    errors.WriteRevoked("no such grant"),
     errors.ChecksumMismatch("other bytes: ünïcode"),
 ]
 
