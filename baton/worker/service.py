@@ -7,6 +7,7 @@ the router had placed here.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerServicer
 from baton.worker.session import RouterSession
 
+DIGEST = re.compile("[0-9a-fA-F]{64}")
 log = structlog.get_logger(__name__)
 
 
@@ -87,6 +89,8 @@ class WorkerService(WorkerServicer):
     async def FetchArtifact(
         self, request: wire.FetchArtifactRequest, context: Any
     ) -> AsyncIterator[wire.FetchArtifactResponse]:
+        if not DIGEST.fullmatch(request.sha256):
+            await abort(context, errors.InvalidArgument("sha256", "must have 64 hexadecimal digits"))
         data = self._artifacts.get(request.sha256)
         if data is None:
             await abort(context, errors.NotFound(f"no artifact with SHA-256 {request.sha256!r} here"))
