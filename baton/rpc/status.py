@@ -104,7 +104,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     if not isinstance(error, errors.BatonError):
         log.error("unexpected error in a call", exc_info=error)
         error = errors.Internal("internal error; the log has the details")
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    try:
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except grpc.aio.InternalError:  # the call is over already, as after its client's deadline: nobody is to be told
+        raise asyncio.CancelledError("the call is over") from None
     raise AssertionError("abort returns never")
 
 

@@ -45,7 +45,11 @@ async def one_request(cluster: Running, seed: int) -> None:
 @pytest.mark.parametrize("transport", ["tcp", pytest.param("shm", marks=pytest.mark.nightly)])
 async def test_no_ordinary_end_raises_an_alarm(transport: str) -> None:
     simulated: dict[str, Any] = {"engine": "simulated", "model": "bytes", "cost_model": "instant"}
-    async with running(prefill=1, decode=1, transport=transport, pool_tokens=SMALL_POOL, **simulated) as cluster:
+    said: list[str] = []
+    logs: dict[str, Any] = {"sink": said.append, "log_format": "json"}
+    async with running(
+        prefill=1, decode=1, transport=transport, pool_tokens=SMALL_POOL, **simulated, **logs
+    ) as cluster:
         room = asyncio.Semaphore(AT_ONCE)
 
         async def within(seed: int) -> None:
@@ -56,4 +60,5 @@ async def test_no_ordinary_end_raises_an_alarm(transport: str) -> None:
         await settled(cluster)
         statuses = await cluster.statuses(router=True)
         assert {status.name: raised(status.counters) for status in statuses} == {s.name: {} for s in statuses}
+        assert [line for line in said if '"level": "error"' in line or '"event": "write ' in line] == []
         assert sum(status.counters.get("cancels", 0) for status in statuses), "some were cut off"

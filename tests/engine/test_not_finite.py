@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from baton.config import WeightChoice
 from baton.engine import stepper
 from baton.engine.api import Sampled, Sequence, Work
+from baton.engine.files.card import describe
+from baton.engine.files.models import resolve
+from baton.engine.native.engine import NativeEngine
+from baton.engine.native.library import Library
 from baton.engine.offline import OfflinePrompt, generate
 from baton.engine.stepper import Stepper
 from baton.errors import Internal
@@ -133,6 +138,20 @@ def test_kv_that_is_not_finite(engine: Stepper, bad: str, where: str) -> None:
     assert victim.error == "logits are not finite at position 21"
     batch.healthy_goes_on_to(expected)
     engine.pool.blocks[1] = 0.0
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_one_sequences_quantised_kv(kernels: Library, tiny: Callable[[str], Tiny], weights: WeightChoice) -> None:
+    """All bits of its first block are set, scales included: those are NaN. Rows of quantised arithmetic do not mix."""
+    description = describe(resolve(str(tiny("llama").folder)), "bfloat16", kv_dtype="int8")
+    engine = NativeEngine.load(description, blocks=16, weights=weights)
+    expected, batch = alone(engine, 4), Batch(engine)
+    batch.step()
+    engine.pool.blocks[1] = 255
+    victim = batch.step()
+    assert victim is not None
+    assert victim.error == "logits are not finite at position 21"
+    batch.healthy_goes_on_to(expected)
 
 
 def test_offline_generation_raises(engine: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:

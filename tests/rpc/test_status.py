@@ -158,6 +158,18 @@ async def test_foreign_clients_get_the_standard_details() -> None:
     assert [(v.field, v.description) for v in bad.field_violations] == [("prompt", "is empty")]
 
 
+async def test_a_call_that_is_over_is_not_answered() -> None:
+    """Its client's deadline has passed: that is no fault of ours, to be logged with a traceback."""
+
+    class Over:
+        async def abort_with_status(self, status: Any) -> None:
+            raise grpc.aio.InternalError("Failed grpc_call_start_batch: 8")
+
+    context: Any = Over()
+    with pytest.raises(asyncio.CancelledError):
+        await abort(context, errors.DeadlineExceeded("too late"))
+
+
 async def test_what_is_not_ours_is_not_shown() -> None:
     found = await through(KeyError("secret"))
     assert type(found) is errors.Internal
