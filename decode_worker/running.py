@@ -136,6 +136,7 @@ class Residents:
             new = max(item.computed - resident.computed, 0)
             self.counts.add("prompt_tokens_wasted" if stopping else "prompt_tokens", new)
         resident.computed = max(resident.computed, item.computed)
+        resident.sound = not item.error
         if stopping or not item.token_ids:
             return  # cancelled while the step ran, or in the middle of its prompt
         if resident.prompt is not None and resident.prompt.first_token_at is None:
@@ -174,7 +175,7 @@ class Residents:
         failed = item.error or (f"decode failed: {report.error}" if report.error else "")
         if failed:
             self.counts.add("sequences_failed")
-        self._release(resident, sound=not item.error)
+        self._release(resident)
         resident.router.send(
             Ended(
                 item.key,
@@ -186,11 +187,11 @@ class Residents:
             )
         )
 
-    def _release(self, resident: Resident, sound: bool = True) -> None:
+    def _release(self, resident: Resident) -> None:
         """Blocks whose tokens are all computed stay in the prefix cache for the next turn; the last token never is. Of
-        a sequence that is not `sound`, only blocks stay that were there before it."""
+        a sequence that is not sound, only blocks stay that were there before it."""
         digests: list[bytes] = []
-        if sound:
+        if resident.sound:
             computed = resident.tokens[: resident.computed]
             digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
         else:

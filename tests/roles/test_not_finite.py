@@ -8,6 +8,7 @@ import pytest
 
 from baton.cost import StepShape
 from baton.spec import Sampling, SequenceSpec
+from decode_worker.records import ResidentState
 from kvtransfer.blocks.prefix import block_digests
 from tests.roles.conftest import Cluster
 from tests.roles.counting import LAYOUT
@@ -95,6 +96,23 @@ async def test_in_place(cluster: Cluster, steps: int) -> None:
     await cluster.router.hears(cluster.d, "ended", again)
     assert (await cluster.router.hears(cluster.d, "prefill_report", again)).cached_tokens == 2 * BLOCK
     assert cluster.router.output(again) == cluster.router.expected(again)
+
+
+async def test_cancelled_during_the_step_that_fails(pair: Cluster) -> None:
+    """The cancel is answered, and the KV is no more trusted for it."""
+    victim = pair.router.spec(2 * BLOCK + 3, max_tokens=60)
+    pair.d.engine.gate.clear()
+    pair.d.engine.poisoned.add(victim.attempt)
+    await pair.bound(victim)
+    await pair.router.hears(pair.d, "resident", victim)
+    await until(pair.d.engine.waiting.is_set, "the step")
+    for node in (pair.p, pair.d):
+        pair.router.cancel(node, victim)
+    await until(lambda: [r for r in pair.d.role._residents if r.state is ResidentState.STOPPING], "the cancel")
+    pair.d.engine.gate.set()
+    await pair.router.hears(pair.d, "freed", victim)
+    await pair.idle()
+    assert findable(pair.d, victim) == 0
 
 
 async def test_the_cost_model_learns_the_step(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
