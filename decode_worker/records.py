@@ -62,7 +62,7 @@ class ResidentState(enum.Enum):
 @dataclass(slots=True)
 class Resident:
     """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's; the first `computed` of them
-    have their KV, which is not to be trusted unless `sound`. Times are monotonic seconds. `prompt` and `rank` count only
+    have their KV, trusted only if `sound`. Times are monotonic seconds. `prompt` and `rank` count only
     where the prompt is computed here. The router gets `farewell` when a STOPPING sequence is out of the engine."""
 
     key: HandoffKey
