@@ -17,6 +17,7 @@
     └── TransferError          moving KV blocks
         ├── PeerClosed         the peer ended the connection or died
         ├── WriteRefused       the peer does not accept this write (token, generation, block)
+        │   └── WriteRevoked   the grant is over or was given up, as after a cancel
         └── ChecksumMismatch   a block arrived with other bytes than were sent
 
 `baton.rpc.status` is the one table between this tree and gRPC status codes.
@@ -93,6 +94,9 @@ class PeerClosed(TransferError): ...
 
 
 class WriteRefused(TransferError): ...
+
+
+class WriteRevoked(WriteRefused): ...
 
 
 class ChecksumMismatch(TransferError): ...

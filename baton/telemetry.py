@@ -22,6 +22,8 @@ def configure_logs(role: str, *, level: str = "info", json: bool | None = None) 
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
+    if not as_json:  # JSON escapes by itself
+        before.append(_printable)
     structlog.configure(
         processors=[*before, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
@@ -34,6 +36,21 @@ def configure_logs(role: str, *, level: str = "info", json: bool | None = None) 
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=last))
     logging.basicConfig(level=threshold, handlers=[handler], force=True)
     structlog.contextvars.bind_contextvars(role=role)
+
+
+def printable(text: str) -> str:
+    """With escapes for all that would end a line, move a cursor, turn the direction of writing or break an encoder."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _printable(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """What others sent must not write lines of its own into a terminal's log. Tracebacks keep theirs."""
+    return {
+        name: printable(value) if isinstance(value, str) and name != "exception" else value
+        for name, value in event.items()
+    }
 
 
 class Counts:

@@ -28,6 +28,7 @@ from decode_worker.writer_streams import WriterStreams
 from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
 from kvtransfer.handoffs.outcomes import GrantState, LedgerOutcome
 from kvtransfer.transports.base import Receiver, ReceiverEvents
+from kvtransfer.transports.wire import OVER
 
 SLOT_RETRY_S = 0.25
 WAKE_EVERY_S = 0.05
@@ -96,7 +97,6 @@ class DecodeHandoffs:
         blocks, most = self._layout.blocks_for(spec.known_tokens), self._layout.blocks_for(spec.kv_tokens)
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         answer = self._ledger.open(key, writer, digests, blocks, most, now, deadline)
-        self._settle_aborted()
         if isinstance(answer, Refusal):
             self._counts.add("handoffs_refused")
         elif self._ledger.state(key) is not GrantState.RESIDENT:
@@ -104,6 +104,7 @@ class DecodeHandoffs:
             self._expect()
             self.receivers[transport].admit(answer.ticket)
             self._wake(answer)
+        self._settle_aborted()  # an older handoff of the attempt
         self._residents.start_waiting()
         return answer
 
@@ -155,6 +156,11 @@ class DecodeHandoffs:
             self._check_freed(key)
 
     def refused_write(self, key: HandoffKey, why: str) -> None:
+        over = self.is_aborting(key) or self._ledger.attempts.verdict(key) is not None
+        if over and why in OVER:  # it was on its way when the handoff ended
+            self._counts.add("writes_revoked")
+            log.debug("write revoked", handoff=str(key), why=why)
+            return
         self._counts.add("writes_refused")
         log.warning("write refused", handoff=str(key), why=why)
 
@@ -225,7 +231,10 @@ class DecodeHandoffs:
         self._residents.start_waiting()
 
     def _settle_aborted(self) -> None:
-        """Stops the writer of each grant that the ledger gave up, and frees those that are proved safe already."""
+        """Stops the writer of each grant that the ledger gave up, and frees those that are proved safe already. The
+        others keep blocks, and no slot."""
+        if not self._aborted:
+            return
         while self._aborted:
             aborted = self._aborted.pop(0)
             key = aborted.grant.key
@@ -240,6 +249,7 @@ class DecodeHandoffs:
                 self._writers.aborted(aborted)
                 if aborted.proven:
                     self._check_freed(key)
+        self._residents.start_waiting()
 
     def _check_freed(self, key: HandoffKey) -> None:
         """Forgets an aborted handoff once the ledger holds none of its blocks."""

@@ -62,8 +62,8 @@ class ResidentState(enum.Enum):
 @dataclass(slots=True)
 class Resident:
     """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's; the first `computed` of them
-    have their KV. Times are monotonic seconds. `prompt` and `rank` count only where the prompt is computed here. The
-    router gets `farewell` when a STOPPING sequence is out of the engine."""
+    have their KV, trusted only if `sound`. Times are monotonic seconds. `prompt` and `rank` count only
+    where the prompt is computed here. The router gets `farewell` when a STOPPING sequence is out of the engine."""
 
     key: HandoffKey
     spec: SequenceSpec
@@ -76,8 +76,10 @@ class Resident:
     farewell: Freed | Ended | None = None
     prompt: PromptHere | None = None
     rank: float = 0.0
+    sound: bool = True
 
     @property
     def uncomputed(self) -> int:
+        """Prompt tokens. Steps that a cancel overtook may have gone beyond the tokens that are known here."""
         waits = self.prompt is not None and self.prompt.first_token_at is None
-        return len(self.tokens) - self.computed if waits else 0
+        return max(0, len(self.tokens) - self.computed) if waits else 0

@@ -31,6 +31,7 @@ from decode_worker.scheduler import DecodeScheduler
 from kvtransfer.blocks.admission import Admission, Room
 from kvtransfer.blocks.prefix import block_digests
 from kvtransfer.handoffs.grants import GrantLedger
+from kvtransfer.handoffs.outcomes import GrantState
 
 
 class Residents:
@@ -53,7 +54,7 @@ class Residents:
         self._queue, self.ledger, self.admission = queue, ledger, admission
         self._scheduler = scheduler
         self.pending: dict[HandoffKey, Pending] = {}
-        """Granted sequences; each takes a slot, as a resident does."""
+        """Granted sequences, and those whose grant was given up and waits for proof."""
         self._block_tokens, self._fingerprint = engine.layout.block_tokens, fingerprint
         self.max_sequences, self.counts, self._load = max_sequences, counts, load
         self._held: dict[AttemptKey, Resident] = {}
@@ -73,9 +74,14 @@ class Residents:
         """Prompt tokens still to compute here, of started prompts."""
         return sum(resident.uncomputed for resident in self)
 
+    def on_the_way(self) -> list[HandoffKey]:
+        """Granted sequences that will be resident: each takes a slot, as a resident does. One that waits for proof
+        takes blocks alone. O(pending)."""
+        return [key for key in self.pending if self.ledger.state(key) is not GrantState.ABORTING]
+
     def has_slot(self, attempt: AttemptKey = b"") -> bool:
         """Whether one more sequence may run beside all others; `attempt` itself does not count."""
-        others = sum(other.attempt != attempt for other in self.pending)
+        others = sum(other.attempt != attempt for other in self.on_the_way())
         return len(self._held) + others < self.max_sequences
 
     def add(self, resident: Resident, sequence: Sequence) -> None:
@@ -113,7 +119,7 @@ class Residents:
         tokens = StepTokens()
         for_each(report.items, lambda item: self._advanced(item, report, tokens), self._broken)
         tokens.send()
-        over = report.items if report.error else [item for item in report.items if item.finish is not None]
+        over = [item for item in report.items if report.error or item.error or item.finish is not None]
         for_each(over, lambda item: self._finish(item, report), self._broken)
         self.start_waiting()
 
@@ -144,6 +150,7 @@ class Residents:
             new = max(item.computed - resident.computed, 0)
             self.counts.add("prompt_tokens_wasted" if stopping else "prompt_tokens", new)
         resident.computed = max(resident.computed, item.computed)
+        resident.sound = not item.error
         if stopping or not item.token_ids:
             return  # cancelled while the step ran, or in the middle of its prompt
         if resident.prompt is not None and resident.prompt.first_token_at is None:
@@ -179,12 +186,15 @@ class Residents:
         if resident.first_step_at is not None:
             first_step_wait_ms = (resident.first_step_at - resident.resident_at) * 1e3
             decode_ms = (report.started + report.seconds - resident.first_step_at) * 1e3
+        failed = item.error or (f"decode failed: {report.error}" if report.error else "")
+        if failed:
+            self.counts.add("sequences_failed")
         self._release(resident)
         resident.router.send(
             Ended(
                 item.key,
                 reason=item.finish,
-                error=Internal(f"decode failed: {report.error}") if report.error else None,
+                error=Internal(failed) if failed else None,
                 output_tokens=len(resident.tokens) - len(resident.spec.prompt),
                 first_step_wait_ms=first_step_wait_ms,
                 decode_ms=decode_ms,
@@ -192,10 +202,22 @@ class Residents:
         )
 
     def _release(self, resident: Resident) -> None:
-        """Blocks whose tokens are all computed stay in the prefix cache for the next turn; the last token never is."""
-        computed = resident.tokens[: resident.computed]
-        digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
+        """Blocks whose tokens are all computed stay in the prefix cache for the next turn; the last token never is. Of
+        a sequence that is not sound, only blocks stay that were there before it."""
+        digests: list[bytes] = []
+        if resident.sound:
+            computed = resident.tokens[: resident.computed]
+            digests = block_digests(computed, self._block_tokens, resident.spec.tenant_salt, self._fingerprint)
+        else:
+            self.ledger.pool.forget(self._new_blocks(resident))
         del self._held[resident.key.attempt]
         resident.state = ResidentState.RELEASED
         self.ledger.release(resident.key, awake.now(), digests)
         self.start_waiting()
+
+    def _new_blocks(self, resident: Resident) -> list[int]:
+        """Those that were not found in the cache."""
+        grant, prompt = self.ledger.grant(resident.key), resident.prompt
+        assert grant is not None, "a resident has a grant"
+        found = prompt.room.cached_tokens // self._block_tokens if prompt else grant.ticket.cached_blocks
+        return self.ledger.table(resident.key)[found:]

@@ -20,7 +20,7 @@ from kvtransfer.blocks.admission import Admission
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.messages import Aborted
-from kvtransfer.handoffs.outcomes import GrantState, LedgerLimits
+from kvtransfer.handoffs.outcomes import LedgerLimits
 
 
 class DecodeRole:
@@ -126,10 +126,9 @@ class DecodeRole:
         self._counts.add("cancels" if aborted or unproven or waited else "cancels_unknown")
 
     def _report(self) -> LoadReport:
-        on_the_way = (GrantState.GRANTED, GrantState.RECEIVING)
-        grants = [self.ledger.grant(key) for key in self._pending if self.ledger.state(key) in on_the_way]
+        grants = [self.ledger.grant(key) for key in self._residents.on_the_way()]
         return LoadReport(
-            waiting=len(self._pending) + len(self._queue),
+            waiting=len(grants) + len(self._queue),
             running=len(self._residents),
             waiting_tokens=self._queue.tokens + self._residents.uncomputed,
             resident_tokens=sum(len(resident.tokens) for resident in self._residents),

@@ -155,10 +155,12 @@ class Prompts:
         self._counts.add("prompt_tokens_wasted" if prompt.over else "prompt_tokens", prompt.advance(item.computed))
         if prompt.over:
             return  # `on_removed` follows
-        if item.token_ids or report.error:
+        failed = item.error or (f"prefill failed: {report.error}" if report.error else "")
+        if item.token_ids or failed:
             prompt.state = PromptState.HELD
-        if report.error:
-            self.fail(prompt, Internal(f"prefill failed: {report.error}"))
+        if failed:  # nothing of it is in the prefix index, which it would enter with its first token
+            self._counts.add("sequences_failed")
+            self.fail(prompt, Internal(failed))
         elif item.token_ids:
             tokens.add(prompt.router, TokenRun(item.key, item.position, item.token_ids, item.logprobs))
         else:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from typing import Any
 
-from baton.errors import NotFound
+from baton.errors import InvalidArgument, NotFound
 from baton.rpc import awake
 from baton.rpc.convert import ROLES, process_to_wire
 from baton.rpc.frames import load_to_wire
@@ -16,6 +16,7 @@ from baton.telemetry import Counts, resident_bytes
 from baton.v1 import admin_pb2 as admin
 from baton.v1 import worker_pb2 as wire
 from baton.v1.admin_pb2_grpc import AdminServicer
+from router.clients.validation import check_labels
 from router.placement.explanations import Explanation
 from router.placement.offers import Candidate
 from router.requests.table import Requests
@@ -33,6 +34,10 @@ class AdminService(AdminServicer):
         return admin.ListWorkersResponse(workers=[_info(worker, now) for worker in self._registry.workers()])
 
     async def Explain(self, request: admin.ExplainRequest, context: Any) -> admin.ExplainResponse:
+        try:
+            check_labels(request)
+        except InvalidArgument as error:
+            await abort(context, error)
         now = asyncio.get_running_loop().time()
         found = self._requests.placer.explanations.find(request.tenant_salt, request.request_id)
         if not found:

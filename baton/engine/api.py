@@ -75,10 +75,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens that a step drew for one sequence: one, or several when speculating."""
+    """The tokens that a step drew for one sequence: one, or several when speculating; none where `error` says why
+    nothing could be drawn. Then the sequence can't go on, and its KV is not to be trusted."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str = ""
 
 
 class Engine(Protocol):
@@ -90,6 +92,7 @@ class Engine(Protocol):
     def step(self, batch: list[Work]) -> list[Sampled | None]:
         """Computes one mixed batch, not empty, and returns each work item's sample (None if `samples` is False).
 
+        What is wrong with one sequence alone is the `error` of its sample; what raises is wrong with the whole step.
         Writes KV for positions `[computed, computed + count)` into the sequence's blocks and then advances
         `computed`; appends nothing to `tokens` (the scheduler does).
         """

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from baton.engine.api import Engine, Sampled, Sequence, Work
-from baton.errors import InvalidArgument, ResourceExhausted
+from baton.errors import Internal, InvalidArgument, ResourceExhausted
 from baton.spec import Sampling, TokenLogprobs
 from kvtransfer.blocks.pool import BlockPool
 
@@ -67,13 +67,15 @@ class _Running:
         return self.result.stopped or len(self.result.tokens) == self.prompt.max_tokens
 
     def take(self, sampled: Sampled | None, seconds: float) -> None:
-        """Accounts for a step and appends its tokens."""
+        """Accounts for a step and appends its tokens. Raises Internal where none could be drawn."""
         if self.in_prefill:
             self.result.prefill_s += seconds
         else:
             self.result.step_s.append(seconds)
         if sampled is None:
             return
+        if sampled.error:
+            raise Internal(sampled.error)
         for token in sampled.token_ids:
             self.sequence.tokens.append(token)
             self.result.tokens.append(token)
@@ -89,7 +91,7 @@ def generate(
     """Runs all prompts, in batches of at most `max_sequences`, over pool blocks [0, blocks).
 
     A step computes one token of every decoding sequence and at most `chunk_tokens` prompt tokens. Raises
-    ResourceExhausted when a prompt with its output exceeds the whole pool.
+    ResourceExhausted when a prompt with its output exceeds the whole pool, and Internal where a token can't be drawn.
     """
     pool = BlockPool(blocks)
     waiting = deque((prompt, GenerationResult()) for prompt in prompts)

@@ -2,6 +2,9 @@
 
 Rich details are filled here and nowhere else: ErrorInfo (domain `baton`, the exception's name as the reason),
 BadRequest with the field's name, RetryInfo with the time after which to try again.
+
+A status travels in HTTP/2 trailers, which gRPC bounds at 8 KB: beyond that the peer sees a broken stream instead of the
+error. So every text in it is bounded, whatever it repeats of what a peer has sent.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from baton import errors
+from baton.telemetry import printable
 
 DOMAIN = "baton"
+MESSAGE_BYTES, VALUE_BYTES = 512, 192
+"""Of UTF-8: percent-encoded in one trailer, and in base64 in another, all texts of a status take less than 5 KB."""
 KINDS: dict[str, type[errors.BatonError]] = {
     kind.__name__: kind
     for kind in vars(errors).values()
@@ -53,24 +59,39 @@ def error_of_code(number: int, message: str) -> errors.BatonError:
     return _rebuild(kind, message, "", None, {})
 
 
+def bounded(text: str, limit: int = MESSAGE_BYTES) -> str:
+    """The text, printable, in at most `limit` bytes; what is too much is cut out of its middle."""
+    if len(text) > 2 * limit:
+        text = text[:limit] + text[-limit:]  # the middle, which is not even looked at
+    raw = printable(text).encode()
+    if len(raw) <= limit:
+        return raw.decode()
+    tail = limit // 4
+    head = limit - tail - len("...")
+    return f"{raw[:head].decode(errors='ignore')}...{raw[-tail:].decode(errors='ignore')}"
+
+
 def to_status(error: errors.BatonError) -> status_pb2.Status:
+    message = bounded(str(error))
     metadata = {}
     details: list[Any] = []
     if isinstance(error, errors.FieldError) and error.field:
-        metadata["field"] = error.field
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        field, description = bounded(error.field, VALUE_BYTES), bounded(error.message)
+        message, metadata["field"] = f"{field}: {description}", field
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, errors.Mismatch):
-        metadata |= {"field": error.field, "ours": error.ours, "theirs": error.theirs}
+        differs = {"field": error.field, "ours": error.ours, "theirs": error.theirs}
+        metadata |= {name: bounded(value, VALUE_BYTES) for name, value in differs.items()}
     if isinstance(error, errors.Retryable):
         if error.constraint:
-            metadata["constraint"] = error.constraint
+            metadata["constraint"] = bounded(error.constraint, VALUE_BYTES)
         if error.retry_after_s is not None:
             delay = Duration()
             delay.FromNanoseconds(int(error.retry_after_s * 1e9))
             details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     details.insert(0, error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN, metadata=metadata))
-    status = status_pb2.Status(code=number_of(error), message=str(error))
+    status = status_pb2.Status(code=number_of(error), message=message)
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
@@ -83,7 +104,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
     if not isinstance(error, errors.BatonError):
         log.error("unexpected error in a call", exc_info=error)
         error = errors.Internal("internal error; the log has the details")
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    try:
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except grpc.aio.InternalError:  # the call is over already, as after its client's deadline: nobody is to be told
+        raise asyncio.CancelledError("the call is over") from None
     raise AssertionError("abort returns never")
 
 

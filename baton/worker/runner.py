@@ -45,7 +45,8 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepItem:
-    """One sequence's result of a step. `token_ids[0]` is at absolute `position`."""
+    """One sequence's result of a step. `token_ids[0]` is at absolute `position`. `error` says why the engine can't go
+    on with the sequence, whose KV is not to be trusted then."""
 
     key: AttemptKey
     computed: int
@@ -53,6 +54,7 @@ class StepItem:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finish: FinishReason | None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class StepEvents(Protocol):
     """Called on the event loop."""
 
     def on_step(self, report: StepReport) -> None:
-        """Sequences with a `finish`, and all of a failed step, are out of the engine already."""
+        """Sequences with a `finish` or an `error`, and all of a failed step, are out of the engine already."""
 
     def on_removed(self, key: AttemptKey) -> None:
         """A sequence that `Runner.remove` named is out of the engine, if it ever was in."""
@@ -178,6 +180,10 @@ class Runner:
     def _advance(self, sequence: Sequence, drawn: Sampled | None) -> StepItem:
         """Appends what was drawn, up to and including a token that ends the sequence."""
         position, finish, kept = len(sequence.tokens), None, 0
+        if drawn is not None and drawn.error:
+            log.error("a sequence failed", attempt=sequence.key.hex()[:12], reason=drawn.error)
+            self._scheduler.remove(sequence.key)
+            return StepItem(sequence.key, sequence.computed, position, (), (), None, drawn.error)
         for token in drawn.token_ids if drawn else ():
             sequence.tokens.append(token)
             kept += 1

@@ -8,6 +8,7 @@ its sequences go on. When it is lost, `RoleHandler.on_router_lost` frees all tha
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from baton.worker.session import RouterSession
 
 HOLD_S = 60.0
 """How long a silent router is waited for."""
+DIGEST = re.compile("[0-9a-fA-F]{64}")
 log = structlog.get_logger(__name__)
 
 
@@ -107,6 +109,8 @@ class WorkerService(WorkerServicer):
             check_receiver(request.receiver, self._process)
         except errors.Mismatch as error:
             await abort(context, error)
+        if not DIGEST.fullmatch(request.sha256):
+            await abort(context, errors.InvalidArgument("sha256", "must have 64 hexadecimal digits"))
         data = self._artifacts.get(request.sha256)
         if data is None:
             await abort(context, errors.NotFound(f"no artifact with SHA-256 {request.sha256!r} here"))

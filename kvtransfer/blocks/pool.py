@@ -145,6 +145,12 @@ class BlockPool:
         self._tell(CacheChange.INSERTED, digest)
         return True
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Makes held blocks unfindable, whose content is not to be trusted. Those without a digest stay as they are."""
+        for block in blocks:
+            assert self._holds[block] > 0, f"block {block} is not held"
+            self._forget(block)
+
     def quarantine(self, blocks: Iterable[int]) -> list[int]:
         """Drops one hold of each block and quarantines those without further holds; returns these. A block with further
         holds was complete and in the index before other sequences found it, so that it is sound."""

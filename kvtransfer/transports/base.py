@@ -11,7 +11,7 @@ When the decode worker gives a grant up it calls `revoke`, and keeps the blocks 
 |--------|------------------------------------------------------------------------------------------------|
 | memory | `revoked`: no write of the double is copying into the grant any more                           |
 | shm    | the writer's Closed on the control stream (`revoke_proves` is False), or `writer_gone`         |
-| tcp    | `revoked`: the ticket is gone, and no reader is inside one of its blocks or its socket closed  |
+| tcp    | `revoked`: the ticket is gone, and what still comes of a batch is dropped                      |
 | nccl   | `revoked`: no receive of the grant is posted, or its communicator is aborted and drained       |
 | nixl   | `revoked`: the ticket is gone, and no batch of it is under way or its pair's agent is closed   |
 """
@@ -95,8 +95,9 @@ class Channel(Protocol):
 
         Blocks the calling thread, which must not be the loop's; releases the interpreter lock while bytes move. The
         source blocks must stay unchanged until it returns or raises; after that this call reads and sends nothing.
-        Raises `WriteRefused` (token, generation or block; the channel stays good), `ChecksumMismatch` (nothing
-        counted; may be written again), `PeerClosed` or `DeadlineExceeded` (the channel is broken: close it).
+        Raises `WriteRefused` (token, generation or block; `WriteRevoked` where the grant is over or was given up; the
+        channel stays good), `ChecksumMismatch` (nothing counted; may be written again), `PeerClosed` or
+        `DeadlineExceeded` (the channel is broken: close it).
         """
 
     def close(self) -> None:

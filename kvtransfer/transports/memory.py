@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused
+from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused, WriteRevoked
 from baton.spec import HandoffKey, ProcessRef
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import ReceiverEvents
 from kvtransfer.transports.channel import BlockChannel
-from kvtransfer.transports.wire import Identity, agree, refusal
+from kvtransfer.transports.wire import OVER, REVOKED, Identity, agree, refusal
 
 
 @dataclass(slots=True)
@@ -96,18 +96,18 @@ class MemoryReceiver:
             return refusal(self._tickets.get(ticket.key), identity, ((m.index, m.destination) for m in moves), writer)
 
     def place(self, ticket: Ticket, move: BlockMove, data: memoryview, size: int) -> None:
-        """The first `size` bytes of a block. Raises `WriteRefused` when the ticket is no longer admitted."""
+        """The first `size` bytes of a block. Raises `WriteRevoked` when the ticket is no longer admitted."""
         with self._lock:
             if self.closed or ticket.writer in self._dead:
                 raise PeerClosed("the process has ended")
             if self._tickets.get(ticket.key) != ticket:
-                raise WriteRefused(f"{ticket.key} was revoked")
+                raise WriteRevoked(REVOKED)
             self.memory.block(move.destination)[:size] = data[:size]
 
     def landed(self, ticket: Ticket, moves: Sequence[BlockMove]) -> None:
         with self._lock:
             if self._tickets.get(ticket.key) != ticket:
-                raise WriteRefused(f"{ticket.key} was revoked")
+                raise WriteRevoked(REVOKED)
         self.events.landed(ticket.key, ticket.generation, [move.index for move in moves])
 
     def writer_died(self, incarnation: str) -> None:
@@ -151,7 +151,7 @@ class MemoryChannel(BlockChannel):
     def _move(self, ticket: Ticket, moves: Sequence[BlockMove], deadline: float) -> None:
         try:
             if (why := self._receiver.check(ticket, moves, self._writer.incarnation)) is not None:
-                raise WriteRefused(why)
+                raise WriteRevoked(why) if why in OVER else WriteRefused(why)
             for move in moves:
                 self._wait(deadline)
                 self._place(ticket, move)

@@ -46,8 +46,12 @@ class WriterConnection(ABC):
         """Takes all that has arrived. Raises `Broken`."""
 
     def writes(self, key: HandoffKey) -> bool:
-        """Whether bytes of this handoff may be on their way, so that only a close stops them."""
+        """Whether bytes of this handoff may be on their way."""
         return False
+
+    def stop(self) -> None:
+        """After this nothing of the write under way can be placed. Raises `Broken` where only a close stops it."""
+        raise Broken("a handoff was revoked in the middle of a write")
 
     def receive(self, size: int) -> bytes | None:
         """Up to `size` bytes that have arrived; None while there are none. Raises `Broken`, also at the end."""
@@ -119,7 +123,7 @@ class SocketReceiver(ABC, Generic[C]):
     def _revoke(self, key: HandoffKey) -> None:
         for connection in list(self._connections.values()):
             if connection.writes(key):
-                self._drop(connection, f"{key} was revoked in the middle of a write")
+                self._step(connection, connection.stop)
         self._events.revoked(key)
 
     def _accept(self, peer: socket.socket) -> None:

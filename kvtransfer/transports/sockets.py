@@ -9,7 +9,7 @@ import socket
 import time
 from contextlib import suppress
 
-from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, PeerClosed, TransferError, WriteRefused
+from baton.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, PeerClosed, TransferError
 from kvtransfer.handoffs.messages import Ticket
 from kvtransfer.transports import wire
 
@@ -163,10 +163,12 @@ class WriterSocket:
         magic, status, length = wire.ACK.unpack(self.read(wire.ACK.size, deadline))
         if magic != wire.BATCH_MAGIC or length > wire.MAX_TEXT:
             raise PeerClosed(f"{self.name} sent no answer of ours")
-        text = f"{ticket.key}: {self.read(length, deadline).decode(errors='replace')}"
+        why = self.read(length, deadline).decode(errors="replace")
         if status == wire.Status.OK:
             return None
-        return ChecksumMismatch(text) if status == wire.Status.CHECKSUM else WriteRefused(text)
+        if status == wire.Status.CHECKSUM:
+            return ChecksumMismatch(f"{ticket.key}: {why}")
+        return wire.refused(ticket.key, why)
 
     def wait(self, deadline: float, event: int = select.POLLIN, also: int | None = None) -> None:
         """Until the socket is ready for `event`, or the descriptor `also` for reading. Answers that

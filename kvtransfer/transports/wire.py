@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from baton.errors import Mismatch
+from baton.errors import Mismatch, WriteRefused, WriteRevoked
 from baton.spec import HandoffKey
 from kvtransfer.blocks.memory import PoolMemory
 from kvtransfer.handoffs.messages import Ticket
@@ -30,6 +30,10 @@ ELSEWHERE = b"BTNO"
 """In place of the magic in a receiver's answer: the token is not its own, so the writer means another receiver."""
 MAX_COUNT = 256
 MAX_TEXT = 512
+NO_GRANT = "no such grant"
+REVOKED = "the handoff was revoked"
+OVER = frozenset({NO_GRANT, REVOKED})
+"""Refusals that the end of a handoff brings about by itself; all others are mistakes."""
 
 
 class Flags(IntFlag):
@@ -84,7 +88,7 @@ def refusal(
     """The reason to refuse a write, or None. `targets` are (index, destination) of its blocks; `writer` is the
     incarnation at the other end, where the transport knows it."""
     if admitted is None:
-        return "no such grant"
+        return NO_GRANT
     if admitted.generation != identity.generation:
         return f"generation {identity.generation}, the grant is of {admitted.generation}"
     if not hmac.compare_digest(admitted.write_token, identity.write_token):
@@ -93,6 +97,11 @@ def refusal(
         return "the ticket belongs to another process"
     wrong = next(((i, block) for i, block in targets if admitted.destination(i) != block), None)
     return None if wrong is None else f"block {wrong[0]} may not go to {wrong[1]}"
+
+
+def refused(key: HandoffKey, why: str) -> WriteRefused:
+    """The writer's error for a refusal."""
+    return (WriteRevoked if why in OVER else WriteRefused)(f"{key}: {why}")
 
 
 def checksum(memory: PoolMemory, block: int, flags: Flags) -> int:

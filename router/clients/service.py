@@ -18,7 +18,7 @@ from baton.spec import ProcessRef, RequestSpec
 from baton.v1 import generation_pb2 as gen
 from router.clients.events import accepted, finished, tokens
 from router.clients.parsing import parser
-from router.clients.validation import Checked, check_ids, check_input, check_length, check_request
+from router.clients.validation import Checked, check_ids, check_input, check_length, check_model, check_request
 from router.placement.snapshot import Demand
 from router.requests.placer import Admitted
 from router.requests.request import Request
@@ -74,12 +74,12 @@ class GenerationService:
 
     async def _tokenised(self, request: gen.TokenizeRequest | InvalidArgument, context: Any) -> gen.TokenizeResponse:
         message = _readable(request)
-        given = check_input(message)
+        name, given = check_model(message), check_input(message)
         if self._tokenising >= TOKENISE_LIMIT:
             raise ResourceExhausted(f"{TOKENISE_LIMIT} texts are being tokenised", 0.1, "tokenise")
         self._tokenising += 1
         try:
-            model = self._registry.find_model(message.model)
+            model = self._registry.find_model(name)
             ids, text = await self._tokenise(model, given, _time_left(context, 60.0))
         finally:
             self._tokenising -= 1

@@ -14,10 +14,11 @@ from typing import Any
 from baton.errors import InvalidArgument, Unimplemented
 from baton.objectives import LEAST_MS, MOST_MS
 from baton.spec import Objectives, Sampling
+from baton.v1 import admin_pb2 as admin
 from baton.v1 import generation_pb2 as gen
 from router.text.tokenisation import Input, Message
 
-LABEL_BYTES = 128
+LABEL_BYTES, MODEL_BYTES = 128, 256
 STOP_STRINGS, STOP_BYTES, STOP_TOKEN_IDS = 16, 256, 64
 LOGPROBS, PRIORITY = 20, 100
 ROLES = ("system", "user", "assistant")
@@ -43,8 +44,7 @@ class Checked:
 
 def check_request(message: gen.GenerateRequest) -> Checked:
     """Mints a missing seed. Raises InvalidArgument, or Unimplemented for a known option that does not work yet."""
-    for label in ("request_id", "tenant_salt"):
-        _at_most(label, LABEL_BYTES, len(getattr(message, label).encode()), " bytes")
+    check_labels(message)
     _check_policies(message)
     stopping = message.stopping
     if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
@@ -53,7 +53,7 @@ def check_request(message: gen.GenerateRequest) -> Checked:
     return Checked(
         request_id=message.request_id,
         tenant_salt=message.tenant_salt,
-        model=message.model,
+        model=check_model(message),
         input=check_input(message),
         sampling=_check_sampling(message),
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
@@ -64,6 +64,18 @@ def check_request(message: gen.GenerateRequest) -> Checked:
         priority=_in_range("priority", message.priority, -PRIORITY, PRIORITY),
         refuses=message.when_unmet == gen.UNMET_POLICY_REFUSE,
     )
+
+
+def check_labels(message: gen.GenerateRequest | admin.ExplainRequest) -> None:
+    """Raises InvalidArgument for an id or a salt that is too long."""
+    for name in ("request_id", "tenant_salt"):
+        _at_most(name, LABEL_BYTES, len(getattr(message, name).encode()), " bytes")
+
+
+def check_model(message: gen.GenerateRequest | gen.TokenizeRequest) -> str:
+    """The name, which may be empty. Raises InvalidArgument for one that is too long."""
+    _at_most("model", MODEL_BYTES, len(message.model.encode()), " bytes")
+    return message.model
 
 
 def check_input(message: gen.GenerateRequest | gen.TokenizeRequest) -> Input:

@@ -17,6 +17,8 @@ from router.workers.registry import Registry
 from router.workers.worker import Registration
 
 DIGEST = re.compile("[0-9a-f]{64}")
+NAME_BYTES, FINGERPRINT_BYTES = 256, 1024
+TRANSPORTS, ROLE_ENTRIES, EOS_TOKENS = 16, 16, 256
 
 
 class RegistryService(RegistryServicer):
@@ -55,6 +57,7 @@ def read_registration(message: wire.RegisterRequest) -> Registration:
     """Raises InvalidArgument with the path of the first field that makes no sense."""
     process, card = process_from_wire(message.worker), message.model
     empty, one = "must not be empty", "must be at least 1"
+    _check_sizes(message)
     _require(("worker.name", process.name, empty), ("worker.incarnation", process.incarnation, empty))
     try:
         parse_address(process.address)
@@ -88,6 +91,21 @@ def read_registration(message: wire.RegisterRequest) -> Registration:
         message.capacity.blocks,
         message.capacity.max_sequences,
         tuple(message.transports),
+    )
+
+
+def _check_sizes(message: wire.RegisterRequest) -> None:
+    """The router keeps these texts, and repeats them to every client."""
+    worker, card = message.worker, message.model
+    texts = {f"worker.{name}": getattr(worker, name) for name in ("name", "incarnation", "address")}
+    texts |= {f"model.{name}": getattr(card, name) for name in ("name", "bos_token", "eos_token")}
+    texts |= {f"transports[{index}]": name for index, name in enumerate(message.transports[: TRANSPORTS + 1])}
+    limits = {"transports": TRANSPORTS, "roles": ROLE_ENTRIES}
+    _require(
+        *((field, len(text.encode()) <= NAME_BYTES, f"at most {NAME_BYTES} bytes") for field, text in texts.items()),
+        *((name, len(getattr(message, name)) <= most, f"at most {most}") for name, most in limits.items()),
+        ("model.fingerprint", len(card.fingerprint) <= FINGERPRINT_BYTES, f"at most {FINGERPRINT_BYTES} characters"),
+        ("model.eos_token_ids", len(card.eos_token_ids) <= EOS_TOKENS, f"at most {EOS_TOKENS}"),
     )
 
 

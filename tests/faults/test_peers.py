@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -130,3 +131,33 @@ async def test_a_corrupted_byte_does_not_count_and_is_sent_again() -> None:
         await w["p0"].idle()
         await w["d0"].idle()
         await w.whole_pool("p0", "d0")
+
+
+async def test_a_frozen_writer_leaves_all_slots_to_others() -> None:
+    """What it was granted stays in quarantine, for no proof comes; another worker hands over as many sequences as the
+    decode worker has slots."""
+    async with workers("shm") as w:
+        w.add("p0", Step.MID_BLOCK)
+        w.add("p1")
+        w.add("d0", settings={"max_sequences": 2})
+        await w.start()
+        frozen, others = [w.spec() for _ in range(2)], [w.spec(LAYOUT.block_tokens) for _ in range(2)]
+        for spec in frozen:
+            await w.begin(spec, "p0", "d0")
+        await w["p0"].at(Step.MID_BLOCK)
+        await w["d0"].until(lambda report: report.live["grants"] == 2, "to grant both")
+        w["p0"].signal(signal.SIGSTOP)
+        await w["d0"].until(lambda report: report.live["aborting"] == 2, "to give them up")
+        await w["d0"].ask("gate", False)
+        for spec in others:
+            await w.begin(spec, "p1", "d0")
+        await w["d0"].until(lambda report: report.live["residents"] == 2, "to have both")
+        await w["d0"].ask("gate", True)
+        for spec in others:
+            await w.ended(spec, "d0")
+        found = await w["d0"].report()
+        assert (found.quarantined, found.counts.get("handoffs_refused", 0)) == (2 * PROMPT_BLOCKS, 0)
+        w["p0"].signal(signal.SIGCONT)
+        w["p0"].go()
+        await w["d0"].idle()
+        await w.whole_pool("p1", "d0")

@@ -50,7 +50,7 @@ def continuation(tokens: Tokens[int], count: int) -> list[int]:
 
 class CountingEngine:
     """Implements `Engine`. `gate` stops it before a step; `fail` makes the next step raise. `before_step` is called
-    with the number of steps so far, on the engine's thread."""
+    with the number of steps so far, on the engine's thread. Attempts in `poisoned` draw nothing but an error."""
 
     def __init__(self, memory: PoolMemory) -> None:
         self.layout = memory.layout
@@ -58,6 +58,7 @@ class CountingEngine:
         self.gate.set()
         self.waiting = threading.Event()
         self.fail: Exception | None = None
+        self.poisoned: set[bytes] = set()
         self.before_step: Callable[[int], None] | None = None
         self.batches: list[list[tuple[bytes, int]]] = []
         self.corrupt: list[str] = []
@@ -102,6 +103,8 @@ class CountingEngine:
             raise AssertionError(self.corrupt[-1])
         if not samples:
             return None
+        if sequence.key in self.poisoned:
+            return Sampled((), error=f"logits are not finite at position {end}")
         logprobs = () if sequence.sampling.logprobs is None else (TokenLogprobs(-0.5, ((7, -1.5),)),)
         return Sampled((draw(found),), logprobs)
 

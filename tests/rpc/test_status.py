@@ -12,10 +12,11 @@ from grpc_status import rpc_status
 
 from baton import errors
 from baton.rpc.net import open_channel, service
-from baton.rpc.status import CODES, abort, call, code_of
+from baton.rpc.status import CODES, MESSAGE_BYTES, abort, bounded, call, code_of, error_of_code
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import RegistryServicer, RegistryStub, add_RegistryServicer_to_server
 from tests.rpc.servers import start_server
+from tests.texts import ALPHABETS, LONG_TEXTS, assert_small, text_of
 
 
 class Failing(RegistryServicer):
@@ -78,6 +79,7 @@ SAMPLES: list[errors.BatonError] = [
     errors.TransferError("broken"),
     errors.PeerClosed("closed"),
     errors.WriteRefused("refused"),
+    errors.WriteRevoked("no such grant"),
     errors.ChecksumMismatch("other bytes: ünïcode"),
 ]
 
@@ -107,6 +109,45 @@ def test_every_error_class_has_a_sample_and_a_code() -> None:
     assert code_of(errors.BatonError("?")) is grpc.StatusCode.INTERNAL
 
 
+def long_errors(text: str) -> list[errors.BatonError]:
+    """One of each form, with the text wherever one can be."""
+    return [
+        errors.InvalidArgument(text, text),
+        errors.Mismatch(text, text, text),
+        errors.Mismatch("f", text, text, text),
+        errors.ResourceExhausted(text, 0.25, text),
+        errors.NotFound(text),
+        error_of_code(13, text),
+    ]
+
+
+@pytest.mark.parametrize("text", [*LONG_TEXTS.values(), "\ud800" * 9_000], ids=[*LONG_TEXTS, "surrogates"])
+async def test_an_error_with_a_long_text_arrives_all_the_same(text: str) -> None:
+    for error in long_errors(text):
+        found = await raised(error)
+        assert found.code() is code_of(error)
+        assert_small(found)
+        assert type(await through(error)) is type(error)
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+@pytest.mark.parametrize("size", [0, 1, 500, 509, 510, 511, 512, 513, 514, 515, 516, 1023, 1024, 1025, 1026, 5000])
+def test_a_text_is_cut_between_characters(alphabet: str, size: int) -> None:
+    found = bounded(text_of(alphabet, size))
+    assert len(found.encode()) <= MESSAGE_BYTES
+    assert found.isprintable()
+    assert len(found.encode()) > MESSAGE_BYTES - 8 or "..." not in found
+    assert bounded(found) == found
+
+
+def test_a_short_text_stays_as_it_is() -> None:
+    assert bounded("sampling.top_p: must be at most 1, not 2 (ünïcode 😀)") == (
+        "sampling.top_p: must be at most 1, not 2 (ünïcode 😀)"
+    )
+    assert bounded("a\nb\x00c\u202ed\ud800") == "a\\nb\\x00c\\u202ed\\ud800"
+    assert bounded("ab" * 300, 12) == "ababab...bab"
+
+
 async def test_foreign_clients_get_the_standard_details() -> None:
     status = rpc_status.from_call(await raised(errors.InvalidArgument("prompt", "is empty")))
     assert status is not None
@@ -115,6 +156,18 @@ async def test_foreign_clients_get_the_standard_details() -> None:
     assert status.details[1].Unpack(bad)
     assert (info.domain, info.reason, dict(info.metadata)) == ("baton", "InvalidArgument", {"field": "prompt"})
     assert [(v.field, v.description) for v in bad.field_violations] == [("prompt", "is empty")]
+
+
+async def test_a_call_that_is_over_is_not_answered() -> None:
+    """Its client's deadline has passed: that is no fault of ours, to be logged with a traceback."""
+
+    class Over:
+        async def abort_with_status(self, status: Any) -> None:
+            raise grpc.aio.InternalError("Failed grpc_call_start_batch: 8")
+
+    context: Any = Over()
+    with pytest.raises(asyncio.CancelledError):
+        await abort(context, errors.DeadlineExceeded("too late"))
 
 
 async def test_what_is_not_ours_is_not_shown() -> None:

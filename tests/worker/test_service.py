@@ -185,5 +185,14 @@ async def test_artifacts(bench: Bench, data: bytes) -> None:
 
 async def test_an_unknown_artifact(bench: Bench) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        _ = [piece async for piece in bench.stub.FetchArtifact(wire.FetchArtifactRequest(sha256="ff"))]
+        _ = [piece async for piece in bench.stub.FetchArtifact(wire.FetchArtifactRequest(sha256="f" * 64))]
     assert isinstance(from_rpc_error(caught.value), errors.NotFound)
+
+
+@pytest.mark.parametrize("sha256", ["", "ff", "g" * 64, "f" * 65, "f" * 9_000, "\x00" * 64, "😀" * 250_000])
+async def test_an_artifact_that_is_no_digest(bench: Bench, sha256: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [piece async for piece in bench.stub.FetchArtifact(wire.FetchArtifactRequest(sha256=sha256))]
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, errors.InvalidArgument)
+    assert error.field == "sha256"

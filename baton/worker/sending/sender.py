@@ -245,9 +245,15 @@ class Sender:
         self._events.settled(outbound)
 
     def write_failed(self, outbound: Outbound, key: HandoffKey, error: errors.BatonError) -> None:
-        self._counts.add("writes_failed")
-        log.warning("write failed", handoff=str(key), peer=self.peer.name, error=str(error))
-        if self._outbound.get(key.attempt) is outbound and key == outbound.key:
+        live = self._outbound.get(key.attempt) is outbound and key == outbound.key
+        # The refusal may overtake the abort that says why; and what is over here may be over there.
+        if isinstance(error, errors.WriteRevoked) or (isinstance(error, errors.WriteRefused) and not live):
+            self._counts.add("writes_revoked")
+            log.debug("write revoked", handoff=str(key), peer=self.peer.name, error=str(error))
+        else:
+            self._counts.add("writes_failed")
+            log.warning("write failed", handoff=str(key), peer=self.peer.name, error=str(error))
+        if live:
             self._fail(outbound, RefusalReason.UNREACHABLE, str(error))
         outbound.close_ended()
         self._events.settled(outbound)

@@ -20,7 +20,7 @@ from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import RECEIVER, Span
 from kvtransfer.transports.receiver import Broken, WriterConnection
-from kvtransfer.transports.wire import ELSEWHERE, TOKEN_BYTES, refusal
+from kvtransfer.transports.wire import ELSEWHERE, REVOKED, TOKEN_BYTES, refusal
 
 READ_BYTES = 16 * 1024
 MAX_BATCH_SECONDS = 600.0
@@ -100,8 +100,8 @@ class NcclConnection(WriterConnection):
             return
         batch, link = self.batch, self.link
         if link is not None and self._posted > link.completed:
-            self._end_link("the handoff was revoked")
-        self._refuse(batch, "the handoff was revoked")
+            self._end_link(REVOKED)
+        self._refuse(batch, REVOKED)
 
     def close(self) -> None:
         self.batch = None

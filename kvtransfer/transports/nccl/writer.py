@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused
+from baton.errors import DeadlineExceeded, PeerClosed
 from baton.spec import ProcessRef
 from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import BlockMemory, Writer
@@ -22,7 +22,7 @@ from kvtransfer.transports.nccl import wire
 from kvtransfer.transports.nccl.issuer import Issuer, Link
 from kvtransfer.transports.nccl.seam import SENDER, UNIQUE_ID_BYTES, Span
 from kvtransfer.transports.sockets import Stream, WriterSocket, connect_to, left, split_endpoint
-from kvtransfer.transports.wire import ELSEWHERE, agree
+from kvtransfer.transports.wire import ELSEWHERE, agree, refused
 
 ABORT_SECONDS = 5.0
 Fence = Callable[[], object | None]
@@ -221,7 +221,7 @@ class NcclChannel(BlockChannel):
         if status is wire.BatchStatus.REFUSED:
             if attempt.posted:
                 self._forget_link("the batch was refused")
-            raise WriteRefused(f"{attempt.ticket.key}: {text}")
+            raise refused(attempt.ticket.key, text)
         if status is wire.BatchStatus.FAILED:
             raise _PairFailed(text)
         attempt.ready = True

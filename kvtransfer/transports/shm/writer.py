@@ -20,7 +20,7 @@ from kvtransfer.handoffs.messages import BlockMove, Ticket
 from kvtransfer.transports.base import Writer
 from kvtransfer.transports.channel import BlockChannel
 from kvtransfer.transports.shm import wire
-from kvtransfer.transports.wire import Flags, Status, agree, checksum, pack_identity
+from kvtransfer.transports.wire import Flags, Status, agree, checksum, pack_identity, refused
 
 CLAIMS_REMEMBERED = 256
 CALL_BYTES = 32 * 2**20
@@ -156,12 +156,12 @@ class ShmChannel(BlockChannel):
             raise PeerClosed(f"{self._peer.name}: {error}") from error
         if not reply:
             raise PeerClosed(f"{self._peer.name} closed the connection")
-        text = f"{ticket.key}: {reply[1:].decode(errors='replace')}"
+        why = reply[1:].decode(errors="replace")
         if reply[0] == Status.CHECKSUM:
-            raise ChecksumMismatch(text)
+            raise ChecksumMismatch(f"{ticket.key}: {why}")
         if reply[0] != Status.OK:
             self._claimed.pop(ticket.key, None)
-            raise WriteRefused(text)
+            raise refused(ticket.key, why)
 
     def _set_timeout(self, deadline: float) -> None:
         left = deadline - time.monotonic()

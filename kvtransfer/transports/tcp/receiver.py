@@ -2,7 +2,7 @@
 
 One thread serves all writers of a receiver. A batch names its grant's key, generation, write token and blocks, which
 are checked before a byte is placed. Since the same thread reads and revokes, a revoke is proof once it has run there:
-the ticket is gone, and a connection that was in the middle of one of its blocks is closed.
+the ticket is gone, and the rest of a batch that was under way is read into nothing. The connection serves others yet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvtransfer.transports.receiver import Broken, SocketReceiver
 from kvtransfer.transports.sockets import STALL_SECONDS, listen_on, split_endpoint
 from kvtransfer.transports.tcp import wire
 from kvtransfer.transports.tcp.tls import CLIENT_HELLO, TlsContexts, TlsStream, tcp_flags
-from kvtransfer.transports.wire import ELSEWHERE, TOKEN_BYTES, Flags, Status
+from kvtransfer.transports.wire import ELSEWHERE, REVOKED, TOKEN_BYTES, Flags, Status
 
 SCRATCH_BYTES = 256 * 1024
 
@@ -76,8 +76,15 @@ class TcpConnection(BatchConnection):
         self._fill(BatchPhase.FILLING, blocks, self._filled)
 
     def _refused(self, why: str) -> None:
-        """The bytes come all the same: over and over into the same scratch."""
-        times, left = divmod(len(self._entries) * self._memory.layout.block_bytes, SCRATCH_BYTES)
+        """The bytes come all the same."""
+        self._drain(len(self._entries) * self._memory.layout.block_bytes, why)
+
+    def stop(self) -> None:
+        self._drain(sum(len(vector) for vector in self._vectors), REVOKED)
+
+    def _drain(self, size: int, why: str) -> None:
+        """Reads so many bytes over and over into the same scratch, and answers then."""
+        times, left = divmod(size, SCRATCH_BYTES)
         scratch = memoryview(bytearray(SCRATCH_BYTES if times else left))
         vectors = [scratch] * times + [scratch[:left]] * (left > 0)
         self._fill(BatchPhase.DRAIN, vectors, partial(self._answer, Status.REFUSED, why))

@@ -174,7 +174,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert not (self.pool.insert(block, digest) and known)
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data(), end=st.sampled_from(["release", "quarantine", "hold"]))
+    @rule(data=st.data(), end=st.sampled_from(["release", "quarantine", "hold", "forget"]))
     def end(self, data: st.DataObject, end: str) -> None:
         holder = data.draw(st.integers(0, len(self.holders) - 1))
         if end == "hold":
@@ -182,6 +182,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.holders.append(list(self.holders[holder]))
         elif end == "release":
             self.pool.release(self.holders.pop(holder))
+        elif end == "forget":
+            self.pool.forget(self.holders[holder])
         else:
             self.quarantined += self.pool.quarantine(self.holders.pop(holder))
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused
+from baton.errors import DeadlineExceeded, PeerClosed, WriteRefused, WriteRevoked
 from kvtransfer.handoffs.messages import BlockMove, Ticket
+from kvtransfer.transports.wire import OVER
 from tests.kvtransfer.transports.harness import BLOCKS, LAYOUT, Bench, expected, moves
 
 ZERO = bytes(LAYOUT.block_bytes)
@@ -108,6 +109,22 @@ def test_a_move_outside_its_ticket_is_refused(bench: Bench, move: BlockMove) -> 
     with pytest.raises(WriteRefused, match="may not go"):
         writer.write(ticket, [move])
     assert all(bench.content(block) == ZERO for block in range(BLOCKS))
+
+
+def test_a_write_after_a_revoke_is_told_from_a_wrong_one(bench: Bench) -> None:
+    """A cancel that overtakes a write is no alarm on either side; the channel stays good."""
+    writer = bench.writer()
+    ticket, other = bench.ticket(range(4)), bench.ticket(range(4, 8))
+    writer.write(ticket, moves(ticket, [0]))
+    bench.receiver.revoke(ticket.key)
+    with pytest.raises(WriteRevoked):
+        writer.write(ticket, moves(ticket, [1]))
+    with pytest.raises(WriteRefused) as wrong:
+        writer.write(replace(other, write_token=b"x" * 16), moves(other, [0]))
+    assert type(wrong.value) is WriteRefused
+    bench.events.wait(lambda e: len(e.refusals) == 2)
+    assert [why in OVER for _, why in bench.events.refusals] == [True, False]
+    assert writer.write(other, moves(other, [0])).bytes
 
 
 def test_after_a_revoke_nothing_counts(bench: Bench) -> None:
