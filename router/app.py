@@ -18,6 +18,7 @@ from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
 from router.admin import AdminService
 from router.clients.service import GenerationService, add_generation
 from router.requests.placer import Placer
+from router.requests.pools import PoolWatch, serves
 from router.requests.table import Requests
 from router.workers.prefixes import Prefixes
 from router.workers.registry import NO_WORKER_RETRY_S, Registry
@@ -58,8 +59,8 @@ class Router:
 
     @property
     def ready(self) -> bool:
-        """Whether some model has a worker of each needed role."""
-        return any(all(map(model.usable, self.placer.roles)) for model in self.registry.models.values())
+        """Whether some request for more than one token can be served."""
+        return any(serves(self.config.path, model) for model in self.registry.models.values())
 
     async def start(self) -> None:
         """Serves at once; ready when workers have joined."""
@@ -89,13 +90,14 @@ class Router:
         self.executor.shutdown(wait=False, cancel_futures=True)
 
     async def _follow_readiness(self) -> None:
-        shown = False
+        shown, pools = False, PoolWatch(self.config.path)
         while True:
             await self._changed.wait()
             self._changed.clear()
+            pools.look(self.registry.models.values())
             if self.ready != shown:
                 shown = self.ready
-                log.info("ready" if shown else "not ready: no model has workers of both roles")
+                log.info("ready" if shown else "not ready: no model has the workers that requests need")
                 await self._server.set_ready(shown)
 
 

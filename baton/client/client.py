@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.client import wire
-from baton.client.reports import ModelInfo, Placement, ProcessStatus, WorkerInfo
+from baton.client.reports import ModelInfo, Placement, ProcessStatus, WorkerList
 from baton.client.types import Accepted, Completion, Event, Finished, Message, RequestOptions, Tokenization, Tokens
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidArgument, NotFound, Unavailable
 from baton.rpc.net import open_channel, parse_address
@@ -113,10 +113,10 @@ class Client:
         answer = await self._call(self._generation.ListModels, generation_pb2.ListModelsRequest(), timeout)
         return [wire.model_from_wire(entry) for entry in answer.models]
 
-    async def workers(self, *, timeout: float = CALL_TIMEOUT_S) -> list[WorkerInfo]:
+    async def workers(self, *, timeout: float = CALL_TIMEOUT_S) -> WorkerList:
         """The workers that a router knows; Unimplemented when the process at the other end is a worker."""
         answer = await self._call(self._admin.ListWorkers, admin_pb2.ListWorkersRequest(), timeout)
-        return [wire.worker_from_wire(entry) for entry in answer.workers]
+        return wire.workers_from_wire(answer)
 
     async def status(self, *, timeout: float = CALL_TIMEOUT_S) -> ProcessStatus:
         """What the process at the other end holds; routers and workers alike."""

@@ -13,7 +13,7 @@ import pytest_asyncio
 from baton import errors
 from baton.client import Accepted, Client, Event, Finished, FinishReason, Path, RequestOptions, TokenLogprobs, Tokens
 from baton.v1 import generation_pb2 as gen
-from tests.client.double import Double, serving, serving_half
+from tests.client.double import DEGRADED, Double, serving, serving_half
 
 WAIT_S = 5.0
 
@@ -237,10 +237,13 @@ async def test_the_unary_calls(client: Client, double: Double) -> None:
     assert double.tokenized[1].chat.messages[0].content == "hi"
     (model,) = await client.models()
     assert (model.name, model.prefill_workers, model.decode_workers) == ("tiny", 1, 2)
-    (worker,) = await client.workers()
+    found = await client.workers()
+    assert found.degraded == (DEGRADED,)
+    (worker,) = found
     assert (worker.name, worker.roles, worker.transports) == ("prefill-0", ("prefill",), ("shm", "tcp"))
     assert (worker.load.waiting, worker.load.running, worker.load.held_blocks) == (1, 2, 3)
     status = await client.status()
+    assert status.degraded == (DEGRADED,)
     assert status.pool is not None
     assert (status.pool.free, status.live, status.counters) == (7, {"requests": 2}, {"late_messages": 1})
 

@@ -17,10 +17,15 @@ T = TypeVar("T")
 
 
 def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
-    """List the workers that the router knows."""
+    """List the workers that the router knows, and what is missing."""
     found = _ask(server, lambda client: client.workers())
     columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "kept"
-    show(found, json, (*columns, "transports", "pairs"), map(_worker_row, found))
+    if json:
+        print_json({"workers": [to_dict(worker) for worker in found], "degraded": found.degraded})
+        return
+    print_table((*columns, "transports", "pairs"), map(_worker_row, found))
+    for line in found.degraded:
+        print(f"degraded: {line}")
 
 
 def _worker_row(worker: WorkerInfo) -> list[object]:
@@ -68,6 +73,7 @@ def _status_rows(found: ProcessStatus) -> list[list[object]]:
         ["roles", ", ".join(found.roles) or "router"],
         ["resident memory", f"{found.resident_bytes / 1e6:.0f} MB"],
     ]
+    rows += [["degraded", line] for line in found.degraded]
     if found.weight_bytes:
         rows.append(["weights", f"{found.weight_bytes / 1e6:.0f} MB"])
     if found.pool is not None:
