@@ -67,8 +67,8 @@ def _unavailable(role: RoleName, model: ServedModel, why: str = "") -> Unavailab
 
 
 class PoolWatch:
-    """Logs once that a model lacks a pool, and once that it has it again. While a pool has not come yet, as at a
-    start, that is no warning."""
+    """Logs once that a model lacks a pool, and once that it has it again. That is a warning where the pool was there
+    before; at a start it is told only of a model that is served already."""
 
     def __init__(self, path: PathChoice) -> None:
         self._path = path
@@ -76,18 +76,18 @@ class PoolWatch:
         self._met: set[tuple[str, RoleName]] = set()
 
     def look(self, models: Iterable[ServedModel]) -> None:
-        pools: set[tuple[str, RoleName]] = set()
-        missed: set[tuple[str, RoleName]] = set()
+        met, missed = self._met, self._missing
+        self._met, self._missing = set(), set()
         for model in models:
-            name, lines = model.card.name, missing(self._path, model)
+            lines = missing(self._path, model)
             for role in roles_of(self._path):
-                pools.add((name, role))
+                pool = model.card.name, role
+                if pool in met or role not in lines:
+                    self._met.add(pool)
                 if role not in lines:
-                    if (name, role) in self._missing:
-                        log.info("no longer degraded", model=name, pool=role)
-                    continue
-                missed.add((name, role))
-                if (name, role) not in self._missing:
-                    (log.warning if (name, role) in self._met else log.info)("degraded", missing=lines[role])
-        self._met = (self._met & pools) | (pools - missed)
-        self._missing = missed
+                    if pool in missed:
+                        log.info("no longer degraded", model=model.card.name, pool=role)
+                elif pool in met or serves(self._path, model):
+                    self._missing.add(pool)
+                    if pool not in missed:
+                        (log.warning if pool in met else log.info)("degraded", missing=lines[role])
