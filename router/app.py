@@ -54,6 +54,7 @@ class Router:
             on_lost=self.requests.on_lost,
             on_change=self._changed.set,
         )
+        self._pools = PoolWatch(config.path, self.registry.models)
         self._stopped = False
         self._readiness: asyncio.Task[None] | None = None
 
@@ -83,6 +84,7 @@ class Router:
         self.requests.refuse_all(Unavailable("the router is shutting down", NO_WORKER_RETRY_S))
         async with net.cancelling(self._readiness):
             await self._server.set_ready(False)
+        self._pools.close()
         if not await self.requests.commands.wait_freed(FREED_S):
             log.warning("workers have not freed everything", **self.requests.live())
         await self.registry.close()
@@ -90,11 +92,11 @@ class Router:
         self.executor.shutdown(wait=False, cancel_futures=True)
 
     async def _follow_readiness(self) -> None:
-        shown, pools = False, PoolWatch(self.config.path)
+        shown = False
         while True:
             await self._changed.wait()
             self._changed.clear()
-            pools.look(self.registry.models.values())
+            self._pools.changed()
             if self.ready != shown:
                 shown = self.ready
                 log.info("ready" if shown else "not ready: no model has the workers that requests need")

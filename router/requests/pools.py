@@ -11,7 +11,8 @@ A worker whose stream broke is there until it is lost: what is sent to it waits 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Mapping
 
 import structlog
 
@@ -21,6 +22,7 @@ from router.workers.registry import NO_WORKER_RETRY_S
 from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
 
+TOLD_AFTER_S = 1.0
 log = structlog.get_logger(__name__)
 
 
@@ -34,7 +36,7 @@ def workers_for(path: PathChoice, model: ServedModel, *, single_token: bool) -> 
     one that it needs."""
     there = {role: model.there(role) for role in roles_of(path)}
     if path == "disaggregated" and not there["prefill"]:
-        why = ", and the path setting (disaggregated) forbids to compute prompts in place"
+        why = ", and the path setting (disaggregated) forbids computing prompts in place"
         raise _unavailable("prefill", model, why)
     if not there["decode"] and not (single_token and there.get("prefill")):
         raise _unavailable("decode", model)
@@ -59,7 +61,7 @@ def _consequence(path: PathChoice, empty: list[RoleName]) -> str:
         return "only requests for a single token are served"
     if path == "adaptive":
         return "prompts are computed in place, on decode workers"
-    return "all requests are refused: the path setting (disaggregated) forbids to compute prompts in place"
+    return "all requests are refused: the path setting (disaggregated) forbids computing prompts in place"
 
 
 def _unavailable(role: RoleName, model: ServedModel, why: str = "") -> Unavailable:
@@ -68,26 +70,38 @@ def _unavailable(role: RoleName, model: ServedModel, why: str = "") -> Unavailab
 
 class PoolWatch:
     """Logs once that a model lacks a pool, and once that it has it again. That is a warning where the pool was there
-    before; at a start it is told only of a model that is served already."""
+    before; at a start it is told only of a model that is served already. What lasts less than TOLD_AFTER_S is not
+    told, such as that one pool leaves before the other when all are stopped."""
 
-    def __init__(self, path: PathChoice) -> None:
-        self._path = path
-        self._missing: set[tuple[str, RoleName]] = set()
+    def __init__(self, path: PathChoice, models: Mapping[str, ServedModel]) -> None:
+        self._path, self._models = path, models
+        self._timer: asyncio.TimerHandle | None = None
         self._met: set[tuple[str, RoleName]] = set()
+        self._told: set[tuple[str, RoleName]] = set()
 
-    def look(self, models: Iterable[ServedModel]) -> None:
-        met, missed = self._met, self._missing
-        self._met, self._missing = set(), set()
-        for model in models:
+    def changed(self) -> None:
+        """The workers that are there may have changed. Looks soon, once."""
+        for model in self._models.values():
+            self._met |= {(model.card.name, role) for role in roles_of(self._path) if model.there(role)}
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TOLD_AFTER_S, self.look)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def look(self) -> None:
+        self._timer = None
+        self._met = {pool for pool in self._met if pool[0] in self._models}
+        before, self._told = self._told, set()
+        for name, model in self._models.items():
             lines = missing(self._path, model)
             for role in roles_of(self._path):
-                pool = model.card.name, role
-                if pool in met or role not in lines:
-                    self._met.add(pool)
+                pool = name, role
                 if role not in lines:
-                    if pool in missed:
-                        log.info("no longer degraded", model=model.card.name, pool=role)
-                elif pool in met or serves(self._path, model):
-                    self._missing.add(pool)
-                    if pool not in missed:
-                        (log.warning if pool in met else log.info)("degraded", missing=lines[role])
+                    if pool in before:
+                        log.info("no longer degraded", model=name, pool=role)
+                elif pool in self._met or serves(self._path, model):
+                    self._told.add(pool)
+                    if pool not in before:
+                        (log.warning if pool in self._met else log.info)("degraded", missing=lines[role])

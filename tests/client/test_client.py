@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -12,6 +13,7 @@ import pytest_asyncio
 
 from baton import errors
 from baton.client import Accepted, Client, Event, Finished, FinishReason, Path, RequestOptions, TokenLogprobs, Tokens
+from baton.client.client import deadline_of
 from baton.v1 import generation_pb2 as gen
 from tests.client.double import DEGRADED, Double, serving, serving_half
 
@@ -224,6 +226,14 @@ async def test_another_kind_of_server_is_told_apart() -> None:
     async with serving_half() as address, Client(address) as client:
         with pytest.raises(errors.InvalidArgument, match="does not offer this"):
             await client.models()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(None, None), (math.inf, None), (1e300, 604_800.0), (1e10, 604_800.0), (2.5, 2.5), (1e-300, 1e-300)],
+)
+def test_grpc_is_told_of_no_timeout_that_it_cant_hold(given: float | None, told: float | None) -> None:
+    assert deadline_of(given) == told
 
 
 def test_a_bad_address_is_a_config_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from baton.cost import StepCost
 from baton.errors import ResourceExhausted, Unavailable
 from baton.telemetry import Counts
 from router.placement.offers import Way
+from router.requests import pools
 from router.requests.pools import PoolWatch, missing, serves
 from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
@@ -144,12 +146,14 @@ async def test_what_is_missing_is_said(
 async def test_the_log_tells_of_each_change_once() -> None:
     prefill, decode = workers(BOTH)
     m, other = model(prefill, decode), ServedModel(replace(CARD, name="other"), workers=workers(BOTH))
-    watch, models = PoolWatch("adaptive"), [m, other]
+    models = {"m": m, "other": other}
+    watch = PoolWatch("adaptive", models)
 
     def told() -> list[tuple[str, str, str]]:
         with capture_logs() as logs:
-            watch.look(models)
-            watch.look(models)
+            for _ in range(2):
+                watch.changed()
+                watch.look()
         return [(entry["log_level"], entry["event"], entry.get("missing") or entry["pool"]) for entry in logs]
 
     def leaves(role: RoleName) -> Worker:
@@ -174,5 +178,30 @@ async def test_the_log_tells_of_each_change_once() -> None:
     prefill.link.attached, prefill.link.breaks = False, 1
     m.changed()
     assert told() == [], "its stream only broke"
-    models.remove(m)
+    del models["m"]
     assert told() == [], "the model is gone, not whole"
+    watch.close()
+
+
+async def test_the_log_waits_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "TOLD_AFTER_S", 0.05)
+    m = model(worker("decode", 0))
+    watch, looks = PoolWatch("adaptive", {"m": m}), 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        PoolWatch.look(watch)
+
+    monkeypatch.setattr(watch, "look", look)
+    with capture_logs() as logs:
+        watch.changed()
+        watch.changed()
+        assert not logs
+        async with asyncio.timeout(5):
+            while not logs:
+                await asyncio.sleep(0.01)
+        watch.changed()
+        watch.close()
+        await asyncio.sleep(0.1)
+    assert (looks, [entry["event"] for entry in logs]) == (1, ["degraded"])
