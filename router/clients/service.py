@@ -171,11 +171,11 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
         cut = True
         task.cancel()
 
-    stream.interrupt = interrupt
     try:
         # A client that reads nothing must not keep its slot and its buffer for ever.
         async with asyncio.timeout_at(request.admitted.deadline + ABORT_S):
             await context.write(accepted(request.admitted.spec, model, request.attempt.plan))
+            stream.interrupt = interrupt  # not before: gRPC can't end a call whose first message is cut off
             outcome = await stream.deliver(lambda piece: context.write(tokens(piece)))
             await context.write(finished(outcome))
     except TimeoutError:
