@@ -7,11 +7,14 @@ without slots, since a class with two bases can't have them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Annotated, Literal, get_args, get_type_hints
 
 from baton.errors import ConfigError
 from baton.objectives import Defaults
 
+LONGEST_S = 604_800.0
+"""A week, the longest wait that can be asked for: every clock, timer and field on the wire holds it."""
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_LISTEN = "127.0.0.1:9700"
 EngineChoice = Literal["model", "simulated"]
@@ -61,15 +64,30 @@ def require(condition: bool, field: str, message: str) -> None:
 
 
 def require_at_least(config: object, least: int, *names: str) -> None:
-    """Raises ConfigError about the first of these fields with less."""
+    """Raises ConfigError about the first of these fields with less, or that is not finite."""
     for name in names:
+        _require_finite(config, name)
         require(getattr(config, name) >= least, name, f"must be at least {least}, not {getattr(config, name)}")
 
 
 def require_positive(config: object, *names: str) -> None:
-    """Raises ConfigError about the first of these fields that is not above 0."""
+    """Raises ConfigError about the first of these fields that is not above 0, or not finite."""
     for name in names:
+        _require_finite(config, name)
         require(getattr(config, name) > 0, name, "must be positive")
+
+
+def require_durations(config: object, *names: str) -> None:
+    """Raises ConfigError about the first of these fields, in seconds, that is not above 0, or is more than a week."""
+    require_positive(config, *names)
+    for name in names:
+        value = getattr(config, name)
+        require(value <= LONGEST_S, name, f"must be at most {LONGEST_S:.0f}, a week, not {value:g}")
+
+
+def _require_finite(config: object, name: str) -> None:
+    value = getattr(config, name)
+    require(not isinstance(value, float) or isfinite(value), name, f"must be a finite number, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +137,7 @@ class RouterConfig(RoutingSettings):
 
     def __post_init__(self) -> None:
         RoutingSettings.__post_init__(self)
-        require_positive(self, "lease_s", "request_limit_s", "handoff_wait_s")
+        require_durations(self, "lease_s", "request_limit_s", "handoff_wait_s")
         require_at_least(self, 1, "max_requests", "client_buffer_tokens")
         require_at_least(self, 0, "prefix_index_blocks")
 
@@ -228,7 +246,7 @@ class WorkerConfig(WorkerSettings):
         require(1 <= self.tcp_connections <= 64, "tcp_connections", f"1 to 64, not {self.tcp_connections}")
         require(0 <= self.compute_nice <= 19, "compute_nice", f"0 to 19, not {self.compute_nice}")
         require_at_least(self, 1, "max_ungranted")
-        require_positive(self, "lease_s", "handoff_deadline_s", "router_hold_s")
+        require_durations(self, "lease_s", "handoff_deadline_s", "router_hold_s")
 
     @property
     def tcp_tls(self) -> bool:

@@ -19,6 +19,7 @@ from baton.v1.admin_pb2_grpc import AdminServicer
 from router.clients.validation import check_labels
 from router.placement.explanations import Explanation
 from router.placement.offers import Candidate
+from router.requests.pools import missing
 from router.requests.table import Requests
 from router.workers.registry import Registry
 from router.workers.worker import Worker
@@ -31,7 +32,8 @@ class AdminService(AdminServicer):
     async def ListWorkers(self, request: admin.ListWorkersRequest, context: Any) -> admin.ListWorkersResponse:
         """The workers that hold a lease, by name."""
         now = awake.now()
-        return admin.ListWorkersResponse(workers=[_info(worker, now) for worker in self._registry.workers()])
+        workers = [_info(worker, now) for worker in self._registry.workers()]
+        return admin.ListWorkersResponse(workers=workers, degraded=self._degraded())
 
     async def Explain(self, request: admin.ExplainRequest, context: Any) -> admin.ExplainResponse:
         try:
@@ -59,7 +61,12 @@ class AdminService(AdminServicer):
             live=live,
             counters=self._counts.snapshot(),
             resident_bytes=resident_bytes(),
+            degraded=self._degraded(),
         )
+
+    def _degraded(self) -> list[str]:
+        path, models = self._requests.placer.path, self._registry.models
+        return [line for _, model in sorted(models.items()) for line in missing(path, model).values()]
 
 
 def _placement(found: Explanation, now: float) -> admin.Placement:

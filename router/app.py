@@ -18,6 +18,7 @@ from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
 from router.admin import AdminService
 from router.clients.service import GenerationService, add_generation
 from router.requests.placer import Placer
+from router.requests.pools import PoolWatch, serves
 from router.requests.table import Requests
 from router.workers.prefixes import Prefixes
 from router.workers.registry import NO_WORKER_RETRY_S, Registry
@@ -53,13 +54,14 @@ class Router:
             on_lost=self.requests.on_lost,
             on_change=self._changed.set,
         )
+        self._pools = PoolWatch(config.path, self.registry.models)
         self._stopped = False
         self._readiness: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether some model has a worker of each needed role."""
-        return any(all(map(model.usable, self.placer.roles)) for model in self.registry.models.values())
+        """Whether some request for more than one token can be served."""
+        return any(serves(self.config.path, model) for model in self.registry.models.values())
 
     async def start(self) -> None:
         """Serves at once; ready when workers have joined."""
@@ -82,6 +84,7 @@ class Router:
         self.requests.refuse_all(Unavailable("the router is shutting down", NO_WORKER_RETRY_S))
         async with net.cancelling(self._readiness):
             await self._server.set_ready(False)
+        self._pools.close()
         if not await self.requests.commands.wait_freed(FREED_S):
             log.warning("workers have not freed everything", **self.requests.live())
         await self.registry.close()
@@ -93,9 +96,10 @@ class Router:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            self._pools.changed()
             if self.ready != shown:
                 shown = self.ready
-                log.info("ready" if shown else "not ready: no model has workers of both roles")
+                log.info("ready" if shown else "not ready: no model has the workers that requests need")
                 await self._server.set_ready(shown)
 
 

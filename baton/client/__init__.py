@@ -7,7 +7,7 @@ async with Client("127.0.0.1:9700") as client:
 """
 
 from baton.client.client import Client
-from baton.client.reports import Load, ModelInfo, PoolStatus, ProcessStatus, WorkerInfo
+from baton.client.reports import Load, ModelInfo, PoolStatus, ProcessStatus, WorkerInfo, WorkerList
 from baton.client.types import (
     Accepted,
     Completion,
@@ -45,6 +45,7 @@ __all__ = [
     "Tokenization",
     "ModelInfo",
     "WorkerInfo",
+    "WorkerList",
     "Load",
     "ProcessStatus",
     "PoolStatus",

@@ -7,6 +7,7 @@ and Unavailable may say after how many seconds to try again.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from math import inf
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -14,15 +15,16 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.client import wire
-from baton.client.reports import ModelInfo, Placement, ProcessStatus, WorkerInfo
+from baton.client.reports import ModelInfo, Placement, ProcessStatus, WorkerList
 from baton.client.types import Accepted, Completion, Event, Finished, Message, RequestOptions, Tokenization, Tokens
+from baton.config import LONGEST_S
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidArgument, NotFound, Unavailable
 from baton.rpc.net import open_client_channel, parse_address
 from baton.rpc.status import from_rpc_error
 from baton.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 CALL_TIMEOUT_S = 10.0
-"""Bounds every call but `generate` and `complete`."""
+"""Bounds every call but `generate` and `complete`. A call's own `timeout` in seconds is taken as there."""
 
 
 class Client:
@@ -57,9 +59,10 @@ class Client:
         """One Accepted, any number of Tokens, one Finished; after that, or at the first failure, the stream is over.
 
         Exactly one of `prompt`, `messages` and `token_ids`. Leaving the loop cancels the request on the server;
-        `contextlib.aclosing` does it at a definite point. `timeout` in seconds bounds the whole stream; without it
-        the server's own limit does.
+        `contextlib.aclosing` does it at a definite point. `timeout` in seconds bounds the whole stream; without it, or
+        when it is infinite, the server's own limit does. InvalidArgument names a timeout that is not above 0.
         """
+        timeout = deadline_of(timeout)
         call = self._generation.Generate(wire.request_to_wire(prompt, options), timeout=timeout)
         try:
             async for message in call:
@@ -113,10 +116,10 @@ class Client:
         answer = await self._call(self._generation.ListModels, generation_pb2.ListModelsRequest(), timeout)
         return [wire.model_from_wire(entry) for entry in answer.models]
 
-    async def workers(self, *, timeout: float = CALL_TIMEOUT_S) -> list[WorkerInfo]:
+    async def workers(self, *, timeout: float = CALL_TIMEOUT_S) -> WorkerList:
         """The workers that a router knows; Unimplemented when the process at the other end is a worker."""
         answer = await self._call(self._admin.ListWorkers, admin_pb2.ListWorkersRequest(), timeout)
-        return [wire.worker_from_wire(entry) for entry in answer.workers]
+        return wire.workers_from_wire(answer)
 
     async def status(self, *, timeout: float = CALL_TIMEOUT_S) -> ProcessStatus:
         """What the process at the other end holds; routers and workers alike."""
@@ -143,10 +146,21 @@ class Client:
 
     async def _call(self, method: Any, request: Any, timeout: float) -> Any:
         """A unary call with its deadline and our exceptions."""
+        limit = deadline_of(timeout)
         try:
-            return await method(request, timeout=timeout)
+            return await method(request, timeout=limit)
         except grpc.aio.AioRpcError as error:
-            raise _explain(error, self.address, timeout) from None
+            raise _explain(error, self.address, limit) from None
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """The seconds to give to gRPC, where 0 means no deadline and a huge number one that has passed. None and infinite
+    set no deadline; more than a week counts as a week. Raises InvalidArgument for what is not above 0."""
+    if timeout is None or timeout == inf:
+        return None
+    if not timeout > 0:
+        raise InvalidArgument("timeout", f"must be positive, in seconds, not {timeout:g}")
+    return min(timeout, LONGEST_S)
 
 
 def _explain(error: grpc.aio.AioRpcError, address: str, timeout: float | None) -> BatonError:

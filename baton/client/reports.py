@@ -5,6 +5,7 @@ A field that the server left out is None, never a zero made up here. Durations a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -71,6 +72,14 @@ class WorkerInfo:
     """Mean relative error of the step times that it predicts itself; None before it has told a cost."""
 
 
+class WorkerList(list[WorkerInfo]):
+    """The workers that a router knows. `degraded` says in words what is missing: a line for each model and pool."""
+
+    def __init__(self, workers: Iterable[WorkerInfo], degraded: Iterable[str] = ()) -> None:
+        super().__init__(workers)
+        self.degraded = tuple(degraded)
+
+
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
     """A worker's block pool; `integrity_error` is empty when its books balance."""
@@ -110,6 +119,8 @@ class ProcessStatus:
     resident_bytes: int
     weight_bytes: int = 0
     pairs: tuple[Pair, ...] = ()
+    degraded: tuple[str, ...] = ()
+    """As in `WorkerList`; empty on a worker."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,12 +130,17 @@ def worker_from_wire(message: admin.WorkerInfo) -> reports.WorkerInfo:
     )
 
 
+def workers_from_wire(message: admin.ListWorkersResponse) -> reports.WorkerList:
+    return reports.WorkerList(map(worker_from_wire, message.workers), message.degraded)
+
+
 def status_from_wire(message: admin.GetStatusResponse) -> reports.ProcessStatus:
     return _mirror(
         reports.ProcessStatus,
         message,
         **_process(message),
         pool=_mirror(reports.PoolStatus, message.pool) if message.HasField("pool") else None,
+        degraded=tuple(message.degraded),
         live=dict(message.live),
         counters=dict(message.counters),
         pairs=tuple(

@@ -34,7 +34,7 @@ from baton.config import (
     require,
     require_at_least,
     require_choice,
-    require_positive,
+    require_durations,
     settings_of,
 )
 from baton.errors import Unavailable
@@ -81,7 +81,7 @@ class ClusterConfig(WorkerSettings, RoutingSettings, LogSettings):
         for field in ("prefill_weights", "decode_weights"):
             if getattr(self, field) is not None:
                 require_choice(field, getattr(self, field), WeightChoice)
-        require_positive(self, "start_s")
+        require_durations(self, "start_s")
         require(not (self.pin and self.threads > 1), "threads", "with --pin each worker has one core, so 1")
         parse_address(self.listen, "listen")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, fields
+from math import isfinite
+from typing import Any
 
 from baton.config import RoleName
 from baton.cost import StepCost
@@ -11,6 +12,7 @@ from baton.errors import InvalidArgument, Mismatch
 from baton.model import KvLayout, ModelCard
 from baton.spec import HandoffKey, Objectives, ProcessRef, RefusalReason, Sampling, SequenceSpec, TokenLogprobs
 from baton.v1 import generation_pb2 as gen
+from baton.v1 import transfer_pb2 as transfer
 from baton.v1 import worker_pb2 as wire
 
 ROLES: dict[RoleName, wire.Role.ValueType] = {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE}
@@ -79,6 +81,8 @@ def spec_to_wire(spec: SequenceSpec) -> wire.SequenceSpec:
 
 def spec_from_wire(message: wire.SequenceSpec) -> SequenceSpec:
     """Raises InvalidArgument for what no router of ours sends."""
+    deadline_ms = _time_of(message, "deadline_ms")
+    ttft_left_ms = _time_of(message, "ttft_left_ms", negative=True)  # the first token may be late already
     if len(message.attempt) != 16:
         raise InvalidArgument("spec.attempt", f"has {len(message.attempt)} bytes, not 16")
     if not message.prompt_tokens:
@@ -96,14 +100,30 @@ def spec_from_wire(message: wire.SequenceSpec) -> SequenceSpec:
         stop_token_ids=frozenset(message.stop_token_ids),
         eos_token_ids=frozenset(message.eos_token_ids),
         objectives=Objectives(
-            message.slo.ttft_ms if message.slo.HasField("ttft_ms") else None,
-            message.slo.tpot_ms if message.slo.HasField("tpot_ms") else None,
+            _time_of(message.slo, "ttft_ms", "slo."),
+            _time_of(message.slo, "tpot_ms", "slo."),
         ),
         priority=message.priority,
-        deadline_s=message.deadline_ms / 1e3 if message.HasField("deadline_ms") else None,
+        deadline_s=None if deadline_ms is None else deadline_ms / 1e3,
         tenant_salt=message.tenant_salt,
-        ttft_left_s=message.ttft_left_ms / 1e3 if message.HasField("ttft_left_ms") else None,
+        ttft_left_s=None if ttft_left_ms is None else ttft_left_ms / 1e3,
     )
+
+
+def _time_of(message: Any, name: str, parent: str = "", *, negative: bool = False) -> float | None:
+    """A field of a spec, in its own unit; None without one. Raises InvalidArgument for a value that is no time."""
+    if not message.HasField(name):
+        return None
+    value: float = getattr(message, name)
+    if not isfinite(value) or (value < 0 and not negative):
+        raise InvalidArgument(f"spec.{parent}{name}", f"{value:g} is no {'time' if negative else 'duration'}")
+    return value
+
+
+def retry_after_from_wire(message: wire.HandoffFailed | transfer.Refused) -> float | None:
+    """In seconds. What no worker of ours sends (negative, not finite) counts as absent."""
+    value = message.retry_after_ms if message.HasField("retry_after_ms") else -1.0
+    return value / 1e3 if isfinite(value) and value >= 0 else None
 
 
 def logprobs_to_wire(logprobs: TokenLogprobs) -> gen.TokenLogprobs:
@@ -132,7 +152,7 @@ def cost_from_wire(message: wire.StepCost) -> StepCost:
     """What no worker of ours sends (negative, not finite) counts as 0."""
 
     def sane(value: float) -> float:
-        return value if math.isfinite(value) and value > 0 else 0.0
+        return value if isfinite(value) and value > 0 else 0.0
 
     return StepCost(
         sane(message.chunk),

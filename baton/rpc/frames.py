@@ -131,7 +131,7 @@ def _failed_to_wire(event: HandoffFailed) -> wire.HandoffFailed:
 
 
 def _failed_from_wire(message: wire.HandoffFailed) -> HandoffFailed:
-    retry = message.retry_after_ms / 1e3 if message.HasField("retry_after_ms") else None
+    retry = convert.retry_after_from_wire(message)
     reason = convert.refusal_from_wire(message.reason)
     return HandoffFailed(convert.handoff_from_wire(message), reason, message.message, retry)
 

@@ -100,14 +100,15 @@ def to_status(error: errors.BatonError) -> status_pb2.Status:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
-    """Ends the call with the error's status. A foreign exception is logged here; the peer sees INTERNAL."""
+    """Ends the call with the error's status. A foreign exception is logged here; the peer sees INTERNAL. Raises
+    CancelledError where the peer went away meanwhile, as when its deadline passed too."""
     if not isinstance(error, errors.BatonError):
         log.error("unexpected error in a call", exc_info=error)
         error = errors.Internal("internal error; the log has the details")
     try:
         await context.abort_with_status(rpc_status.to_status(to_status(error)))
-    except grpc.aio.InternalError:  # the call is over already, as after its client's deadline: nobody is to be told
-        raise asyncio.CancelledError("the call is over") from None
+    except grpc.aio.InternalError as failed:  # the call is over already, as after its client's deadline
+        raise asyncio.CancelledError(f"the peer can't be told: {error}") from failed
     raise AssertionError("abort returns never")
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from baton.config import RouterConfig
+from baton.config import LONGEST_S, RouterConfig
 from baton.errors import BatonError, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from baton.objectives import Defaults
 from baton.rpc.status import abort
@@ -171,11 +171,11 @@ async def _deliver(request: Request, model: str, stream: ClientStream, context: 
         cut = True
         task.cancel()
 
-    stream.interrupt = interrupt
     try:
         # A client that reads nothing must not keep its slot and its buffer for ever.
         async with asyncio.timeout_at(request.admitted.deadline + ABORT_S):
             await context.write(accepted(request.admitted.spec, model, request.attempt.plan))
+            stream.interrupt = interrupt  # not before: gRPC can't end a call whose first message is cut off
             outcome = await stream.deliver(lambda piece: context.write(tokens(piece)))
             await context.write(finished(outcome))
     except TimeoutError:
@@ -207,6 +207,11 @@ def _readable(message: M | InvalidArgument) -> M:
 
 
 def _time_left(context: Any, otherwise_s: float) -> float:
-    """Seconds until the call's deadline; `otherwise_s` where the client set none."""
+    """Seconds until the call's deadline, at most LONGEST_S; `otherwise_s` where the client set none. Raises
+    DeadlineExceeded where it has passed."""
     remaining = context.time_remaining()
-    return otherwise_s if remaining is None else float(remaining)
+    if remaining is None:
+        return otherwise_s
+    if not remaining > 0:
+        raise DeadlineExceeded("the deadline had passed when the request came")
+    return min(float(remaining), LONGEST_S)

@@ -99,8 +99,8 @@ def plan(
             for worker, landing in zip(fitting, landings, strict=True)
             if knows_prefill(worker)
         ]
-    if not offers:
-        return None
+    if not offers:  # nor would there be, where a decode worker's own prompts have no known cost
+        return _by_tokens(ask, prefills, fitting, blocks, direct) if fitting else None
     found = _choose(ask, tuple(offer for offer, _ in offers), able, fitting)
     forecast = next(forecast for offer, forecast in offers if offer.name == found.chosen and offer.way is found.way)
     return found._replace(raw_ttft_s=forecast.raw_s, queued=forecast.queued)

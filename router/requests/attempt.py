@@ -191,6 +191,10 @@ class Attempt:
             return True
         return False
 
+    def may_be_at(self, worker: Worker) -> bool:
+        """Whether the worker has some of the attempt, or may have: it has not confirmed a cancel."""
+        return worker in self.holding or worker in self._commands.cancelling.get(self.key, ())
+
     def lost(self, worker: Worker, reason: str) -> None:
         """A worker is lost with its blocks. Raises the error that ends the attempt, if its only copy was there."""
         self.holding.discard(worker)

@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from baton.config import PathChoice, RoleName
-from baton.errors import ResourceExhausted, Unavailable
+from baton.errors import ResourceExhausted
 from baton.spec import AttemptKey, RequestSpec
 from baton.telemetry import Counts
 from kvtransfer.blocks.prefix import Digests
 from router.placement.explanations import Explanations
 from router.placement.policy import Plan, pick_decode, plan
 from router.placement.snapshot import Ask, Demand
+from router.requests.pools import roles_of, workers_for
 from router.text.detokenisation import OutputText
 from router.workers.prefixes import Prefixes
-from router.workers.registry import NO_WORKER_RETRY_S
 from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
 
@@ -71,7 +71,7 @@ class Placer:
     ) -> None:
         """`clock` in seconds; the running event loop's by default."""
         self.prefixes = prefixes
-        self._path, self._counts = path, counts
+        self.path, self._counts = path, counts
         self.clock = clock or (lambda: asyncio.get_running_loop().time())
         self._unbound: dict[AttemptKey, tuple[str, int]] = {}  # -> model, tokens
         self._on_the_way: dict[str, tuple[int, int]] = {}  # by model, how many these are, and their tokens
@@ -82,41 +82,36 @@ class Placer:
         """Attempts that are placed and not bound to a decode worker yet."""
         return len(self._unbound)
 
-    @property
-    def roles(self) -> tuple[RoleName, ...]:
-        """The roles without whose workers no request can be served."""
-        return ("decode",) if self._path == "direct" else ("prefill", "decode")
-
     def place(self, request: Admitted) -> tuple[Worker, Plan]:
         """The worker that computes the prompt.
 
-        Raises Unavailable without workers; ResourceExhausted without a pool that is large enough, or where the
-        objectives can't be met and the request refuses that.
+        Raises Unavailable without the workers that it needs; ResourceExhausted without a pool that is large enough, or
+        where the objectives can't be met and the request refuses that.
         """
         model, cached = request.model, self._cached(request)
-        workers = {role: model.usable(role) for role in self.roles}
-        for role, there in workers.items():
-            if not there:
-                raise Unavailable(
-                    f"no {role} worker of {model.card.name} is there", NO_WORKER_RETRY_S, f"{role}_workers"
-                )
+        workers = workers_for(self.path, model, single_token=request.spec.max_tokens == 1)
         now = self.clock()
         blocks = model.card.kv_layout.blocks_for(len(request.spec.prompt))
         needed: dict[RoleName, int] = {"prefill": blocks, "decode": request.demand.blocks}
         found, seen = self._plan(request, now, needed, cached)
         if found is None:
             raise _too_large(needed, workers)
+        degraded = not workers.get("prefill", True)
+        if degraded:
+            found = found._replace(reason=f"{found.reason}; no prefill worker is there")
         chosen, refused = seen[found.chosen], request.refuses and not found.meets
         if refused and _may_probe(chosen, found, now):
             chosen.probed_at, refused = now, False
             chosen.accuracy.forget()
             found = found._replace(reason=f"{found.reason}; let in to see whether that is still so")
             self._counts.add("probes")
-        unseen = sum(len(workers[role]) for role in COMPUTE_PROMPTS[self._path]) - len(found.candidates)
+        unseen = sum(len(workers[role]) for role in COMPUTE_PROMPTS[self.path]) - len(found.candidates)
         self.explanations.prompt(request.spec.tenant_salt, request.spec.request_id, found, now, unseen, refused)
         if refused:
             self._counts.add(f"refused_{found.constraint}")
             raise ResourceExhausted(_refusal(request, found), found.retry_s, found.constraint)
+        if degraded:
+            self._counts.add("placed_degraded")
         if found.ttft_s is None:
             self._counts.add("placed_unpredicted")
         if not found.meets:
@@ -174,7 +169,7 @@ class Placer:
         self, request: Admitted, now: float, needed: Mapping[RoleName, int], cached: Mapping[Worker, int]
     ) -> tuple[Plan | None, dict[str, Worker]]:
         """The plan, and the workers that were considered, by name. `needed` is the least pool, in blocks, by role."""
-        rankings = {role: request.model.ranking(role) for role in self.roles}
+        rankings = {role: request.model.ranking(role) for role in roles_of(self.path)}
         ask = self._ask(request, now, len(rankings["decode"]))
 
         def least(role: RoleName, count: int) -> list[Worker]:
@@ -186,7 +181,7 @@ class Placer:
             some, others = least("prefill", width), least("decode", width)
             prefills = [worker.prefill_load(now, cached.get(worker, 0)) for worker in some]
             decodes = [worker.decode_load(now, cached.get(worker, 0)) for worker in others]
-            found = plan(ask, prefills, decodes, needed["prefill"], direct=self._path != "disaggregated")
+            found = plan(ask, prefills, decodes, needed["prefill"], direct=self.path != "disaggregated")
             if (found is not None and found.meets) or max(map(len, rankings.values())) <= width:
                 break
         return found, {worker.name: worker for worker in (*some, *others)}
@@ -210,7 +205,7 @@ def _may_probe(worker: Worker, found: Plan, now: float) -> bool:
 
 def _too_large(needed: Mapping[RoleName, int], workers: Mapping[RoleName, Sequence[Worker]]) -> ResourceExhausted:
     for role, there in workers.items():
-        if all(worker.registration.blocks < needed[role] for worker in there):
+        if there and all(worker.registration.blocks < needed[role] for worker in there):
             return ResourceExhausted(f"no {role} worker's pool has {needed[role]} blocks", constraint=f"{role}_blocks")
     return ResourceExhausted("no worker that was looked at can take it", constraint="decode_blocks")
 

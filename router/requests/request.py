@@ -23,12 +23,15 @@ from router.requests.attempt import Attempt, AttemptState, late
 from router.requests.placer import Admitted
 from router.requests.stream import ClientStream, Output, Piece
 from router.requests.timeline import Marks, Outcome, Path
+from router.workers.registry import LEFT
 from router.workers.worker import Worker
 
 REPORT_WAIT_S = 0.25
 """How long FINISHING waits for the prefill worker's report, which completes the timeline."""
 MISSING_WAIT_S = 2.0
 """How long OPEN waits for the last tokens after Ended."""
+DEATHS = 2
+"""So many workers die of a request, or with it, before it is given up."""
 log = structlog.get_logger(__name__)
 
 
@@ -47,6 +50,8 @@ class Request:
         self.marks = Marks(admitted.arrived)
         self._counts = counts
         self._output = Output(len(admitted.spec.prompt), admitted.spec.max_tokens, admitted.text, counts)
+        self._deaths: list[str] = []
+        """Workers that died while they had an attempt at this request, or may have had."""
         self._ended: Ended | None = None
         self._reason: FinishReason | None = None
         self._loop = asyncio.get_running_loop()
@@ -137,10 +142,16 @@ class Request:
             self._complete()
 
     def on_lost(self, worker: Worker, reason: str) -> None:
+        """The second death ends the request, which may be what kills them: no third worker gets it."""
         if self.state is RequestState.FINISHING:
-            self.on_freed(worker)
-        else:
-            self.attempt.lost(worker, reason)
+            return self.on_freed(worker)
+        if reason != LEFT and self.attempt.may_be_at(worker):
+            self._deaths.append(worker.name)
+        if len(self._deaths) < DEATHS:
+            return self.attempt.lost(worker, reason)
+        self.attempt.holding.discard(worker)
+        self._counts.add("requests_poisonous")
+        raise Internal(f"workers {' and '.join(self._deaths)} died while they had this request; it is not tried again")
 
     def _push(self, piece: Piece) -> bool:
         """False where the client is too far behind to take the tokens; the request is over then."""

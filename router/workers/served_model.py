@@ -107,17 +107,21 @@ class ServedModel:
             self._usable[role] = found
         return found
 
+    def there(self, role: RoleName) -> list[Worker]:
+        """The usable workers; without any, those whose stream is broken but may come back. As for `usable`, callers
+        must not change the list."""
+        return self.usable(role) or [w for w in self.workers if w.detached and role in w.registration.roles]
+
     def changed(self) -> None:
         """Forgets what depends on which workers are usable."""
         self._usable.clear()
         self._rankings.clear()
 
     def ranking(self, role: RoleName) -> Ranking:
-        """The usable workers; without any, those whose stream is broken but may come back."""
+        """Of those that are `there`."""
         found = self._rankings.get(role)
         if found is None:
-            away = (w for w in self.workers if w.language_ready and not w.lost and role in w.registration.roles)
-            found = self._rankings[role] = Ranking(self.usable(role) or list(away), role)
+            found = self._rankings[role] = Ranking(self.there(role), role)
         return found
 
 

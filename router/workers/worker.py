@@ -73,6 +73,11 @@ class Worker:
         """New work may be placed here."""
         return not self.lost and self.language_ready and self.link.attached
 
+    @property
+    def detached(self) -> bool:
+        """Its stream broke, and may come back; what is sent to it waits for that."""
+        return not self.lost and self.language_ready and not self.link.attached and self.link.breaks > 0
+
     def reported(self, load: LoadReport) -> None:
         self.load = load
         if load.cost is not None:

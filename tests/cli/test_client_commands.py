@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from baton import errors
 from tests.cli.runner import COMMAND, LIMIT_S, baton, environment
-from tests.client.double import Double, serving
+from tests.client.double import DEGRADED, Double, serving
 
 TEXT = "The capital of France is Paris.\n"
 
@@ -165,16 +165,20 @@ async def test_tokenize_prints_ids(double: Double) -> None:
 
 async def test_the_operators_commands(double: Double) -> None:
     workers = await baton("workers", "--server", double.address)
-    header, row = workers.out.splitlines()
+    header, row, degraded = workers.out.splitlines()
+    assert degraded == f"degraded: {DEGRADED}"
     assert header.split()[:4] == ["name", "roles", "model", "address"]
     assert row.split()[:5] == ["prefill-0", "prefill", "tiny", "127.0.0.1:10", "yes"]
     assert "3/128" in row
-    (worker,) = json.loads((await baton("workers", "--json", "--server", double.address)).out)
+    found = json.loads((await baton("workers", "--json", "--server", double.address)).out)
+    assert found["degraded"] == [DEGRADED]
+    (worker,) = found["workers"]
     assert (worker["attached"], worker["load"]["running"], worker["transports"]) == (True, 2, ["shm", "tcp"])
     models = await baton("models", "--server", double.address)
     assert models.out.splitlines()[1].split() == ["tiny", "64", "1", "2", "f00"]
     status = await baton("status", double.address)
     assert "0 MB, 10 blocks: 7 free, 1 held, 1 cached, 1 quarantined" in status.out
+    assert ["degraded", *DEGRADED.split()] in [line.split() for line in status.out.splitlines()]
     assert json.loads((await baton("status", double.address, "--json")).out)["live"] == {"requests": 2}
 
 

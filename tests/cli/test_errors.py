@@ -63,6 +63,15 @@ async def test_every_command_has_help(command: str) -> None:
         (["up", "--model", "no-such-model"], "no-such-model"),
         (["prefill", "--pool-tokens", "0"], "pool_tokens: must be at least 1"),
         (["router", "--lease-s", "0"], "lease_s: must be positive"),
+        (["router", "--lease-s", "nan"], "lease_s: must be a finite number, not nan"),
+        (["up", "--start-s", "1e300"], "start_s: must be at most 604800, a week"),
+        (["generate", "hi", "--timeout", "soon"], "--timeout"),
+        *(
+            ([*command, f"--timeout={value}"], f"timeout: must be positive, in seconds, not {value}")
+            for command in (["generate", "hi"], ["chat"])
+            for value in ("0", "-1", "nan", "-inf")
+        ),
+        *((["bench", f"--timeout-s={value}"], "timeout_s: must be positive") for value in ("0", "-1", "nan", "inf")),
     ],
 )
 def test_a_wrong_command_line_is_status_2(
@@ -79,6 +88,12 @@ async def test_no_server_is_status_1(command: str, closed_port: str) -> None:
     result = await baton(*command.split(), "--server", closed_port)
     assert (result.status, result.out) == (1, "")
     assert result.error_line == f"cannot reach {closed_port}: connection refused"
+
+
+@pytest.mark.parametrize("timeout", ["1e10", "1e300", "inf", "0.5"])
+def test_an_absurd_timeout_is_none(timeout: str, closed_port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "hi", "--timeout", timeout, "--server", closed_port]) == 1
+    assert f"cannot reach {closed_port}" in capsys.readouterr().err
 
 
 async def test_the_server_may_come_from_the_environment(closed_port: str) -> None:

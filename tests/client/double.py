@@ -115,6 +115,9 @@ class Double:
         return gen.ListModelsResponse(models=[model])
 
 
+DEGRADED = "tiny: no decode worker; only requests for a single token are served"
+
+
 class AdminDouble:
     """One prefill worker, and a router's status."""
 
@@ -130,7 +133,7 @@ class AdminDouble:
             load=worker_pb2.LoadReport(waiting=1, running=2, held_blocks=3),
             attempts=3,
         )
-        return admin_pb2.ListWorkersResponse(workers=[worker])
+        return admin_pb2.ListWorkersResponse(workers=[worker], degraded=[DEGRADED])
 
     async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.ExplainResponse:
         if request.request_id != "known":
@@ -148,7 +151,12 @@ class AdminDouble:
     async def GetStatus(self, request: Any, context: Any) -> admin_pb2.GetStatusResponse:
         pool = admin_pb2.PoolStatus(blocks=10, free=7, held=1, cached=1, quarantined=1)
         return admin_pb2.GetStatusResponse(
-            process=PROCESS, pool=pool, live={"requests": 2}, counters={"late_messages": 1}, resident_bytes=50_000_000
+            degraded=[DEGRADED],
+            process=PROCESS,
+            pool=pool,
+            live={"requests": 2},
+            counters={"late_messages": 1},
+            resident_bytes=50_000_000,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -12,8 +13,9 @@ import pytest_asyncio
 
 from baton import errors
 from baton.client import Accepted, Client, Event, Finished, FinishReason, Path, RequestOptions, TokenLogprobs, Tokens
+from baton.client.client import deadline_of
 from baton.v1 import generation_pb2 as gen
-from tests.client.double import Double, serving, serving_half
+from tests.client.double import DEGRADED, Double, serving, serving_half
 
 WAIT_S = 5.0
 
@@ -226,6 +228,14 @@ async def test_another_kind_of_server_is_told_apart() -> None:
             await client.models()
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(None, None), (math.inf, None), (1e300, 604_800.0), (1e10, 604_800.0), (2.5, 2.5), (1e-300, 1e-300)],
+)
+def test_grpc_is_told_of_no_timeout_that_it_cant_hold(given: float | None, told: float | None) -> None:
+    assert deadline_of(given) == told
+
+
 def test_a_bad_address_is_a_config_error() -> None:
     with pytest.raises(errors.ConfigError, match="HOST:PORT"):
         Client("nowhere")
@@ -237,10 +247,13 @@ async def test_the_unary_calls(client: Client, double: Double) -> None:
     assert double.tokenized[1].chat.messages[0].content == "hi"
     (model,) = await client.models()
     assert (model.name, model.prefill_workers, model.decode_workers) == ("tiny", 1, 2)
-    (worker,) = await client.workers()
+    found = await client.workers()
+    assert found.degraded == (DEGRADED,)
+    (worker,) = found
     assert (worker.name, worker.roles, worker.transports) == ("prefill-0", ("prefill",), ("shm", "tcp"))
     assert (worker.load.waiting, worker.load.running, worker.load.held_blocks) == (1, 2, 3)
     status = await client.status()
+    assert status.degraded == (DEGRADED,)
     assert status.pool is not None
     assert (status.pool.free, status.live, status.counters) == (7, {"requests": 2}, {"late_messages": 1})
 

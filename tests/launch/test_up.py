@@ -109,7 +109,7 @@ async def test_chat_and_tokenize_agree(cluster: str) -> None:
 
 
 async def test_both_workers_are_listed(cluster: str) -> None:
-    workers = json.loads((await baton("workers", "--json", "--server", cluster)).out)
+    workers = json.loads((await baton("workers", "--json", "--server", cluster)).out)["workers"]
     assert sorted((worker["name"], *worker["roles"], worker["attached"]) for worker in workers) == [
         ("decode-0", "decode", True),
         ("prefill-0", "prefill", True),

@@ -15,10 +15,12 @@ from baton.rpc.convert import (
     logprobs_to_wire,
     process_from_wire,
     process_to_wire,
+    retry_after_from_wire,
     spec_from_wire,
     spec_to_wire,
 )
 from baton.spec import Objectives, ProcessRef, Sampling, SequenceSpec, TokenLogprobs
+from baton.v1 import transfer_pb2 as transfer
 from baton.v1 import worker_pb2 as wire
 
 FLOATS = st.floats(0, 2, width=32)
@@ -86,3 +88,27 @@ def test_a_spec_that_no_router_sends_is_refused_by_field(changes: dict[str, obje
     with pytest.raises(InvalidArgument) as caught:
         spec_from_wire(wire.SequenceSpec(**(fields | changes)))  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1.0])
+@pytest.mark.parametrize("field", ["deadline_ms", "ttft_left_ms", "slo.ttft_ms", "slo.tpot_ms"])
+def test_what_is_no_time_is_refused_with_its_field(field: str, value: float) -> None:
+    message = wire.SequenceSpec(attempt=b"a" * 16, prompt_tokens=[1], max_tokens=1)
+    spec_from_wire(message)
+    parent, _, name = field.rpartition(".")
+    setattr(message.slo if parent else message, name, value)
+    if field == "ttft_left_ms" and value == -1.0:
+        assert spec_from_wire(message).ttft_left_s == -0.001, "it is late"
+        return
+    with pytest.raises(InvalidArgument) as caught:
+        spec_from_wire(message)
+    assert caught.value.field == f"spec.{field}"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(None, None), (0.0, 0.0), (20.0, 0.02), (-1.0, None), (float("nan"), None), (float("inf"), None)],
+)
+def test_a_senseless_pause_counts_as_none(given: float | None, found: float | None) -> None:
+    for message in (wire.HandoffFailed(retry_after_ms=given), transfer.Refused(retry_after_ms=given)):
+        assert retry_after_from_wire(message) == found

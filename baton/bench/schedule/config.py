@@ -70,7 +70,7 @@ class LoadConfig:
     channels: int = 4
     """Connections, however many requests are under way."""
     timeout_s: float = 120.0
-    """Each request's deadline."""
+    """Each request's deadline; more than a week counts as a week."""
     max_late_ms: float = 50.0
     """The result is invalid when this client was later than that with 1 % of its work."""
 

@@ -24,6 +24,7 @@ from baton.bench.schedule.config import LoadConfig
 from baton.bench.schedule.plan import LoadPlan, Planned, PromptSource
 from baton.bench.sending.probe import ClientLoad, Probe
 from baton.bench.sending.records import OK, Record
+from baton.client.client import deadline_of
 from baton.client.reports import ModelInfo
 from baton.client.types import Accepted, Finished, RequestOptions
 from baton.client.wire import event_from_wire, model_from_wire, request_to_wire
@@ -194,7 +195,7 @@ class _Driver:
         progress = self.progress
         progress.sent += 1
         record.sent_s = self._now()
-        stream = next(self._calls)(body, timeout=self._config.timeout_s)
+        stream = next(self._calls)(body, timeout=deadline_of(self._config.timeout_s))
         try:
             async for message in stream:
                 now = self._now()

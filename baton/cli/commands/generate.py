@@ -17,6 +17,7 @@ from baton.cli.flags import DEFAULT_SERVER, Json, Server, run
 from baton.cli.output import check_text, console, print_json, print_logprobs, read_text, show_stream, to_dict
 from baton.cli.picture import Picture
 from baton.client import Client, Event, Message, RequestOptions
+from baton.client.client import deadline_of
 from baton.errors import BatonError, InvalidArgument
 
 OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
@@ -32,7 +33,7 @@ Prompt = Annotated[str, Parameter(allow_leading_hyphen=True, validator=_no_optio
 Raw = Annotated[bool, Parameter(negative=(), help="Send the text as it is, without the model's chat template.")]
 System = Annotated[str | None, Parameter(help="A system message before the chat.")]
 Ask = Callable[[list[Message]], AsyncIterator[Event]]
-Timeout = Annotated[float | None, Parameter(help="Give up after this many seconds.")]
+Timeout = Annotated[float | None, Parameter(help="Give up after this many seconds; inf is never.")]
 
 
 def generate(
@@ -126,6 +127,7 @@ def chat(
 
     Without a terminal each line of stdin is a turn, and the first error ends it.
     """
+    deadline_of(timeout)  # or each turn would fail
     messages = _opening(system)
     interactive = sys.stdin.isatty()
     if interactive:

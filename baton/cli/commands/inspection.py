@@ -17,14 +17,18 @@ T = TypeVar("T")
 
 
 def workers(*, server: Server = DEFAULT_SERVER, json: Json = False) -> None:
-    """List the workers that the router knows."""
+    """List the workers that the router knows, and what is missing."""
     found = _ask(server, lambda client: client.workers())
     columns = "name", "roles", "model", "address", "attached", "lease", "waiting", "running", "blocks", "kept"
-    show(found, json, (*columns, "transports", "pairs"), map(_worker_row, found))
-    if not json:
-        for worker in found:
-            for transport, note in sorted(worker.load.pair_notes.items()):
-                print(f"{worker.name} uses {transport}: {note}")
+    if json:
+        print_json({"workers": [to_dict(worker) for worker in found], "degraded": found.degraded})
+        return
+    print_table((*columns, "transports", "pairs"), map(_worker_row, found))
+    for worker in found:
+        for transport, note in sorted(worker.load.pair_notes.items()):
+            print(f"{worker.name} uses {transport}: {note}")
+    for line in found.degraded:
+        print(f"degraded: {line}")
 
 
 def _worker_row(worker: WorkerInfo) -> list[object]:
@@ -72,6 +76,7 @@ def _status_rows(found: ProcessStatus) -> list[list[object]]:
         ["roles", ", ".join(found.roles) or "router"],
         ["resident memory", f"{found.resident_bytes / 1e6:.0f} MB"],
     ]
+    rows += [["degraded", line] for line in found.degraded]
     if found.weight_bytes:
         rows.append(["weights", f"{found.weight_bytes / 1e6:.0f} MB"])
     if found.pool is not None:

@@ -15,7 +15,13 @@ import structlog
 
 from baton import errors
 from baton.rpc import awake
-from baton.rpc.convert import handoff_from_wire, logprobs_to_wire, refusal_from_wire, spec_to_wire
+from baton.rpc.convert import (
+    handoff_from_wire,
+    logprobs_to_wire,
+    refusal_from_wire,
+    retry_after_from_wire,
+    spec_to_wire,
+)
 from baton.spec import AttemptKey, HandoffKey, ProcessRef, RefusalReason
 from baton.telemetry import Counts
 from baton.v1 import transfer_pb2 as wire
@@ -197,7 +203,7 @@ class Sender:
             return
         delivery = outbound.delivery
         if delivery.refused(key, message.message) or delivery.fail(message.message):
-            retry = message.retry_after_ms / 1e3 if message.HasField("retry_after_ms") else None
+            retry = retry_after_from_wire(message)
             self._fail(outbound, _reason(message.reason), message.message, retry)
 
     def _aborted(self, key: HandoffKey, message: wire.AbortNotice) -> None:

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from baton.config import RouterConfig
-from baton.errors import ResourceExhausted, Unavailable
+from baton.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from baton.rpc.status import from_rpc_error
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
@@ -150,3 +150,14 @@ async def test_a_router_that_stops_ends_streams_and_tells_workers(cluster: Clust
     refusal = await error_of(cluster.call())
     assert "shutting down" in str(refusal)
     await cluster.until(lambda: cluster.decode.cancelled == cluster.decode.attempts)
+
+
+@pytest.mark.parametrize("timeout", [1e-9, 0.001, 0.002, 0.003])
+async def test_a_deadline_that_passes_at_the_first_message_is_no_fault(
+    cluster: Cluster, timeout: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.prefill.gate("queued")
+    for _ in range(25):
+        assert isinstance(await error_of(cluster.call(timeout=timeout)), DeadlineExceeded)
+    await cluster.idle()
+    assert not [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]

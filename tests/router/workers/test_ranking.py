@@ -11,7 +11,7 @@ from baton.config import RoleName
 from router.placement.snapshot import Demand, Queued
 from router.workers.served_model import Ranking
 from router.workers.worker import Worker
-from tests.router.requests.test_placer import worker
+from tests.router.requests.builders import worker
 
 WORKERS, CHANGES = 20, 400
 
