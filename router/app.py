@@ -17,6 +17,7 @@ from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
 from router.admin import AdminService
 from router.clients.service import GenerationService, add_generation
+from router.clients.text_queue import TextQueue
 from router.requests.placer import Placer
 from router.requests.table import Requests
 from router.workers.prefixes import Prefixes
@@ -27,7 +28,6 @@ STOP_GRACE_S = 2.0
 """How long calls may take to end once their requests have ended."""
 FREED_S = 1.0
 """How long the workers may take to free the blocks of the ended requests."""
-TOKENISER_THREADS = 2
 log = structlog.get_logger(__name__)
 
 
@@ -39,7 +39,8 @@ class Router:
         self.config, self.counts = config, Counts()
         self._server = net.Server(config.listen)
         self.process = mint_process("router", self._server.address, config.name)
-        self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
+        self.executor = ThreadPoolExecutor(1, "languages")
+        self.texts = TextQueue(self.counts)
         self.placer = Placer(config.path, Prefixes(config.prefix_index_blocks, self.counts), self.counts)
         self.requests = Requests(config.max_requests, self.placer, self.counts)
         self._changed = asyncio.Event()
@@ -63,7 +64,7 @@ class Router:
 
     async def start(self) -> None:
         """Serves at once; ready when workers have joined."""
-        generation = GenerationService(self.config, self.process, self.registry, self.requests, self.executor)
+        generation = GenerationService(self.config, self.process, self.registry, self.requests, self.texts)
         admin = AdminService(self.process, self.registry, self.requests, self.counts)
         services = [
             net.service(add_generation, generation, "Generation"),
@@ -79,7 +80,9 @@ class Router:
         if self._stopped:
             return
         self._stopped = True
-        self.requests.refuse_all(Unavailable("the router is shutting down", NO_WORKER_RETRY_S))
+        error = Unavailable("the router is shutting down", NO_WORKER_RETRY_S)
+        self.requests.refuse_all(error)
+        await self.texts.close(error)
         async with net.cancelling(self._readiness):
             await self._server.set_ready(False)
         if not await self.requests.commands.wait_freed(FREED_S):

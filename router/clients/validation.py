@@ -41,10 +41,10 @@ class Checked:
     refuses: bool
 
 
-def check_request(message: gen.GenerateRequest) -> Checked:
-    """Mints a missing seed. Raises InvalidArgument, or Unimplemented for a known option that does not work yet."""
-    for label in ("request_id", "tenant_salt"):
-        _at_most(label, LABEL_BYTES, len(getattr(message, label).encode()), " bytes")
+def check_request(message: gen.GenerateRequest, given: Input | None = None) -> Checked:
+    """Mints a missing seed. `given` is the input of a message that comes without, because it has been checked. Raises
+    InvalidArgument, or Unimplemented for a known option that does not work yet."""
+    check_labels(message.request_id, message.tenant_salt)
     _check_policies(message)
     stopping = message.stopping
     if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
@@ -54,7 +54,7 @@ def check_request(message: gen.GenerateRequest) -> Checked:
         request_id=message.request_id,
         tenant_salt=message.tenant_salt,
         model=message.model,
-        input=check_input(message),
+        input=check_input(message) if given is None else given,
         sampling=_check_sampling(message),
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
         stop=_check_stop(stopping.stop),
@@ -64,6 +64,17 @@ def check_request(message: gen.GenerateRequest) -> Checked:
         priority=_in_range("priority", message.priority, -PRIORITY, PRIORITY),
         refuses=message.when_unmet == gen.UNMET_POLICY_REFUSE,
     )
+
+
+def check_labels(request_id: str, tenant_salt: str) -> None:
+    """Raises InvalidArgument for one that is too long."""
+    for name, label in (("request_id", request_id), ("tenant_salt", tenant_salt)):
+        _at_most(name, LABEL_BYTES, len(label.encode()), " bytes")
+
+
+def check_messages(count: int, context: int) -> None:
+    """Raises InvalidArgument for more chat messages than a context has tokens: each has at least one."""
+    _at_most("chat.messages", context, count, ", as the context has tokens")
 
 
 def check_input(message: gen.GenerateRequest | gen.TokenizeRequest) -> Input:

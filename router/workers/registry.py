@@ -22,7 +22,7 @@ from baton.model import ModelCard
 from baton.rpc import net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
-from router.text.tokenisation import Language
+from router.text.tokenisation import Language, LanguageParts
 from router.workers.artifacts import ArtifactStore
 from router.workers.link import WorkerLink
 from router.workers.served_model import ServedModel, check_card
@@ -190,17 +190,15 @@ class Registry:
         tokenizer = await self._artifacts.get(card.tokenizer_sha256, address)
         template = await self._artifacts.get(card.chat_template_sha256, address) if card.chat_template_sha256 else None
 
-        def build() -> Language:
-            return Language(
-                card.name,
-                tokenizer,
-                None if template is None else template.decode(errors="replace"),
-                bos_token_id=card.bos_token_id,
-                bos_token=card.bos_token,
-                eos_token=card.eos_token,
-            )
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, build)
+        parts = LanguageParts(
+            card.name,
+            tokenizer,
+            None if template is None else template.decode(errors="replace"),
+            bos_token_id=card.bos_token_id,
+            bos_token=card.bos_token,
+            eos_token=card.eos_token,
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._executor, Language, parts)
 
     def _changed(self, model: ServedModel) -> None:
         model.changed()
