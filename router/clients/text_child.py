@@ -6,6 +6,8 @@ the router, which is its parent.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -21,6 +23,8 @@ from router.clients.text_frames import HEAD, KEY, FrameKind, pack_error, unpack_
 NICE = 10
 """Further back than the arithmetic of workers: a long text can wait, tokens of others can't."""
 TRACEBACK_CHARACTERS = 4_000
+TRIM_BYTES = 256 * 1024
+"""After a text of this size the allocator gives back what it kept: a text takes some 200 times its own size."""
 
 
 def serve(stream: BufferedRWPair) -> None:
@@ -32,6 +36,9 @@ def serve(stream: BufferedRWPair) -> None:
         stream.write(HEAD.pack(answer, len(body)))
         stream.write(body)
         stream.flush()
+        del body
+        if size >= TRIM_BYTES:
+            _trim()
 
 
 def _answer(models: dict[int, TextModel], kind: int, body: bytes) -> tuple[FrameKind, bytes]:
@@ -47,6 +54,11 @@ def _answer(models: dict[int, TextModel], kind: int, body: bytes) -> tuple[Frame
         return FrameKind.REFUSED, pack_error(error)
     except Exception:  # noqa: BLE001 (the router logs it)
         return FrameKind.FAILED, traceback.format_exc()[-TRACEBACK_CHARACTERS:].encode(errors="replace")
+
+
+def _trim() -> None:
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ class TextQueue:
 
     def __init__(self, counts: Counts, limit_s: float = TEXT_LIMIT_S) -> None:
         self.process = TextProcess(counts)
-        self._counts, self._limit_s = counts, limit_s
+        self._counts, self.limit_s = counts, limit_s
         self._waiting: dict[str, deque[_Text]] = {}
         """By tenant; the tenant whose turn it is comes first."""
         self._serving: asyncio.Task[None] | None = None
@@ -136,15 +136,15 @@ class TextQueue:
                     return
             text = self._next()
             try:
-                async with asyncio.timeout(self._limit_s):
+                async with asyncio.timeout(self.limit_s):
                     kind, body = await self.process.ask(text.kind, text.model, text.data)
             except asyncio.CancelledError:
                 assert self._closed is not None, "only its end cancels it"
                 text.fail(self._closed)
                 raise
             except TimeoutError:
-                log.error("a long text was not done in time", bytes=len(text.data), limit_s=self._limit_s)
-                await self._lost(text, f"was not done within {self._limit_s:g} s")
+                log.error("a long text was not done in time", bytes=len(text.data), limit_s=self.limit_s)
+                await self._lost(text, f"was not done within {self.limit_s:g} s")
             except Exception as error:
                 log.error("the process for long texts is lost", bytes=len(text.data), exc_info=error)
                 await self._lost(text, "ended the process that tokenises it")
