@@ -18,8 +18,9 @@ from baton.v1 import admin_pb2, generation_pb2, transfer_pb2, worker_pb2
 
 MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
 """gRPC's own limit; validation, which can name the field, holds requests to less."""
+_RECEIVED = "grpc.max_receive_message_length"
 OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    (_RECEIVED, MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
     # Notice a silent death of the peer within seconds, also on an idle stream.
     ("grpc.keepalive_time_ms", 5_000),
@@ -93,11 +94,12 @@ class Server:
     """A gRPC server with health and reflection. It is bound when made, so that a process knows its address early; it
     serves from `start` on."""
 
-    def __init__(self, listen: str) -> None:
-        """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours."""
+    def __init__(self, listen: str, receive_limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
+        """Binds `listen` (port 0 for any); gRPC refuses longer messages than the limit. Raises ConfigError when the
+        address is taken or not ours."""
         host, port = parse_address(listen, "listen")
         _check_free(host, port)
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=[*{**dict(OPTIONS), _RECEIVED: receive_limit_bytes}.items()])
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError:

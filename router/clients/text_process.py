@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from asyncio.subprocess import DEVNULL
+import subprocess
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ _CHUNK_BYTES = 64 * 1024
 
 
 class _Link(NamedTuple):
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
@@ -41,7 +41,7 @@ class TextProcess:
     @property
     def pid(self) -> int | None:
         """None while none runs."""
-        return None if self._link is None or self._link.process.returncode is not None else self._link.process.pid
+        return None if self._link is None or self._link.process.poll() is not None else self._link.process.pid
 
     async def ask(self, kind: FrameKind, model: TextModel, data: bytes) -> tuple[FrameKind, bytes]:
         """Its answer to a text. Raises OSError where it can't be started, and OSError or EOFError where it ends."""
@@ -58,10 +58,12 @@ class TextProcess:
         link, self._link = self._link, None
         self._keys.clear()
         if link is not None:
+            link.process.kill()
+            with contextlib.suppress(OSError):
+                while await link.reader.read(_CHUNK_BYTES):
+                    pass
+            link.process.wait()  # at once: by the end of its socket it has given its memory back
             link.writer.close()
-            with contextlib.suppress(ProcessLookupError):
-                link.process.kill()
-            await link.process.wait()
 
     async def _load(self, link: _Link, model: TextModel) -> int:
         key = self._keys.get(model.language)
@@ -81,16 +83,21 @@ async def _start() -> _Link:
     ours, theirs = socket.socketpair()
     with theirs:
         try:
-            ours.setblocking(False)
-            command = (*PYTHON, MODULE, str(os.getpid()), str(theirs.fileno()))
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=DEVNULL, stdout=DEVNULL, env=child_environment(), pass_fds=(theirs.fileno(),)
-            )
+            process = _spawn(theirs.fileno())
         except BaseException:
             ours.close()
             raise
+    ours.setblocking(False)
     reader, writer = await asyncio.open_connection(sock=ours)
     return _Link(process, reader, writer)
+
+
+def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
+    """Some milliseconds. Not by the event loop: uvloop forks and runs Python before the new program, in which gRPC's
+    handlers may crash; this way is a vfork."""
+    command = (*PYTHON, MODULE, str(os.getpid()), str(descriptor))
+    null = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=null, stdout=null, env=child_environment(), pass_fds=(descriptor,))
 
 
 async def _exchange(link: _Link, kind: FrameKind, *parts: bytes) -> tuple[FrameKind, bytes]:

@@ -145,8 +145,11 @@ class TextQueue:
             except TimeoutError:
                 log.error("a long text was not done in time", bytes=len(text.data), limit_s=self.limit_s)
                 await self._lost(text, f"was not done within {self.limit_s:g} s")
+            except (OSError, EOFError) as error:
+                log.error("the process for long texts is lost", bytes=len(text.data), reason=str(error))
+                await self._lost(text, "ended the process that tokenises it")
             except Exception as error:
-                log.error("the process for long texts is lost", bytes=len(text.data), exc_info=error)
+                log.error("unexpected error with the process for long texts", exc_info=error)
                 await self._lost(text, "ended the process that tokenises it")
             else:
                 self._pause_s = 0.0

@@ -87,19 +87,21 @@ async def test_prompts_chats_and_ids_reach_the_worker_the_same(cluster: Cluster,
 async def test_tokenize_answers_the_same(cluster: Cluster, elsewhere: Ways) -> None:
     for fields in (fields for fields in GOOD if {"prompt", "chat"} & fields.keys()):
         given = {name: fields[name] for name in ("prompt", "chat") if name in fields}
-        call = gen.TokenizeRequest(**given)
-        inline, processed = await both(elsewhere, cluster, lambda call=call: cluster.generation.Tokenize(call))
+
+        async def answered(call: gen.TokenizeRequest = gen.TokenizeRequest(**given)) -> gen.TokenizeResponse:  # noqa: B008
+            return await cluster.generation.Tokenize(call)
+
+        inline, processed = await both(elsewhere, cluster, answered)
         assert inline == processed
         if "prompt" in given:
             assert (list(inline.ids), inline.text) == (encode(given["prompt"]), given["prompt"])
 
 
 async def test_each_error_is_the_same(cluster: Cluster, elsewhere: Ways) -> None:
-    raw = [
-        gen.GenerateRequest(**({} if {"prompt", "token_ids", "chat"} & fields.keys() else {"prompt": "x"}), **fields)
-        for fields, _ in BAD
+    given = [
+        fields if {"prompt", "token_ids", "chat"} & fields.keys() else {"prompt": "x"} | fields for fields, _ in BAD
     ]
-    requests = [message.SerializeToString() for message in raw]
+    requests = [gen.GenerateRequest(**fields).SerializeToString() for fields in given]
     requests += [message.SerializeToString().replace(b"GOOD", b"GO\xffD") for message, _ in INVALID_UTF8]
     requests += [b"", b"\xff" * 5, gen.GenerateRequest(chat=chat(*[("user", "")] * (CONTEXT + 1))).SerializeToString()]
     send: Any = cluster.channel.unary_unary("/baton.v1.Generation/Generate")

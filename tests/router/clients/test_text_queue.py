@@ -181,7 +181,8 @@ async def test_tenants_take_turns(queue: Queue) -> None:
     texts = []
     for tenant in ("a", "a", "a", "b", "b", "c"):
         text = queue.ask("hello", tenant)
-        text.add_done_callback(lambda _, tenant=tenant: order.append(tenant))
+        text.set_name(tenant)
+        text.add_done_callback(lambda done: order.append(done.get_name()))
         texts.append(text)
     await asyncio.sleep(0)
     queue.go_on()

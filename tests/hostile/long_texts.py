@@ -1,0 +1,222 @@
+"""Requests that are large in each way that a request can be, while others' tokens and health checks are timed.
+
+`measure` compares turns with and without them. `python -m tests.hostile.long_texts` prints it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import grpc
+
+from baton.children import PYTHON, child_environment
+from baton.rpc import net
+from baton.rpc.collector import settle
+from baton.v1 import generation_pb2 as gen
+from tests.cluster.conftest import Running, running
+
+BOUND_MS = 50.0
+"""How much later others may be answered at the 99th percentile."""
+ATTACK_S, PAUSE_S = 20.0, 0.1
+"""An attack's deadline, and the pause before it comes again."""
+STREAMS, STREAM_TOKENS = 10, 400
+TURNS, TURN_S = 3, 6.0
+HEALTH_EVERY_S = 0.02
+MEGABYTE = 1024 * 1024
+
+
+class Attack(NamedTuple):
+    """A call with these bytes; `method` of the Generation service."""
+
+    name: str
+    method: str
+    data: bytes
+
+
+class Measured(NamedTuple):
+    """A figure, and what it may be at most."""
+
+    case: str
+    bound: float
+    measured: float
+
+
+def _chat(count: int) -> gen.Chat:
+    """`count` empty messages of a user, which are 8 bytes each."""
+    return gen.Chat(messages=[gen.ChatMessage(role="user")] * count)
+
+
+def _attack(name: str, **given: Any) -> list[Attack]:
+    generate, tokenize = gen.GenerateRequest(**given), gen.TokenizeRequest(**given)
+    return [
+        Attack(f"Generate, {name}", "Generate", generate.SerializeToString()),
+        Attack(f"Tokenize, {name}", "Tokenize", tokenize.SerializeToString()),
+    ]
+
+
+def _tiny(size: int) -> list[Attack]:
+    """A chat of so many bytes, two for each message; written out, since protobuf would need gigabytes for it."""
+    attacks = []
+    for method, kind in (("Generate", gen.GenerateRequest), ("Tokenize", gen.TokenizeRequest)):
+        key, length = bytes([kind.DESCRIPTOR.fields_by_name["chat"].number << 3 | 2]), b""
+        left = size
+        while left > 0x7F:
+            length, left = length + bytes([left & 0x7F | 0x80]), left >> 7
+        data = key + length + bytes([left]) + b"\x0a\x00" * (size // 2)
+        attacks.append(Attack(f"{method}, {size} bytes of tiny messages", method, data))
+    return attacks
+
+
+def too_long() -> list[Attack]:
+    """Beyond the limits of a small context, some beyond those of any."""
+    attacks = _attack("280,000 empty messages", chat=_chat(280_000))
+    attacks += _attack("a prompt of 1 MB", prompt="0123456789" * (MEGABYTE // 10))
+    attacks += _attack("a prompt of 4 MB", prompt="7 " * (2 * MEGABYTE - 100))
+    return attacks + _tiny(30 * MEGABYTE) + _tiny(4 * MEGABYTE - 100)
+
+
+def within_limits() -> list[Attack]:
+    """What even a context of 8,192 tokens lets through to the tokeniser."""
+    attacks = _attack("8,000 empty messages", chat=_chat(8_000))
+    return attacks + _attack("a prompt of 500 kB", prompt="0123456789" * 50_000)
+
+
+async def strike(channel: grpc.aio.Channel, attack: Attack) -> str:
+    """Sends it; the status that it gets, by name."""
+    send: Any = channel.unary_stream if attack.method == "Generate" else channel.unary_unary
+    call = send(f"/baton.v1.Generation/{attack.method}")(attack.data, timeout=ATTACK_S)
+    try:
+        if attack.method == "Tokenize":
+            await call
+        else:
+            async for _ in call:
+                pass
+    except grpc.aio.AioRpcError as error:
+        return str(error.code().name)
+    return "OK"
+
+
+class Others:
+    """Streams and health checks; `gaps` between a stream's token events and `waits` for a health check's answer, in
+    seconds."""
+
+    def __init__(self, cluster: Running) -> None:
+        self._cluster = cluster
+        self.gaps: list[float] = []
+        self.waits: list[float] = []
+
+    @contextlib.asynccontextmanager
+    async def busy(self) -> AsyncIterator[None]:
+        """They run inside the block."""
+        tasks = [asyncio.create_task(self._stream(number)) for number in range(STREAMS)]
+        tasks.append(asyncio.create_task(self._check()))
+        try:
+            yield
+            for task in tasks:
+                assert not task.done(), "nobody else's call may fail"
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _stream(self, number: int) -> None:
+        for turn in itertools.count():
+            last = None
+            call = self._cluster.client.generate(
+                token_ids=[3 + number, 5 + turn % 200, 7], max_tokens=STREAM_TOKENS, ignore_eos=True, timeout=120
+            )
+            async for _ in call:
+                now = time.monotonic()
+                if last is not None:
+                    self.gaps.append(now - last)
+                last = now
+
+    async def _check(self) -> None:
+        while True:
+            started = time.monotonic()
+            await self._cluster.client.health("liveness")
+            self.waits.append(time.monotonic() - started)
+            await asyncio.sleep(HEALTH_EVERY_S)
+
+
+async def measure() -> list[Measured]:
+    """In a cluster of its own; the attackers are another process."""
+    plain, attacked = [], []
+    async with running(engine="simulated", model="bytes", prefill=1, decode=1) as cluster:
+        for _ in range(TURNS):
+            plain.append(await _turn(cluster, attack=False))
+            attacked.append(await _turn(cluster, attack=True))
+        counters = (await cluster.client.status()).counters
+    rows = []
+    for name, pick in (("tokens", "gaps"), ("health checks", "waits")):
+        without, under = ([x for turn in turns for x in getattr(turn, pick)] for turns in (plain, attacked))
+        bound = _p99_ms(without) + BOUND_MS
+        rows.append(Measured(f"{name} of others, p99 in ms, under attack by long texts", bound, _p99_ms(under)))
+        print(f"{name}: p99 {_p99_ms(without):.1f} ms without, {_p99_ms(under):.1f} with; longest", end=" ")
+        print(f"{max(without) * 1e3:.0f} and {max(under) * 1e3:.0f} ms; {len(without)} and {len(under)} samples")
+    print({name: count for name, count in counters.items() if "text" in name or name == "workers_lost"})
+    return [*rows, Measured("workers lost under attack by long texts", 0, counters.get("workers_lost", 0))]
+
+
+async def _turn(cluster: Running, *, attack: bool) -> Others:
+    others = Others(cluster)
+    async with others.busy():
+        if attack:
+            address = cluster.cluster.address
+            attacker = await asyncio.create_subprocess_exec(
+                *PYTHON, __name__ if __name__ != "__main__" else "tests.hostile.long_texts", "attack", address,
+                env=child_environment(), stdout=PIPE,
+            )  # fmt: skip
+            assert attacker.stdout is not None
+            await attacker.stdout.readline()
+            others.gaps.clear()
+            others.waits.clear()
+            await asyncio.sleep(TURN_S)
+            attacker.terminate()
+            await attacker.wait()
+        else:
+            await asyncio.sleep(TURN_S)
+    return others
+
+
+def _p99_ms(seconds: list[float]) -> float:
+    return sorted(seconds)[int(0.99 * len(seconds))] * 1e3
+
+
+async def _attack_for_ever(address: str) -> None:
+    attacks = [*too_long(), *within_limits()]
+    ends: Counter[tuple[str, str]] = Counter()
+    print("ready", flush=True)
+
+    async def repeat(attack: Attack) -> None:
+        async with net.open_channel(address) as channel:
+            while True:
+                ends[attack.name, await strike(channel, attack)] += 1
+                await asyncio.sleep(PAUSE_S)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: _exit(ends))
+    await asyncio.gather(*map(repeat, attacks))
+
+
+def _exit(ends: Counter[tuple[str, str]]) -> None:
+    print(dict(ends), file=sys.stderr, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["attack"]:
+        asyncio.run(_attack_for_ever(sys.argv[2]))
+    else:
+        settle()
+        for row in asyncio.run(measure()):
+            print(row)
