@@ -30,6 +30,8 @@ from router.workers.worker import Registration, Worker
 
 NO_WORKER_RETRY_S = 1.0
 PROBE_S = 0.25
+SHOWN_CHARACTERS = 128
+"""Of a model's name that a client made up."""
 LEFT = "it left"
 """The reason of a loss that is logged without a warning."""
 log = structlog.get_logger(__name__)
@@ -81,7 +83,7 @@ class Registry:
             return next(iter(self.models.values()))
         if name not in self.models:
             known = ", ".join(sorted(self.models))
-            why = f"{name!r} is not served here; models: {known}" if name else f"one of {known}"
+            why = f"{name[:SHOWN_CHARACTERS]!r} is not served here; models: {known}" if name else f"one of {known}"
             raise InvalidArgument("model", why)
         return self.models[name]
 

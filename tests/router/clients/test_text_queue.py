@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable
 
 import psutil
 import pytest
 
+from baton.children import PYTHON, child_environment
 from baton.errors import BatonError, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from baton.telemetry import Counts
 from baton.v1 import generation_pb2 as gen
@@ -90,6 +92,30 @@ async def test_it_starts_once_at_low_priority_without_torch_and_keeps_its_models
     queue.model = tiny()
     assert await queue.works() == pid
     assert queue.counts.snapshot() == {"long_texts": 2, "text_process_starts": 1}
+
+
+OWNER = """
+import asyncio
+from tests.router.clients.test_text_queue import Queue, tiny
+
+async def main():
+    print(await Queue(tiny()).works(), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_it_dies_with_the_router() -> None:
+    owner = await asyncio.create_subprocess_exec(*PYTHON[:-1], "-c", OWNER, env=child_environment(), stdout=PIPE)
+    assert owner.stdout is not None
+    pid = int(await owner.stdout.readline())
+    os.kill(pid, signal.SIGSTOP)
+    owner.kill()
+    await owner.wait()
+    async with asyncio.timeout(WAIT_S):
+        while psutil.pid_exists(pid):
+            await asyncio.sleep(0.01)
 
 
 async def test_a_process_that_is_killed_takes_one_text_with_it(queue: Queue) -> None:

@@ -45,6 +45,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"token_ids": gen.TokenIds(ids=[3] * CONTEXT)}, "token_ids.ids"),
     ({"prompt": "x " * CONTEXT}, "prompt"),
     ({"model": "other"}, "model"),
+    ({"model": "x" * 100_000}, "model"),
     ({"request_id": "x" * 129}, "request_id"),
     ({"tenant_salt": "é" * 65}, "tenant_salt"),
     (sampling(temperature=-0.1), "sampling.temperature"),
