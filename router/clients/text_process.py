@@ -19,6 +19,7 @@ from router.text.tokenisation import Language
 MODULE = "router.clients.text_child"
 MOST_MODELS = 8
 """Tokenisers kept by the process; each takes some tens of megabytes."""
+END_S, REAP_S = 5.0, 0.1
 _CHUNK_BYTES = 64 * 1024
 
 
@@ -54,16 +55,19 @@ class TextProcess:
         return await _exchange(self._link, kind, KEY.pack(key), data)
 
     async def kill(self) -> None:
-        """Ends it, if there is one, and waits for its end."""
+        """Ends it, if there is one, and waits for its end, `END_S` at most."""
         link, self._link = self._link, None
         self._keys.clear()
-        if link is not None:
-            link.process.kill()
+        if link is None:
+            return
+        link.process.kill()
+        try:
             with contextlib.suppress(OSError):
-                while await link.reader.read(_CHUNK_BYTES):
-                    pass
-            link.process.wait()  # at once: by the end of its socket it has given its memory back
-            link.writer.close()
+                async with asyncio.timeout(END_S):
+                    while await link.reader.read(_CHUNK_BYTES):
+                        pass
+        finally:
+            _reap(link)
 
     async def _load(self, link: _Link, model: TextModel) -> int:
         key = self._keys.get(model.language)
@@ -90,6 +94,13 @@ async def _start() -> _Link:
     ours.setblocking(False)
     reader, writer = await asyncio.open_connection(sock=ours)
     return _Link(process, reader, writer)
+
+
+def _reap(link: _Link) -> None:
+    """At once: by the end of its socket a process has given its memory back."""
+    link.writer.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        link.process.wait(REAP_S)
 
 
 def _spawn(descriptor: int) -> subprocess.Popen[bytes]:

@@ -139,8 +139,7 @@ class TextQueue:
                 async with asyncio.timeout(self.limit_s):
                     kind, body = await self.process.ask(text.kind, text.model, text.data)
             except asyncio.CancelledError:
-                assert self._closed is not None, "only its end cancels it"
-                text.fail(self._closed)
+                text.fail(self._closed or Unavailable("the router is shutting down"))
                 raise
             except TimeoutError:
                 log.error("a long text was not done in time", bytes=len(text.data), limit_s=self.limit_s)
@@ -157,7 +156,7 @@ class TextQueue:
 
     async def _lost(self, text: _Text, how: str) -> None:
         self._counts.add("long_texts_lost")
-        await self.process.kill()
+        text.fail(Unavailable(f"the text {how}", RETRY_S, "tokenise"))
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
         self._start_at = asyncio.get_running_loop().time() + self._pause_s
-        text.fail(Unavailable(f"the text {how}", RETRY_S, "tokenise"))
+        await self.process.kill()
