@@ -13,8 +13,9 @@ from tests.hostile.long_texts import Attack, Others, strike, too_long, within_li
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 REFUSALS = {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
-LONGEST_S = 1.0
-"""Of silence. A router whose loop is held loses its workers after three; the fine bound is in `tests.hostile`."""
+LONGEST_S = 2.0
+"""Of silence, on a machine that others use too; the fine bound is in `tests.hostile`. Held for three seconds, a router
+loses its workers."""
 
 
 async def test_no_worker_is_lost_and_no_stream_stalls_under_long_texts() -> None:

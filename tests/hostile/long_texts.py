@@ -9,17 +9,16 @@ import asyncio
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import time
 from asyncio.subprocess import PIPE
-from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 import grpc
 
-from baton.children import PYTHON, child_environment
+from baton.children import PYTHON, child_environment, die_with_parent
+from baton.client.types import Tokens
 from baton.rpc import net
 from baton.rpc.collector import settle
 from baton.v1 import generation_pb2 as gen
@@ -137,7 +136,9 @@ class Others:
             call = self._cluster.client.generate(
                 token_ids=[3 + number, 5 + turn % 200, 7], max_tokens=STREAM_TOKENS, ignore_eos=True, timeout=120
             )
-            async for _ in call:
+            async for event in call:
+                if not isinstance(event, Tokens):
+                    continue
                 now = time.monotonic()
                 if last is not None:
                     self.gaps.append(now - last)
@@ -176,23 +177,26 @@ async def _measure(model: str) -> list[Measured]:
 
 async def _turn(cluster: Running, *, attack: bool) -> Others:
     others = Others(cluster)
-    async with others.busy():
-        if attack:
-            address = cluster.cluster.address
-            attacker = await asyncio.create_subprocess_exec(
-                *PYTHON, __name__ if __name__ != "__main__" else "tests.hostile.long_texts", "attack", address,
-                env=child_environment(), stdout=PIPE,
-            )  # fmt: skip
-            assert attacker.stdout is not None
-            await attacker.stdout.readline()
-            others.gaps.clear()
-            others.waits.clear()
-            await asyncio.sleep(TURN_S)
-            attacker.terminate()
-            await attacker.wait()
-        else:
-            await asyncio.sleep(TURN_S)
+    async with others.busy(), _attackers(cluster.cluster.address) if attack else contextlib.nullcontext():
+        others.gaps.clear()
+        others.waits.clear()
+        await asyncio.sleep(TURN_S)
     return others
+
+
+@contextlib.asynccontextmanager
+async def _attackers(address: str) -> AsyncIterator[None]:
+    command = (*PYTHON, "tests.hostile.long_texts", "attack", address, str(os.getpid()))
+    process = await asyncio.create_subprocess_exec(*command, env=child_environment(), stdout=PIPE)
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline(), "they have started"
+        yield
+        assert process.returncode is None, "they attack to the end"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 def _p99_ms(seconds: list[float]) -> float:
@@ -200,28 +204,23 @@ def _p99_ms(seconds: list[float]) -> float:
 
 
 async def _attack_for_ever(address: str) -> None:
-    os.nice(19)  # as if on a machine of its own: it should not take the cores of those whom it attacks
-    attacks = [*too_long(), *within_limits()]
-    ends: Counter[tuple[str, str]] = Counter()
-    print("ready", flush=True)
+    """Each attack again and again, beside the others."""
 
     async def repeat(attack: Attack) -> None:
         async with net.open_channel(address) as channel:
             while True:
-                ends[attack.name, await strike(channel, attack)] += 1
+                await strike(channel, attack)
                 await asyncio.sleep(PAUSE_S)
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: _exit(ends))
+    attacks = [*too_long(), *within_limits()]
+    print("ready", flush=True)
     await asyncio.gather(*map(repeat, attacks))
-
-
-def _exit(ends: Counter[tuple[str, str]]) -> None:
-    print(dict(ends), file=sys.stderr, flush=True)
-    os._exit(0)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["attack"]:
+        die_with_parent(int(sys.argv[3]))
+        os.nice(19)  # as if on a machine of its own: it should not take the cores of those whom it attacks
         asyncio.run(_attack_for_ever(sys.argv[2]))
     else:
         settle()
