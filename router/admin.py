@@ -37,7 +37,7 @@ class AdminService(AdminServicer):
 
     async def Explain(self, request: admin.ExplainRequest, context: Any) -> admin.ExplainResponse:
         try:
-            check_labels(request)
+            check_labels(request.request_id, request.tenant_salt)
         except InvalidArgument as error:
             await abort(context, error)
         now = asyncio.get_running_loop().time()

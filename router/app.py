@@ -16,7 +16,9 @@ from baton.telemetry import Counts
 from baton.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from baton.v1.worker_pb2_grpc import add_RegistryServicer_to_server
 from router.admin import AdminService
+from router.clients.parsing import REQUEST_LIMIT_BYTES
 from router.clients.service import GenerationService, add_generation
+from router.clients.text_queue import TextQueue
 from router.requests.placer import Placer
 from router.requests.pools import PoolWatch, serves
 from router.requests.table import Requests
@@ -28,7 +30,9 @@ STOP_GRACE_S = 2.0
 """How long calls may take to end once their requests have ended."""
 FREED_S = 1.0
 """How long the workers may take to free the blocks of the ended requests."""
-TOKENISER_THREADS = 2
+RECEIVE_LIMIT_BYTES = 2 * REQUEST_LIMIT_BYTES
+"""Up to here the answer names the field. Beyond it gRPC refuses, in threads of its own: 30 MB that come into Python
+hold the event loop for 0.1 s."""
 log = structlog.get_logger(__name__)
 
 
@@ -38,9 +42,10 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         """Binds its address. Raises ConfigError when that can't be used."""
         self.config, self.counts = config, Counts()
-        self._server = net.Server(config.listen, for_clients=True)
+        self._server = net.Server(config.listen, for_clients=True, receive_limit_bytes=RECEIVE_LIMIT_BYTES)
         self.process = mint_process("router", self._server.address, config.name)
-        self.executor = ThreadPoolExecutor(TOKENISER_THREADS, "tokeniser")
+        self.executor = ThreadPoolExecutor(1, "languages")
+        self.texts = TextQueue(self.counts)
         self.placer = Placer(config.path, Prefixes(config.prefix_index_blocks, self.counts), self.counts)
         self.requests = Requests(config.max_requests, self.placer, self.counts)
         self._changed = asyncio.Event()
@@ -65,7 +70,7 @@ class Router:
 
     async def start(self) -> None:
         """Serves at once; ready when workers have joined."""
-        generation = GenerationService(self.config, self.process, self.registry, self.requests, self.executor)
+        generation = GenerationService(self.config, self.process, self.registry, self.requests, self.texts)
         admin = AdminService(self.process, self.registry, self.requests, self.counts)
         services = [
             net.service(add_generation, generation, "Generation"),
@@ -81,7 +86,9 @@ class Router:
         if self._stopped:
             return
         self._stopped = True
-        self.requests.refuse_all(Unavailable("the router is shutting down", NO_WORKER_RETRY_S))
+        error = Unavailable("the router is shutting down", NO_WORKER_RETRY_S)
+        self.requests.refuse_all(error)
+        await self.texts.close(error)
         async with net.cancelling(self._readiness):
             await self._server.set_ready(False)
         self._pools.close()

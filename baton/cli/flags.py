@@ -11,10 +11,11 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import uvloop
 from cyclopts import Group, Parameter
 
+from baton.children import die_with_parent
 from baton.cli.exits import DEBUG
 from baton.client.types import RequestOptions
 from baton.config import DEFAULT_LISTEN, GROUPS, PROCESS, LogLevel, LogSettings, marks_of
-from baton.launch.lifetime import die_with_parent, leave_terminal
+from baton.launch.lifetime import leave_terminal
 from baton.telemetry import configure_logs
 
 T = TypeVar("T")

@@ -13,13 +13,11 @@ import asyncio
 import contextlib
 import os
 import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Self
 
-import baton
+from baton.children import PYTHON, child_environment
 from baton.config import (
     CLUSTER,
     DEFAULT_LISTEN,
@@ -42,8 +40,7 @@ from baton.launch.child import Child, Sink
 from baton.rpc.net import cancelling, format_address, parse_address
 
 ROUTER = "router"
-PROGRAM = (sys.executable, "-P", "-m", "baton.cli")
-"""-P: nothing is imported from the working directory."""
+PROGRAM = (*PYTHON, "baton.cli")
 STOP_S = 5.0
 """From the first SIGTERM to SIGKILL."""
 ROUTER_STOP_S = 2.0
@@ -225,15 +222,6 @@ def dialable(address: str) -> str:
     """The address to dial, on this machine, for a listener on `address`: a wildcard is no destination."""
     host, port = parse_address(address)
     return format_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
-
-
-def child_environment() -> dict[str, str]:
-    """This process's environment, in which a child finds this very Baton, also from an uninstalled checkout."""
-    environment = dict(os.environ)
-    root = str(Path(baton.__file__).parents[1])
-    if root != sysconfig.get_path("purelib"):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
-    return environment
 
 
 async def _all_ready(router: Child, workers: Sequence[Child]) -> None:

@@ -1,19 +1,16 @@
-"""A role's process: how it starts, says that it is ready, stops on a signal, and dies with its parent."""
+"""A role's process: how it starts, says that it is ready, and stops on a signal."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 
 import uvloop
 
-from baton.errors import ConfigError, Unavailable
+from baton.errors import ConfigError
 
-PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Role = Callable[[Callable[[str], None], asyncio.Event], Awaitable[None]]
 """Serves until the event is set; calls back with its address once it is ready."""
@@ -56,18 +53,6 @@ def announce(address: str, role: str, ready_fd: int | None) -> None:
             pipe.write(f"{address}\n")
     except OSError as error:
         raise ConfigError(f"ready-fd: cannot write to {ready_fd}: {(error.strerror or str(error)).lower()}") from None
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Has the kernel kill this process when the thread that started it ends. Raises Unavailable where the parent has
-    died before the call, and ConfigError on systems other than Linux."""
-    if not sys.platform.startswith("linux"):
-        raise ConfigError("parent-pid: only on Linux")
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
-        raise ConfigError(f"parent-pid: prctl failed: {os.strerror(ctypes.get_errno()).lower()}")
-    if os.getppid() != parent_pid:
-        raise Unavailable(f"the parent process {parent_pid} is gone")
 
 
 def leave_terminal() -> None:

@@ -19,8 +19,9 @@ from baton.v1 import admin_pb2, generation_pb2, transfer_pb2, worker_pb2
 
 MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
 """gRPC's own limit; validation, which can name the field, holds requests to less."""
+_RECEIVED = "grpc.max_receive_message_length"
 OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    (_RECEIVED, MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
@@ -137,13 +138,15 @@ class Server:
     """A gRPC server with health and reflection. It is bound when made, so that a process knows its address early; it
     serves from `start` on."""
 
-    def __init__(self, listen: str, *, for_clients: bool = False) -> None:
-        """Binds `listen` (port 0 for any). Raises ConfigError when the address is taken or not ours. `for_clients`: its
-        callers may die without a word, and have no heartbeat of ours."""
+    def __init__(
+        self, listen: str, *, for_clients: bool = False, receive_limit_bytes: int = MESSAGE_LIMIT_BYTES
+    ) -> None:
+        """Binds `listen` (port 0 for any); gRPC refuses longer messages than the limit. Raises ConfigError when the
+        address is taken or not ours. `for_clients`: callers may die without a word, and have no heartbeat of ours."""
         host, port = parse_address(listen, "listen")
         _check_free(host, port)
-        options = [*OPTIONS, *(WATCHFUL if for_clients else PATIENT)]
-        self._server = grpc.aio.server(options=options, interceptors=[RefuseUnreadable()])
+        options = dict([*OPTIONS, *(WATCHFUL if for_clients else PATIENT)]) | {_RECEIVED: receive_limit_bytes}
+        self._server = grpc.aio.server(options=[*options.items()], interceptors=[RefuseUnreadable()])
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError:

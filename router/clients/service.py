@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 import grpc
@@ -17,50 +16,58 @@ from baton.rpc.status import abort
 from baton.spec import ProcessRef, RequestSpec
 from baton.v1 import generation_pb2 as gen
 from router.clients.events import accepted, finished, tokens
-from router.clients.parsing import parser
-from router.clients.validation import Checked, check_ids, check_input, check_length, check_model, check_request
+from router.clients.parsing import Received, Unparsed, limit_bytes, parser
+from router.clients.preparation import TextModel, prepared, respond, tokenise
+from router.clients.text_frames import FrameKind
+from router.clients.text_queue import TextQueue
+from router.clients.validation import (
+    Checked,
+    check_ids,
+    check_input,
+    check_labels,
+    check_length,
+    check_model,
+    check_request,
+)
 from router.placement.snapshot import Demand
 from router.requests.placer import Admitted
 from router.requests.request import Request
 from router.requests.stream import ClientStream
 from router.requests.table import Requests
-from router.text.tokenisation import Input, tokenise
 from router.workers.prefixes import digests_of
 from router.workers.registry import NO_WORKER_RETRY_S, Registry
 from router.workers.served_model import ServedModel
 
 ABORT_S = 2.0
 """How long a client that does not read may take to receive its error."""
-TOKENISE_LIMIT = 256
-"""Tokenize calls at once; each may hold a message of some megabytes."""
+TOKENIZE_S = 60.0
+"""A Tokenize call without a deadline of its own."""
 _IN_CARD = ("name", "context_tokens", "vocabulary_size", "fingerprint")
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 
 class GenerationService:
-    """Its handlers get the error instead of a request that can't be read, and raise it."""
+    """Its handlers get the error instead of a request that can't be read, and raise it. What is too long to be parsed
+    in the event loop goes to `texts` as it came."""
 
     def __init__(
-        self, config: RouterConfig, router: ProcessRef, registry: Registry, requests: Requests, executor: Executor
+        self, config: RouterConfig, router: ProcessRef, registry: Registry, requests: Requests, texts: TextQueue
     ) -> None:
         self._config, self._router = config, router
-        self._registry, self._requests, self._executor = registry, requests, executor
+        self._registry, self._requests, self._texts = registry, requests, texts
         self._defaults = Defaults(config.slo)
-        self._tokenising = 0
 
-    async def Generate(self, request: gen.GenerateRequest | InvalidArgument, context: Any) -> None:
+    async def Generate(self, request: Received[gen.GenerateRequest], context: Any) -> None:
         """Streams Accepted, Tokens and Finished, or ends with an error's status."""
         arrived = asyncio.get_running_loop().time()
         await _answer(self._generate(request, context, arrived), context)
 
-    async def Tokenize(self, request: gen.TokenizeRequest | InvalidArgument, context: Any) -> gen.TokenizeResponse:
-        """The ids that Generate would use."""
+    async def Tokenize(self, request: Received[gen.TokenizeRequest], context: Any) -> bytes:
+        """The ids that Generate would use, as a serialised TokenizeResponse."""
         return await _answer(self._tokenised(request, context), context)
 
-    async def ListModels(
-        self, request: gen.ListModelsRequest | InvalidArgument, context: Any
-    ) -> gen.ListModelsResponse:
+    async def ListModels(self, request: Received[gen.ListModelsRequest], context: Any) -> gen.ListModelsResponse:
         """Every model that some worker serves, usable yet or not."""
         models = [
             gen.ModelInfo(
@@ -72,41 +79,48 @@ class GenerationService:
         ]
         return gen.ListModelsResponse(models=models)
 
-    async def _tokenised(self, request: gen.TokenizeRequest | InvalidArgument, context: Any) -> gen.TokenizeResponse:
-        message = _readable(request)
-        name, given = check_model(message), check_input(message)
-        if self._tokenising >= TOKENISE_LIMIT:
-            raise ResourceExhausted(f"{TOKENISE_LIMIT} texts are being tokenised", 0.1, "tokenise")
-        self._tokenising += 1
-        try:
-            model = self._registry.find_model(name)
-            ids, text = await self._tokenise(model, given, _time_left(context, 60.0))
-        finally:
-            self._tokenising -= 1
-        return gen.TokenizeResponse(ids=ids, text=text)
+    async def _tokenised(self, request: Received[gen.TokenizeRequest], context: Any) -> bytes:
+        given = _readable(request)
+        if not isinstance(given, Unparsed):
+            name, checked = check_model(given.model), check_input(given)
+            return respond(checked, _text_model(self._registry.find_model(name)))
+        model = _text_model(self._registry.find_model(check_model(self._labels(given)["model"])))
+        return await self._process(FrameKind.TOKENIZE, model, given.data, "", _time_left(context, TOKENIZE_S))
 
-    async def _generate(self, request: gen.GenerateRequest | InvalidArgument, context: Any, arrived: float) -> None:
-        checked = check_request(_readable(request))
-        with self._requests.slot(checked.tenant_salt, checked.request_id) as label:
+    async def _generate(self, request: Received[gen.GenerateRequest], context: Any, arrived: float) -> None:
+        given = _readable(request)
+        if isinstance(given, Unparsed):
+            labels = self._labels(given)
+            name, request_id, tenant = check_model(labels["model"]), labels["request_id"], labels["tenant_salt"]
+            check_labels(request_id, tenant)
+        else:
+            checked = check_request(given)
+            name, request_id, tenant = checked.model, checked.request_id, checked.tenant_salt
+        with self._requests.slot(tenant, request_id) as label:
             left = _time_left(context, self._config.request_limit_s)
-            model = self._registry.find_model(checked.model)
-            ids, _ = await self._tokenise(model, checked.input, left)
+            model = self._registry.find_model(name)
+            text_model = _text_model(model)
+            if isinstance(given, Unparsed):
+                answer = await self._process(FrameKind.GENERATE, text_model, given.data, tenant, left)
+                checked, ids = prepared(answer)
+            else:
+                ids, _ = tokenise(checked.input, text_model)
             admitted = self._admit(checked, label, model, ids, arrived, arrived + left)
             stream = ClientStream(self._config.client_buffer_tokens)
             with self._requests.running(admitted, stream) as running:
                 await _deliver(running, model.card.name, stream, context)
 
-    async def _tokenise(self, model: ServedModel, given: Input, left_s: float) -> tuple[tuple[int, ...], str]:
-        """Raises DeadlineExceeded after `left_s`."""
-        if model.language is None:
-            raise Unavailable(f"{model.card.name} is being set up", NO_WORKER_RETRY_S, "workers")
+    def _labels(self, given: Unparsed[Any]) -> dict[str, str]:
+        """Raises InvalidArgument for more bytes than any model's longest text has."""
+        return given.labels(limit_bytes([model.card.context_tokens for model in self._registry.models.values()]))
+
+    async def _process(self, kind: FrameKind, model: TextModel, data: bytes, tenant: str, left_s: float) -> bytes:
+        """Raises DeadlineExceeded after `left_s`, and as `TextQueue.run`."""
         try:
             async with asyncio.timeout(left_s):
-                ids, text = await tokenise(model.language, given, self._executor)
+                return await self._texts.run(kind, model, data, tenant)
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed while the prompt was tokenised") from None
-        check_ids("token_ids.ids", ids, model.card.vocabulary_size)
-        return ids, text
 
     def _admit(
         self, checked: Checked, label: str, model: ServedModel, ids: tuple[int, ...], arrived: float, deadline: float
@@ -115,7 +129,7 @@ class GenerationService:
         no decode worker could hold, however empty."""
         card = model.card
         check_ids("stopping.stop_token_ids", checked.stop_token_ids, card.vocabulary_size)
-        largest = max((worker.registration.blocks for worker in model.usable("decode")), default=None)
+        largest = max((worker.registration.blocks for worker in model.there("decode")), default=None)
         capacity = card.context_tokens if largest is None else largest * card.kv_layout.block_tokens + 1
         spec = RequestSpec(
             request_id=label,
@@ -130,10 +144,10 @@ class GenerationService:
             tenant_salt=checked.tenant_salt,
         )
         blocks = card.kv_layout.blocks_for(spec.kv_tokens)
-        if largest is not None and blocks > largest:
+        if largest is not None and blocks > largest and spec.max_tokens > 1:
             found = f"prompt and stopping.max_tokens need {blocks} KV blocks; the largest decode worker has {largest}"
             raise ResourceExhausted(found, constraint="decode_blocks")
-        assert model.language is not None, "it has just tokenised the prompt"
+        assert model.language is not None, "the prompt has just been tokenised with it"
         return Admitted(
             spec=spec,
             model=model,
@@ -148,12 +162,12 @@ class GenerationService:
 
 
 def add_generation(servicer: Any, server: Any) -> None:
-    """Adds the service to a grpc.aio server. The deserialisers are `parser`'s; the events are bytes already."""
+    """Adds the service to a grpc.aio server. The deserialisers are `parser`'s; most answers are bytes already."""
     unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
     models = gen.ListModelsResponse.SerializeToString
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Generate": stream(servicer.Generate, parser(gen.GenerateRequest), None),
-        "Tokenize": unary(servicer.Tokenize, parser(gen.TokenizeRequest), gen.TokenizeResponse.SerializeToString),
+        "Tokenize": unary(servicer.Tokenize, parser(gen.TokenizeRequest), None),
         "ListModels": unary(servicer.ListModels, parser(gen.ListModelsRequest), models),
     }
     name = gen.DESCRIPTOR.services_by_name["Generation"].full_name
@@ -200,10 +214,16 @@ async def _answer(work: Awaitable[T], context: Any) -> T:
             await abort(context, error)
 
 
-def _readable(message: M | InvalidArgument) -> M:
+def _readable(message: Received[M]) -> M | Unparsed[M]:
     if isinstance(message, InvalidArgument):
         raise message
     return message
+
+
+def _text_model(model: ServedModel) -> TextModel:
+    if model.language is None:
+        raise Unavailable(f"{model.card.name} is being set up", NO_WORKER_RETRY_S, "workers")
+    return TextModel(model.language, model.card.context_tokens, model.card.vocabulary_size)
 
 
 def _time_left(context: Any, otherwise_s: float) -> float:

@@ -14,7 +14,6 @@ from typing import Any
 from baton.errors import InvalidArgument, Unimplemented
 from baton.objectives import LEAST_MS, MOST_MS
 from baton.spec import Objectives, Sampling
-from baton.v1 import admin_pb2 as admin
 from baton.v1 import generation_pb2 as gen
 from router.text.tokenisation import Input, Message
 
@@ -42,9 +41,10 @@ class Checked:
     refuses: bool
 
 
-def check_request(message: gen.GenerateRequest) -> Checked:
-    """Mints a missing seed. Raises InvalidArgument, or Unimplemented for a known option that does not work yet."""
-    check_labels(message)
+def check_request(message: gen.GenerateRequest, given: Input | None = None) -> Checked:
+    """Mints a missing seed. `given` is the input of a message that comes without, because it has been checked. Raises
+    InvalidArgument, or Unimplemented for a known option that does not work yet."""
+    check_labels(message.request_id, message.tenant_salt)
     _check_policies(message)
     stopping = message.stopping
     if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
@@ -53,8 +53,8 @@ def check_request(message: gen.GenerateRequest) -> Checked:
     return Checked(
         request_id=message.request_id,
         tenant_salt=message.tenant_salt,
-        model=check_model(message),
-        input=check_input(message),
+        model=check_model(message.model),
+        input=check_input(message) if given is None else given,
         sampling=_check_sampling(message),
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
         stop=_check_stop(stopping.stop),
@@ -66,16 +66,21 @@ def check_request(message: gen.GenerateRequest) -> Checked:
     )
 
 
-def check_labels(message: gen.GenerateRequest | admin.ExplainRequest) -> None:
-    """Raises InvalidArgument for an id or a salt that is too long."""
-    for name in ("request_id", "tenant_salt"):
-        _at_most(name, LABEL_BYTES, len(getattr(message, name).encode()), " bytes")
+def check_labels(request_id: str, tenant_salt: str) -> None:
+    """Raises InvalidArgument for one that is too long."""
+    for name, label in (("request_id", request_id), ("tenant_salt", tenant_salt)):
+        _at_most(name, LABEL_BYTES, len(label.encode()), " bytes")
 
 
-def check_model(message: gen.GenerateRequest | gen.TokenizeRequest) -> str:
+def check_model(name: str) -> str:
     """The name, which may be empty. Raises InvalidArgument for one that is too long."""
-    _at_most("model", MODEL_BYTES, len(message.model.encode()), " bytes")
-    return message.model
+    _at_most("model", MODEL_BYTES, len(name.encode()), " bytes")
+    return name
+
+
+def check_messages(count: int, context: int) -> None:
+    """Raises InvalidArgument for more chat messages than a context has tokens: each has at least one."""
+    _at_most("chat.messages", context, count, ", as the context has tokens")
 
 
 def check_input(message: gen.GenerateRequest | gen.TokenizeRequest) -> Input:

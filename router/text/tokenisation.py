@@ -7,9 +7,7 @@ does: the ids are those that its tokeniser gives for the same text. A client tha
 
 from __future__ import annotations
 
-import asyncio
 import json
-from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -21,8 +19,6 @@ from tokenizers import Tokenizer, decoders
 from baton.errors import InvalidArgument, NotFound
 from router.text.detokenisation import Detokeniser, OutputText, StopMatcher, WholeTokens
 
-INLINE_BYTES = 20_000
-"""Longer texts are tokenised off the event loop: this much takes some milliseconds."""
 RENDERED_LIMIT = 8 * 1024 * 1024
 """Characters that a template may produce."""
 InputField = Literal["prompt", "token_ids", "chat"]
@@ -46,25 +42,30 @@ class Input:
     messages: tuple[Message, ...] = ()
 
 
-class Language:
-    """A model's tokeniser and chat template. Safe to use from several threads."""
+@dataclass(frozen=True, slots=True)
+class LanguageParts:
+    """What a `Language` is made of, in any process. `bos_token_id` goes before plain prompts; `bos_token` and
+    `eos_token` are variables of the template."""
 
-    def __init__(
-        self,
-        model: str,
-        tokenizer_json: bytes,
-        template: str | None,
-        *,
-        bos_token_id: int | None = None,
-        bos_token: str = "",
-        eos_token: str = "",
-    ) -> None:
-        """`bos_token_id` goes before plain prompts; `bos_token` and `eos_token` are variables of the template. Raises
-        NotFound when tokeniser or template can't be read."""
+    model: str
+    tokenizer_json: bytes
+    template: str | None
+    bos_token_id: int | None = None
+    bos_token: str = ""
+    eos_token: str = ""
+
+
+class Language:
+    """A model's tokeniser and chat template. Encoding holds the interpreter's lock, whichever thread it runs in."""
+
+    def __init__(self, parts: LanguageParts) -> None:
+        """Raises NotFound when tokeniser or template can't be read."""
+        model, template = parts.model, parts.template
+        self.parts = parts
         self.model = model
-        self._bos = bos_token_id
+        self._bos = parts.bos_token_id
         try:
-            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+            self._tokenizer = Tokenizer.from_buffer(parts.tokenizer_json)
         except Exception as error:  # tokenizers raises bare Exception
             raise NotFound(f"the tokeniser of {model} can't be read: {error}") from error
         self._tokenizer.no_truncation()
@@ -78,7 +79,7 @@ class Language:
             self._template = _environment().from_string(template) if template is not None else None
         except jinja2.TemplateError as error:
             raise NotFound(f"the chat template of {model} can't be read: {error}") from error
-        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
+        self._variables = {"bos_token": parts.bos_token, "eos_token": parts.eos_token}
 
     def render(self, messages: tuple[Message, ...]) -> str:
         """The chat as the model was trained to read it, up to the start of its answer. Raises InvalidArgument."""
@@ -112,14 +113,6 @@ class Language:
         """A fresh decoder of one request's output; special tokens and `silent` ids have no text."""
         detokeniser = Detokeniser(self._tokenizer, self._special | silent, self._whole)
         return OutputText(detokeniser, StopMatcher(stop))
-
-
-async def tokenise(language: Language, given: Input, executor: Executor) -> tuple[tuple[int, ...], str]:
-    """`Language.tokenise`, on the executor when the text is long."""
-    size = len(given.prompt) + sum(len(message.content) for message in given.messages)
-    if size <= INLINE_BYTES:
-        return language.tokenise(given)
-    return await asyncio.get_running_loop().run_in_executor(executor, language.tokenise, given)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

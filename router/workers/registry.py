@@ -23,7 +23,7 @@ from baton.model import ModelCard
 from baton.rpc import awake, net
 from baton.spec import ProcessRef
 from baton.telemetry import Counts
-from router.text.tokenisation import Language
+from router.text.tokenisation import Language, LanguageParts
 from router.workers.artifacts import ArtifactStore
 from router.workers.link import WorkerLink, disproves
 from router.workers.served_model import ServedModel, check_card
@@ -33,6 +33,8 @@ NO_WORKER_RETRY_S = 1.0
 PROBE_S = 0.25
 LOSSES = 1024
 """Losses that are remembered, to tell a worker that still renews."""
+SHOWN_CHARACTERS = 128
+"""Of a model's name that a client made up."""
 LEFT = "it left"
 """The reason of a loss that is logged without a warning."""
 log = structlog.get_logger(__name__)
@@ -92,7 +94,7 @@ class Registry:
             return next(iter(self.models.values()))
         if name not in self.models:
             known = ", ".join(sorted(self.models))
-            why = f"{name!r} is not served here; models: {known}" if name else f"one of {known}"
+            why = f"{name[:SHOWN_CHARACTERS]!r} is not served here; models: {known}" if name else f"one of {known}"
             raise InvalidArgument("model", why)
         return self.models[name]
 
@@ -210,17 +212,15 @@ class Registry:
         tokenizer = await self._artifacts.get(card.tokenizer_sha256, worker)
         template = await self._artifacts.get(card.chat_template_sha256, worker) if card.chat_template_sha256 else None
 
-        def build() -> Language:
-            return Language(
-                card.name,
-                tokenizer,
-                None if template is None else template.decode(errors="replace"),
-                bos_token_id=card.bos_token_id,
-                bos_token=card.bos_token,
-                eos_token=card.eos_token,
-            )
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, build)
+        parts = LanguageParts(
+            card.name,
+            tokenizer,
+            None if template is None else template.decode(errors="replace"),
+            bos_token_id=card.bos_token_id,
+            bos_token=card.bos_token,
+            eos_token=card.eos_token,
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._executor, Language, parts)
 
     def _changed(self, model: ServedModel) -> None:
         model.changed()

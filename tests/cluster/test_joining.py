@@ -10,12 +10,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from baton.children import child_environment
 from baton.client import Client
 from baton.client.types import Finished
 from baton.config import WorkerConfig
 from baton.errors import BatonError, ConfigError, Unavailable
 from baton.launch.child import Child
-from baton.launch.cluster import PROGRAM, child_environment
+from baton.launch.cluster import PROGRAM
 from baton.launch.worker import check_address
 from tests.cluster.conftest import Running, running
 

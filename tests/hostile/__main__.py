@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from tests.hostile import clusters
+from tests.hostile import clusters, long_texts
 from tests.hostile.rows import Row, lines
 
 CASES: tuple[Callable[[], Awaitable[list[Row]]], ...] = (
@@ -19,6 +19,7 @@ CASES: tuple[Callable[[], Awaitable[list[Row]]], ...] = (
     clusters.a_step_that_spans_a_pause,
     clusters.a_frozen_client,
     clusters.a_suspended_router,
+    long_texts.long_texts,
     clusters.a_silent_stream_behind_another_server,
 )
 

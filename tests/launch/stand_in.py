@@ -17,7 +17,8 @@ import signal
 import sys
 import time
 
-from baton.launch.lifetime import announce, die_with_parent, leave_terminal
+from baton.children import die_with_parent
+from baton.launch.lifetime import announce, leave_terminal
 
 LONG_S = 600.0
 

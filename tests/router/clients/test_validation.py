@@ -11,8 +11,9 @@ import pytest
 from baton.errors import InvalidArgument, Unimplemented
 from baton.rpc.status import from_rpc_error
 from baton.v1 import generation_pb2 as gen
-from router.clients.parsing import REQUEST_LIMIT_BYTES, explain, largest_field
+from router.clients.parsing import REQUEST_LIMIT_BYTES, explain
 from router.clients.validation import check_request
+from router.clients.wire_scan import too_large
 from tests.router.conftest import Cluster, ids_of
 from tests.router.tiny_model import CONTEXT, tokenizer
 
@@ -44,6 +45,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"token_ids": gen.TokenIds(ids=[3] * CONTEXT)}, "token_ids.ids"),
     ({"prompt": "x " * CONTEXT}, "prompt"),
     ({"model": "other"}, "model"),
+    ({"model": "x" * 100_000}, "model"),
     ({"request_id": "x" * 129}, "request_id"),
     ({"tenant_salt": "é" * 65}, "tenant_salt"),
     (sampling(temperature=-0.1), "sampling.temperature"),
@@ -200,7 +202,7 @@ async def test_an_oversized_message_names_its_largest_field(
 
 def test_largest_field_looks_into_messages() -> None:
     message = gen.GenerateRequest(request_id="short", stopping=gen.Stopping(stop=["x" * 50], max_tokens=3))
-    assert largest_field(message)[0] == "stopping.stop"
+    assert too_large(gen.GenerateRequest, message.SerializeToString(), 9).field == "stopping.stop"
 
 
 def test_explain_without_a_bad_string() -> None:

@@ -16,7 +16,7 @@ from baton.engine.files.gguf_file import GgufFile
 from baton.engine.files.tokenizer import tokenizer_json
 from baton.errors import InvalidArgument, NotFound
 from router.text.detokenisation import HELD_TOKENS, Detokeniser, OutputText, StopMatcher, WholeTokens
-from router.text.tokenisation import Input, Language, Message
+from router.text.tokenisation import Input, Language, LanguageParts, Message
 from tests.router.tiny_model import EOS, TEMPLATE, encode, tokenizer
 
 VOCABULARY = tokenizer().get_vocab_size()
@@ -148,7 +148,7 @@ def test_the_flush_may_complete_a_stop() -> None:
 
 
 def language(template: str | None = TEMPLATE, **changes: Any) -> Language:
-    return Language("tiny", tokenizer().to_str().encode(), template, **changes)
+    return Language(LanguageParts("tiny", tokenizer().to_str().encode(), template, **changes))
 
 
 def test_a_plain_prompt_gets_the_models_first_token() -> None:
@@ -195,4 +195,4 @@ def test_no_template_no_chat() -> None:
 @pytest.mark.parametrize(("data", "template"), [(b"{", TEMPLATE), (b"", TEMPLATE), (None, "{% for %}")])
 def test_artifacts_that_cannot_be_read_are_refused(data: bytes | None, template: str) -> None:
     with pytest.raises(NotFound):
-        Language("tiny", tokenizer().to_str().encode() if data is None else data, template)
+        Language(LanguageParts("tiny", tokenizer().to_str().encode() if data is None else data, template))
