@@ -15,7 +15,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-prefix bench-quality bench-burst bench-goodput bench-policy bench-promises cost-model profile clean
+.PHONY: help setup model demo test test-nightly test-hostile soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-prefix bench-quality bench-burst bench-goodput bench-policy bench-promises cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ test: model ## all tests that need neither a GPU nor a night; ARGS="-k name" sel
 
 test-nightly: model ## the long tests
 	$(BIN)/python -m pytest -m "nightly and not gpu" $(ARGS)
+
+test-hostile: model ## what one request, pause or container may not do, with the real timeouts (9 minutes); ARGS="name ..." selects
+	$(BIN)/python -m tests.hostile $(ARGS)
 
 soak: model ## 10,000 requests through one worker of each role: flat memory, no slowdown (minutes)
 	$(BIN)/python -m pytest -m nightly -s tests/cluster/test_soak.py $(ARGS)

@@ -23,7 +23,7 @@ from baton.rpc import net
 from tests.hostile.mutations import Call, call_of
 
 AT_ONCE = 8
-CALL_S = 20.0
+CALL_S = 60.0
 EVENTS = 40
 """A mutation may ask for a long answer: the client leaves after so many events."""
 FAULTS = {"INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "DEADLINE_EXCEEDED"}

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator
 
+from baton.client.types import Tokens
 from tests.cluster.conftest import Running
 
 STREAMS, STREAM_TOKENS = 10, 400
