@@ -100,7 +100,7 @@ class DecodeHandoffs:
         if isinstance(answer, Refusal):
             self._counts.add("handoffs_refused")
         elif self._ledger.state(key) is not GrantState.RESIDENT:
-            self._pending[key] = Pending(spec, router, transport, writer)
+            self._pending[key] = Pending(spec, router, transport, writer, awake.clock().missed)
             self._expect()
             self.receivers[transport].admit(answer.ticket)
             self._wake(answer)
@@ -218,7 +218,7 @@ class DecodeHandoffs:
         sequence = api.Sequence.from_spec(spec, self._ledger.table(key), computed=known)
         sequence.tokens.append(first.token)
         took_s = now - first.drawn_at
-        if key.handoff == 1:  # a later one waited for room, too
+        if key.handoff == 1 and awake.clock().missed == pending.missed:  # a later one waited for room, too
             self._times.observe(took_s)
             self._scheduler.handoff_s = max(self._times.expected_s, HANDOFF_S)  # trips are not in what is observed
         sequence.first_token_at = now - max(took_s, HANDOFF_S)

@@ -23,12 +23,14 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A granted sequence until it is resident. `writer` is the sender's incarnation."""
+    """A granted sequence until it is resident. `writer` is the sender's incarnation; `missed` is what this process had
+    missed when it granted."""
 
     spec: SequenceSpec
     router: RouterSession
     transport: str
     writer: str
+    missed: float
 
     @property
     def expected(self) -> Expected | None:

@@ -76,6 +76,7 @@ class Attempt:
         """Once it is set, the prefill worker has freed its blocks, unless it decodes too."""
         self._admitted, self._placer, self._commands, self._counts = admitted, placer, commands, counts
         self._clock = placer.clock
+        self._missed = placer.missed()
         self._excluded: set[str] = set()
         self._uncertain: Worker | None = None
         self._failures = 0
@@ -90,6 +91,11 @@ class Attempt:
     def hands_over(self) -> bool:
         """Whether it will need a decode worker."""
         return not self.direct and self._admitted.spec.max_tokens > 1
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether this process was awake all the time, so that the attempt's times tell something."""
+        return self._placer.missed() == self._missed
 
     def start(self) -> None:
         """Sends the prompt to its worker."""
@@ -180,7 +186,7 @@ class Attempt:
         now = self._clock()
         self.prefill.prefill.release(self.key, now)  # also where the first token comes later
         self._decoding()
-        if self.decode is not None and self.handoffs == 1:  # a later one waited for room too
+        if self.decode is not None and self.handoffs == 1 and self.undisturbed:  # a later one waited for room too
             self.decode.handoffs.observe(0.0 if first_token is None else now - first_token)
 
     def ended(self, worker: Worker) -> bool:

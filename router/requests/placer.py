@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted
+from baton.rpc import awake
 from baton.spec import AttemptKey, RequestSpec
 from baton.telemetry import Counts
 from kvtransfer.blocks.prefix import Digests
@@ -69,10 +70,12 @@ class Placer:
     def __init__(
         self, path: PathChoice, prefixes: Prefixes, counts: Counts, clock: Callable[[], float] | None = None
     ) -> None:
-        """`clock` in seconds; the running event loop's by default."""
+        """`clock` in seconds, which misses nothing; the running event loop's by default."""
         self.prefixes = prefixes
         self.path, self._counts = path, counts
         self.clock = clock or (lambda: asyncio.get_running_loop().time())
+        self.missed: Callable[[], float] = (lambda: 0.0) if clock else (lambda: awake.clock().missed)
+        """Seconds that this process was away so far."""
         self._unbound: dict[AttemptKey, tuple[str, int]] = {}  # -> model, tokens
         self._on_the_way: dict[str, tuple[int, int]] = {}  # by model, how many these are, and their tokens
         self.explanations = Explanations()

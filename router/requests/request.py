@@ -169,7 +169,7 @@ class Request:
     def _first_token(self, token: int) -> None:
         spec, plan = self.admitted.spec, self.attempt.plan
         ends = spec.max_tokens == 1 or token in spec.stop_token_ids or token in spec.eos_token_ids
-        if plan.raw_ttft_s is not None:
+        if plan.raw_ttft_s is not None and self.attempt.undisturbed:
             accuracy = self.attempt.prefill.accuracy
             accuracy.observe(plan.raw_ttft_s, self.marks.ttft_ms / 1e3, plan.ttft_s, self._loop.time())
         self.attempt.computed(last=ends)
