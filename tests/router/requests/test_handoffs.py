@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import pytest
@@ -36,6 +37,17 @@ async def test_how_long_a_handoff_takes_is_learned_of_each_worker(cluster: Clust
     cluster.prefill.refusals = [refused("NO_CAPACITY", retry_after_ms=1.0)]
     await cluster.generate()
     assert len(decode.handoffs) == 2
+
+
+async def test_what_a_pause_of_the_router_made_long_is_not_learned(cluster: Cluster) -> None:
+    blocks = cluster.decode.gate("received")
+    async for event in cluster.call():
+        if event.HasField("tokens") and not blocks.is_set():
+            time.sleep(0.7)  # noqa: ASYNC251  holds the loop, as a suspended process does
+            blocks.set()
+    assert await _handoff_ms(cluster) == {}
+    await cluster.generate()
+    assert (await _handoff_ms(cluster)).keys() == {"d0"}
 
 
 async def _handoff_ms(cluster: Cluster) -> dict[str, float]:
