@@ -10,6 +10,7 @@ import pytest
 
 from baton.config import RouterConfig
 from baton.errors import ResourceExhausted, Unavailable
+from baton.rpc import awake
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
 from baton.v1.admin_pb2 import ListWorkersRequest
@@ -46,6 +47,8 @@ async def test_what_a_pause_of_the_router_made_long_is_not_learned(cluster: Clus
             time.sleep(0.7)  # noqa: ASYNC251  holds the loop, as a suspended process does
             blocks.set()
     assert await _handoff_ms(cluster) == {}
+    while awake.catching_up():
+        await asyncio.sleep(0.05)
     await cluster.generate()
     assert (await _handoff_ms(cluster)).keys() == {"d0"}
 
