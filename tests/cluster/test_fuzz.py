@@ -71,6 +71,7 @@ async def test_30_seconds_of_mutated_requests_cost_nobody_else_anything() -> Non
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(2000)
 async def test_20_000_mutated_requests_leave_the_router_as_it_was() -> None:
     async with running(**CLUSTER) as cluster:
         result = await attack(cluster, [(WARM_UP, 600.0), (9_000, 600.0), (9_000, 600.0)])
