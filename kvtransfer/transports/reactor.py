@@ -123,7 +123,9 @@ class Reactor:
         timeout = None if soonest is None else max(0.0, soonest - time.monotonic())
         if self._polls:
             timeout = 0.0
-        for fd, events in self._epoll.poll(timeout):
+        # A process that was suspended may come back from the wait with nothing, though input lies there: that input
+        # counts before any deadline.
+        for fd, events in self._epoll.poll(timeout) or self._epoll.poll(0.0):
             watched = self._watched.get(fd)  # an earlier callback of this turn may have closed it
             if watched is not None:
                 self._guard(fd, partial(watched[0], events))

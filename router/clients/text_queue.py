@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from baton.errors import BatonError, Internal, ResourceExhausted, Unavailable
+from baton.rpc.awake import patience
 from baton.telemetry import Counts
 from router.clients.preparation import TextModel
 from router.clients.text_frames import FrameKind, unpack_error
@@ -136,7 +137,7 @@ class TextQueue:
                     return
             text = self._next()
             try:
-                async with asyncio.timeout(self.limit_s):
+                async with patience(self.limit_s):
                     kind, body = await self.process.ask(text.kind, text.model, text.data)
             except asyncio.CancelledError:
                 text.fail(self._closed or Unavailable("the router is shutting down"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import OrderedDict
 
@@ -10,6 +9,7 @@ import grpc
 
 from baton.errors import Mismatch, ResourceExhausted, Unavailable
 from baton.rpc import net
+from baton.rpc.awake import patience
 from baton.rpc.status import from_rpc_error
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
@@ -48,7 +48,7 @@ async def _fetch(sha256: str, worker: ProcessRef) -> bytes:
     data, address = bytearray(), worker.address
     request = wire.FetchArtifactRequest(sha256=sha256, receiver=worker.incarnation)
     try:
-        async with asyncio.timeout(FETCH_S), net.open_channel(address) as channel:
+        async with patience(FETCH_S), net.open_channel(address) as channel:
             async for piece in WorkerStub(channel).FetchArtifact(request):
                 data += piece.data
                 if len(data) > ARTIFACT_LIMIT_BYTES:

@@ -45,7 +45,7 @@ async def a_suspended_router() -> list[Row]:
     async with running(**SIMULATED, pool_tokens=65_536, sim_speed=2.0) as cluster:
         for seconds, everyone in ((4.5, False), (PAUSE_S, False), (PAUSE_S, True)):
             who = cluster.cluster.processes if everyone else cluster.cluster.processes[:1]
-            errors = await streams_through(cluster, who, seconds, count=8, tokens=3000)
+            errors = await streams_through(cluster, [(who, seconds)], count=8, tokens=3000)
             lost = (await cluster.client.status()).counters.get("workers_lost", 0)
             name = f"{'all processes' if everyone else 'the router'} stopped for {seconds:g} s"
             rows.append(equal(f"{name}: streams lost, of 8", 0, len(errors)))

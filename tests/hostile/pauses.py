@@ -17,6 +17,7 @@ from baton.launch.child import Child
 from tests.cluster.conftest import Running
 
 STREAM_S = 180.0
+BETWEEN_S = 0.3
 
 
 @asynccontextmanager
@@ -83,16 +84,19 @@ class Stream:
 
 
 async def streams_through(
-    cluster: Running, children: Sequence[Child], seconds: float, *, count: int, tokens: int
+    cluster: Running, pauses: Sequence[tuple[Sequence[Child], float]], *, count: int, tokens: int
 ) -> list[BaseException]:
-    """Suspends these processes for so long while `count` streams run; returns the errors of streams that were lost."""
+    """Suspends processes, each group for so many seconds and one group after the other, while `count` streams run.
+    Returns the errors of streams that were lost."""
     streams = [Stream(cluster.client, seed, tokens) for seed in range(count)]
     async with asyncio.timeout(STREAM_S):
         while not all(stream.under_way for stream in streams):
             early = [stream for stream in streams if stream.task.done()]
             assert not early, "the streams are too short to be paused"
             await asyncio.sleep(0.02)
-        async with suspended(children):
-            await asyncio.sleep(seconds)
+        for children, seconds in pauses:
+            async with suspended(children):
+                await asyncio.sleep(seconds)
+            await asyncio.sleep(BETWEEN_S)
         ends = await asyncio.gather(*(stream.task for stream in streams), return_exceptions=True)
     return [end for end in ends if isinstance(end, BaseException)]
