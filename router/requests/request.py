@@ -17,7 +17,7 @@ import structlog
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
 from baton.messages import Ended, HandoffDone, HandoffFailed, PrefillReport, Started, TokenRun
 from baton.rpc import awake
-from baton.spec import FinishReason
+from baton.spec import FinishReason, StopRule
 from baton.telemetry import Counts
 from router.requests.attempt import Attempt, AttemptState, CopyLost, late
 from router.requests.attempts import Attempts
@@ -165,16 +165,19 @@ class Request:
 
     def _try_again(self, lost: CopyLost) -> None:
         if self.state is not RequestState.OPEN:
-            return
-        label = self.admitted.spec.request_id
+            return None
+        label, ids = self.admitted.spec.request_id, self._output.ids
+        if ids and (reason := StopRule.of(self.admitted.spec).reason(ids[-1], len(ids))) is not None:
+            return self._finish(reason)  # only the news of its end was lost
         try:
-            self.attempts.start_next(self._output.ids, str(lost))
+            self.attempts.start_next(ids, str(lost))
         except BatonError as error:
             log.info("not failed over", request_id=label, why=str(error))
             self.fail(lost)
         except Exception as error:
             log.error("unexpected error in a failover", request_id=label, exc_info=error)
             self.fail(Internal("internal error; the router's log has the details"), cut=True)
+        return None
 
     def _push(self, piece: Piece) -> bool:
         """False where the client is too far behind to take the tokens; the request is over then."""
@@ -236,7 +239,7 @@ class Request:
     def _complete(self) -> None:
         assert self._reason is not None, "only a finished request completes"
         attempt, spec = self.attempt, self.admitted.spec
-        decoded = attempt.state is AttemptState.DECODING
+        decoded = attempt.decode is not None and attempt.state in (AttemptState.DECODING, AttemptState.OVER)
         path = Path.DIRECT if attempt.direct else Path.DISAGGREGATED if decoded else Path.PREFILL_ONLY
         outcome = Outcome(
             reason=self._reason,

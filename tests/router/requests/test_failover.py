@@ -112,6 +112,23 @@ async def test_a_stop_string_is_found_across_two_attempts(cluster: Cluster) -> N
     await cluster.idle()
 
 
+async def test_where_only_the_news_of_the_end_was_lost_nothing_is_computed_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = cluster.decode.says
+    monkeypatch.setattr(cluster.decode, "says", lambda **body: None if "ended" in body else says(**body))
+    call = aiter(cluster.call())
+    events = [await anext(call) for _ in range(len(cluster.answer) + 1)]
+    await cluster.add("d1", "decode")
+    await cluster.decode.stop()
+    events += [event async for event in call]
+    assert ids_of(events) == cluster.answer
+    finished = events[-1].finished
+    assert (finished.reason, finished.timeline.attempts) == (gen.FINISH_REASON_EOS, 1)
+    assert (finished.timeline.path, finished.timeline.decode_worker) == (gen.PATH_DISAGGREGATED, "d0")
+    await cluster.idle()
+
+
 async def test_a_client_that_leaves_between_two_attempts_leaves_nothing(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
