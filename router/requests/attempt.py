@@ -205,6 +205,10 @@ class Attempt:
         """Whether the worker has some of the attempt, or may have: it has not confirmed a cancel."""
         return worker in self.holding or worker in self._commands.cancelling.get(self.key, ())
 
+    def needs(self, worker: Worker) -> bool:
+        """Whether it can't go on while the worker does not."""
+        return worker is self.decode or (worker is self.prefill and self.state is not AttemptState.DECODING)
+
     def lost(self, worker: Worker, reason: str) -> None:
         """A worker is lost with its blocks. Raises CopyLost if the only copy was there."""
         self.holding.discard(worker)

@@ -9,6 +9,7 @@ what kills them: it is not tried on a third.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import structlog
 
@@ -19,6 +20,7 @@ from router.placement.policy import Plan
 from router.requests.attempt import Attempt, AttemptState, CopyLost
 from router.requests.commands import Commands
 from router.requests.placer import Admitted, Placer
+from router.requests.timeline import Path
 from router.workers.registry import LEFT
 from router.workers.worker import Worker
 
@@ -47,8 +49,19 @@ class Attempts:
         return self.current.state is AttemptState.OVER
 
     @property
-    def handoffs(self) -> int:
-        return self._former_handoffs + self.current.handoffs
+    def facts(self) -> dict[str, Any]:
+        """Fields of the request's Outcome."""
+        current = self.current
+        decoded = current.decode is not None and current.state in (AttemptState.DECODING, AttemptState.OVER)
+        return {
+            "prefill": current.report,
+            "attempts": self.number,
+            "handoffs": self._former_handoffs + current.handoffs,
+            "prefill_worker": current.prefill.name,
+            "decode_worker": current.decode.name if decoded and current.decode is not None else "",
+            "path": Path.DIRECT if current.direct else Path.DISAGGREGATED if decoded else Path.PREFILL_ONLY,
+            "simulated": current.prefill.card.simulated,
+        }
 
     def lost(self, worker: Worker, reason: str) -> None:
         """A worker is lost. Raises CopyLost where the attempt can't go on, and Internal after the second death."""
@@ -72,9 +85,13 @@ class Attempts:
         self.current.close()
 
     def start_next(self, output: tuple[int, ...], why: str) -> None:
-        """Places and starts the next attempt, which goes on after `output`. Raises as `Placer.place`."""
+        """Places and starts the next attempt, which goes on after `output`; ends the current one. Raises as
+        `Placer.place`, without a change."""
         former, again = self.current, self._admitted.again(output)
         worker, plan = self._placer.place(again)
+        if not self.between:
+            former.cancel("failed over")
+            former.close()
         self.number += 1
         self._former_handoffs += former.handoffs
         self.current = self._made(again, worker, plan)

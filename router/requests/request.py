@@ -20,11 +20,11 @@ from baton.rpc import awake
 from baton.spec import FinishReason, StopRule
 from baton.telemetry import Counts
 from router.requests.attempt import Attempt, AttemptState, CopyLost, late
-from router.requests.attempts import Attempts
+from router.requests.attempts import ATTEMPTS, Attempts
 from router.requests.failover import Failovers
 from router.requests.placer import Admitted
 from router.requests.stream import ClientStream, Output, Piece
-from router.requests.timeline import Marks, Outcome, Path
+from router.requests.timeline import Marks, Outcome
 from router.workers.worker import Worker
 
 REPORT_WAIT_S = 0.25
@@ -159,24 +159,38 @@ class Request:
         except CopyLost as error:
             self.attempts.retire(error)
             self._disarm("handoff", "rebind", "missing")
-            self._ended = None
             spec, found = self.admitted.spec, error
             return self._failovers.add(spec.priority, self.admitted.arrived, lambda: self._try_again(found))
 
+    def leave(self, worker: Worker, why: str) -> None:
+        """Another attempt goes on elsewhere, if the worker still does not move and another one can take it."""
+        attempts = self.attempts
+        if self.state is not RequestState.OPEN or attempts.between or attempts.number == ATTEMPTS:
+            return
+        others = all(self.admitted.model.usable(role) for role in worker.registration.roles)
+        if others and worker.link.watch.stalled and self.attempt.needs(worker):
+            self._start_next(f"{worker} stalled: {why}")
+
     def _try_again(self, lost: CopyLost) -> None:
-        if self.state is not RequestState.OPEN:
-            return None
+        if self.state is RequestState.OPEN:
+            self._start_next(str(lost), lost)
+
+    def _start_next(self, why: str, lost: CopyLost | None = None) -> None:
+        """Where no other attempt can be made, the request ends with `lost`; without that the current one stays."""
         label, ids = self.admitted.spec.request_id, self._output.ids
         if ids and (reason := StopRule.of(self.admitted.spec).reason(ids[-1], len(ids))) is not None:
             return self._finish(reason)  # only the news of its end was lost
         try:
-            self.attempts.start_next(ids, str(lost))
+            self.attempts.start_next(ids, why)
         except BatonError as error:
             log.info("not failed over", request_id=label, why=str(error))
-            self.fail(lost)
+            return None if lost is None else self.fail(lost)
         except Exception as error:
             log.error("unexpected error in a failover", request_id=label, exc_info=error)
-            self.fail(Internal("internal error; the router's log has the details"), cut=True)
+            return self.fail(Internal("internal error; the router's log has the details"), cut=True)
+        self._output.forget_beyond()
+        self._disarm("handoff", "rebind", "missing")
+        self._ended = None
         return None
 
     def _push(self, piece: Piece) -> bool:
@@ -238,25 +252,17 @@ class Request:
 
     def _complete(self) -> None:
         assert self._reason is not None, "only a finished request completes"
-        attempt, spec = self.attempt, self.admitted.spec
-        decoded = attempt.decode is not None and attempt.state in (AttemptState.DECODING, AttemptState.OVER)
-        path = Path.DIRECT if attempt.direct else Path.DISAGGREGATED if decoded else Path.PREFILL_ONLY
+        spec = self.admitted.spec
         outcome = Outcome(
             reason=self._reason,
             stop=self._output.stop or "",
             prompt_tokens=len(spec.prompt),
             output_tokens=self._output.delivered,
             marks=self.marks,
-            prefill=attempt.report,
             ended=self._ended,
             total_ms=(self._loop.time() - self.admitted.arrived) * 1e3,
-            attempts=self.attempts.number,
-            handoffs=self.attempts.handoffs,
-            prefill_worker=attempt.prefill.name,
-            decode_worker=attempt.decode.name if decoded and attempt.decode is not None else "",
-            path=path,
             objectives=spec.objectives,
-            simulated=attempt.prefill.card.simulated,
+            **self.attempts.facts,
         )
         self._close("finished")
         self.stream.finish(outcome)

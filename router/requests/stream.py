@@ -56,10 +56,12 @@ class Output:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Those tokens, from which another attempt goes on. What came beyond a gap is forgotten: positions alone must
-        not mix what two attempts drew."""
-        self._beyond.clear()
+        """Those tokens, from which another attempt goes on."""
         return tuple(self._ids)
+
+    def forget_beyond(self) -> None:
+        """Another attempt goes on: what the former one drew beyond a gap must not mix with what this one draws."""
+        self._beyond.clear()
 
     def accept(self, position: int, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Piece | None:
         """The tokens that are next in order, if any.

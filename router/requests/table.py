@@ -134,6 +134,14 @@ class Requests:
     def _renamed(self, former: AttemptKey, new: AttemptKey) -> None:
         self._live[new] = self._live.pop(former)
 
+    def on_stalled(self, worker: Worker, reason: str) -> None:
+        """Moves the requests on the worker, each in its turn, while the worker does not move."""
+        for request in self._live.values():
+            if request.attempt.needs(worker):
+                spec = request.admitted.spec
+                move = partial(request.leave, worker, reason)
+                self._failovers.add(spec.priority, request.admitted.arrived, move)
+
     def _on_tokens(self, worker: Worker, message: Tokens) -> None:
         for run in message.runs:
             if not self._act(run.attempt, Request.on_tokens, worker, run):

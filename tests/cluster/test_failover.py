@@ -12,6 +12,7 @@ from baton.client.types import Finished, Tokens
 from baton.launch.child import Child
 from baton.spec import TokenLogprobs
 from tests.cluster.conftest import Running, prompt_of, running, settled
+from tests.hostile.pauses import suspended
 
 STREAMS = 20
 SAMPLED: dict[str, Any] = {
@@ -105,3 +106,25 @@ async def test_sampled_output_of_the_model_is_the_same_as_without_a_death() -> N
     assert failovers, "some streams were there"
     for before, after in zip(undisturbed, disturbed, strict=True):
         assert after.same_as(before), (before.text, after.text)
+
+
+async def test_streams_leave_a_stopped_worker_which_serves_again_when_it_goes_on() -> None:
+    """It is noticed in 1.5 s; the rest of the longest gap is queue and computing."""
+    options: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": 1.0}
+    simulated: dict[str, Any] = {"engine": "simulated", "sim_speed": 2.0, "prefill": 2, "decode": 2}
+    async with running(pool_tokens=32_768, **simulated) as cluster:
+        streams = [Heard() for _ in range(STREAMS)]
+        tasks = [asyncio.create_task(hear(cluster, seed, heard, **options)) for seed, heard in enumerate(streams)]
+        async with asyncio.timeout(60):
+            while sum(len(heard.ids) for heard in streams) < STREAMS * 20:
+                await asyncio.sleep(0.002)
+            async with suspended([process_of(cluster, "decode-0")]):
+                await asyncio.gather(*tasks)
+            while not all(worker.attached for worker in await cluster.client.workers()):
+                await asyncio.sleep(0.05)
+            await settled(cluster)
+        counters = (await cluster.client.status()).counters
+        assert counters["failovers"] >= 1
+        assert all(len(heard.ids) == 300 for heard in streams)
+        after = await all_heard(cluster, **options | {"max_tokens": 5})
+        assert {heard.finished.timeline.decode_worker for heard in after if heard.finished} == {"decode-0", "decode-1"}

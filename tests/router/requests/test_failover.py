@@ -14,6 +14,7 @@ from baton.v1 import worker_pb2 as wire
 from router.requests.failover import AT_ONCE, Failovers
 from router.requests.stream import Output
 from router.text.detokenisation import OutputText
+from router.workers import pulse
 from tests.router.conftest import Cluster, ids_of, text_of
 from tests.router.doubles import WorkerDouble
 
@@ -97,6 +98,51 @@ async def test_a_prompt_whose_worker_dies_is_computed_elsewhere(cluster: Cluster
     await cluster.idle()
 
 
+# While its worker does not move.
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a router that is made later."""
+    monkeypatch.setattr(pulse, "SILENT_S", 0.1)
+
+
+async def test_a_stream_leaves_a_worker_that_does_not_move_which_is_not_lost(
+    impatient: None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as another one is there."""
+    gate = cluster.decode.gate("step 2")
+    call = cluster.call()
+    await cluster.decode.at("step 2")
+    await cluster.until(lambda: not cluster.usable("d0"))
+    says = cluster.decode.says
+    monkeypatch.setattr(cluster.decode, "says", lambda **_: None)  # or its answer to the cancel shows that it moves
+    await cluster.add("d1", "decode")
+    events = [event async for event in call]
+    assert ids_of(events) == cluster.answer
+    timeline = events[-1].finished.timeline
+    assert (timeline.attempts, timeline.decode_worker) == (2, "d1")
+    gate.set()
+    (attempt,) = cluster.decode.cancelled
+    says(freed=wire.Freed(attempt=attempt))
+    await cluster.until(lambda: cluster.usable("d0"))
+    assert not cluster.counted("workers_lost")
+    await cluster.idle()
+
+
+async def test_without_another_worker_it_stays_and_goes_on(impatient: None, cluster: Cluster) -> None:
+    gate = cluster.decode.gate("step 2")
+    call = cluster.call()
+    await cluster.decode.at("step 2")
+    await cluster.until(lambda: not cluster.usable("d0"))
+    assert cluster.router.ready
+    gate.set()
+    events = [event async for event in call]
+    assert ids_of(events) == cluster.answer
+    assert events[-1].finished.timeline.attempts == 1
+    await cluster.idle()
+
+
 # Ends.
 
 
@@ -167,6 +213,7 @@ def test_what_came_beyond_a_gap_is_forgotten(monkeypatch: pytest.MonkeyPatch) ->
     output.accept(10, [1], ())
     output.accept(12, [3], ())
     assert output.ids == (1,)
+    output.forget_beyond()
     piece = output.accept(11, [7], ())
     assert piece is not None
     assert piece.ids == [7]
