@@ -56,6 +56,15 @@ Command = PrefillCommand | DirectCommand | BindCommand | CancelCommand | CacheSy
 
 
 @dataclass(frozen=True, slots=True)
+class Pulse:
+    """A worker's step under way, or its last one, which has no age: what its heartbeats tell while it has sequences."""
+
+    step: int
+    age_s: float
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The first chunk is about to be computed, `queue_ms` after the command."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from baton.cost import CostModel
 from baton.engine.api import Engine
 from baton.errors import ResourceExhausted
-from baton.messages import CancelCommand, Command, DirectCommand, Ended, Freed, LoadReport
+from baton.messages import CancelCommand, Command, DirectCommand, Ended, Freed, LoadReport, Pulse
 from baton.spec import AttemptKey, SequenceSpec
 from baton.telemetry import Counts
 from baton.worker.admission_queue import AdmissionQueue, WaitingPrompt
@@ -77,6 +77,11 @@ class DecodeRole:
             "aborting": statistics.aborting,
             "decode_tombstones": statistics.tombstones,
         }
+
+    @property
+    def pulse(self) -> Pulse | None:
+        """None without sequences."""
+        return self.runner.pulse if len(self._residents) else None
 
     def on_command(self, router: RouterSession, command: Command) -> None:
         match command:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from baton.cost import CostModel
 from baton.engine.api import Engine
 from baton.errors import ResourceExhausted
-from baton.messages import BindCommand, CancelCommand, Command, Ended, Freed, LoadReport, PrefillCommand
+from baton.messages import BindCommand, CancelCommand, Command, Ended, Freed, LoadReport, PrefillCommand, Pulse
 from baton.rpc import awake
 from baton.spec import AttemptKey, SequenceSpec
 from baton.telemetry import Counts
@@ -63,6 +63,11 @@ class PrefillRole:
             "senders": len(self.senders),
             "prefill_tombstones": len(self._prompts.tombstones),
         }
+
+    @property
+    def pulse(self) -> Pulse | None:
+        """None without prompts that have blocks."""
+        return self.runner.pulse if self._prompts.started else None
 
     def on_command(self, router: RouterSession, command: Command) -> None:
         match command:

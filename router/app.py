@@ -57,6 +57,7 @@ class Router:
             on_joined=self.placer.prefixes.on_joined,
             on_event=self.requests.on_event,
             on_lost=self.requests.on_lost,
+            on_stalled=self.requests.on_stalled,
             on_change=self._changed.set,
         )
         self._pools = PoolWatch(config.path, self.registry.models)

@@ -19,6 +19,7 @@ from baton.identity import mint_process
 from baton.launch.transports import check_device, device_issuer, receivers, writers
 from baton.launch.worker_admin import Sizes, WorkerAdmin
 from baton.launch.worker_load import Loaded, claim_cpus, load
+from baton.messages import Pulse
 from baton.rpc import awake, collector
 from baton.rpc.convert import ROLES, card_to_wire, process_to_wire
 from baton.rpc.greeting import with_versions
@@ -55,6 +56,8 @@ class Role(RoleHandler, Protocol):
     def runner(self) -> Runner: ...
     @property
     def live(self) -> dict[str, int]: ...
+    @property
+    def pulse(self) -> Pulse | None: ...
     def expire(self) -> None: ...
     async def stop(self) -> None: ...
 
@@ -176,6 +179,7 @@ def _compose(parts: Parts) -> list[Service]:
         prefill = _prefill_role(parts)
         parts.senders = prefill.senders
         parts.roles.append(prefill)
+    parts.worker.pulse = lambda: next(filter(None, (role.pulse for role in parts.roles)), None)
     for role in parts.roles:
         role.runner.stand_back(config.compute_nice)
         parts.worker.add_handler(role)

@@ -23,6 +23,7 @@ from baton.messages import (
     LoadReport,
     PrefillCommand,
     PrefillReport,
+    Pulse,
     Started,
     TokenRun,
     Tokens,
@@ -90,6 +91,17 @@ def event_from_frame(frame: wire.WorkerFrame) -> Event | None:
     kind = frame.WhichOneof("body")
     read = _READERS.get(kind or "")
     return None if read is None else read(getattr(frame, kind or ""))
+
+
+def pulse_to_heartbeat(pulse: Pulse) -> wire.Heartbeat:
+    age_ms, predicted_ms = pulse.age_s * 1e3, pulse.predicted_s * 1e3
+    return wire.Heartbeat(step=pulse.step, step_age_ms=age_ms, step_predicted_ms=predicted_ms)
+
+
+def pulse_of(frame: wire.WorkerFrame) -> Pulse | None:
+    """None where it is no heartbeat of a worker with sequences."""
+    beat = frame.heartbeat if frame.WhichOneof("body") == "heartbeat" else None
+    return Pulse(beat.step, beat.step_age_ms / 1e3, beat.step_predicted_ms / 1e3) if beat and beat.step else None
 
 
 def _same(event_type: Callable[..., Event], message_type: Callable[..., Any], *names: str) -> tuple[Write, Read]:

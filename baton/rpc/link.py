@@ -16,13 +16,15 @@ from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 from baton.errors import ResourceExhausted, TransferError
-from baton.rpc.awake import Timer, patience
+from baton.rpc.awake import patience
 from baton.rpc.lanes import Assembler, Lanes
 from baton.v1 import worker_pb2 as wire
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 5.0
 """A peer that says nothing for so long (five heartbeats) is silent."""
+BUSY_HEARTBEAT_S = 0.25
+"""Between two heartbeats of a worker with sequences."""
 GRACE_S = 3.0
 """How long a session outlives its stream."""
 ACK_EVERY = 64
@@ -45,6 +47,8 @@ class Session(Generic[Out, In]):
         self._resend: deque[Out] = deque()
         self._next_number, self._acknowledged_to_peer, self._epoch = 1, 0, 0
         self._assembler: Assembler[In] = Assembler(in_type)
+        self.pulse: Callable[[], wire.Heartbeat | None] = lambda: None
+        """What heartbeats say; None, and they are rarer, where there is nothing to say."""
 
     @property
     def pending(self) -> int:
@@ -113,7 +117,7 @@ class Session(Generic[Out, In]):
             if frame is not None:
                 yield frame
                 continue
-            woken = await self._lanes.wait(HEARTBEAT_S)
+            woken = await self._lanes.wait(HEARTBEAT_S if self.pulse() is None else BUSY_HEARTBEAT_S)
             if not woken or self.received - self._acknowledged_to_peer >= ACK_EVERY:
                 yield self.heartbeat()
 
@@ -132,29 +136,16 @@ class Session(Generic[Out, In]):
 
     def heartbeat(self) -> Out:
         self._acknowledged_to_peer = self.received
-        return self._out_type(acknowledged=self.received, heartbeat=wire.Heartbeat())
-
-
-def _nothing() -> None: ...
+        return self._out_type(acknowledged=self.received, heartbeat=self.pulse() or wire.Heartbeat())
 
 
 async def read_frames(
-    session: Session[Out, In],
-    source: AsyncIterator[In],
-    patience_s: float,
-    on_first: Callable[[], None] = _nothing,
-    on_silent: Callable[[], None] = _nothing,
+    session: Session[Out, In], source: AsyncIterator[In], patience_s: float, heard: Callable[[In], None]
 ) -> None:
-    """Feeds a stream into its session until it ends. Calls `on_silent` when the peer is silent, and raises TimeoutError
-    when it is for `patience_s`."""
+    """Feeds a stream into its session until it ends; `heard` is called with each frame first. Raises TimeoutError when
+    the peer is silent for `patience_s`."""
     async with patience(patience_s) as limit:
-        silence = Timer(SILENCE_S, on_silent)
-        try:
-            async for frame in source:
-                limit.restart()
-                silence.restart()
-                on_first()
-                on_first = _nothing
-                session.receive(frame)
-        finally:
-            silence.cancel()
+        async for frame in source:
+            limit.restart()
+            heard(frame)
+            session.receive(frame)

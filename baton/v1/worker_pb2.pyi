@@ -619,14 +619,29 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
+    """Four a second while a worker has sequences, one a second otherwise, where there is nothing else to say."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
+    STEP_FIELD_NUMBER: _builtins.int
+    STEP_AGE_MS_FIELD_NUMBER: _builtins.int
+    STEP_PREDICTED_MS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Workers with sequences: the number of the step under way, or of the last one. 0 otherwise."""
+    step_age_ms: _builtins.float
+    """0 between two steps."""
+    step_predicted_ms: _builtins.float
+    """How long it was expected to take; 0 where that is not known."""
     def __init__(
         self,
+        *,
+        step: _builtins.int = ...,
+        step_age_ms: _builtins.float = ...,
+        step_predicted_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "step_age_ms", b"step_age_ms", "step_predicted_ms", b"step_predicted_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

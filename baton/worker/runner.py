@@ -22,6 +22,7 @@ import structlog
 
 from baton.cost import CostModel
 from baton.engine.api import Engine, Sampled, Sequence, Work, shape_of
+from baton.messages import Pulse
 from baton.rpc import awake
 from baton.spec import AttemptKey, FinishReason, TokenLogprobs
 
@@ -89,6 +90,7 @@ class Runner:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._step_began: float | None = None
+        self._number, self._predicted_s = 0, 0.0
         self._loop, self._clock = asyncio.get_running_loop(), awake.clock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -98,6 +100,11 @@ class Runner:
         """The age of the step under way; 0 between two steps. May be read from any thread."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def pulse(self) -> Pulse:
+        """The step under way, or the last one. May be read from any thread."""
+        return Pulse(self._number, self.under_way_s, self._predicted_s)
 
     def add(self, sequence: Sequence) -> None:
         """The sequence's blocks must stay held until it is out again."""
@@ -161,6 +168,7 @@ class Runner:
 
     def _step(self, batch: list[Work]) -> StepReport:
         shape, started, missed = shape_of(batch), time.monotonic(), self._clock.missed
+        self._number, self._predicted_s = self._number + 1, self.model.cost.seconds(shape)
         self._step_began = started
         try:
             sampled = self._engine.step(batch)

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import structlog
 
 from baton import errors
-from baton.messages import CancelCommand, Command, Ended
+from baton.messages import CancelCommand, Command, Ended, Pulse
 from baton.rpc import awake
 from baton.rpc.convert import process_from_wire, process_to_wire
-from baton.rpc.frames import attempt_of, command_from_frame
+from baton.rpc.frames import attempt_of, command_from_frame, pulse_to_heartbeat
 from baton.rpc.greeting import agree_on_version, check_receiver
 from baton.rpc.lanes import FRAGMENT_BYTES
 from baton.rpc.link import GRACE_S, SILENCE_S, read_frames
@@ -57,6 +57,8 @@ class WorkerService(WorkerServicer):
         self._sessions: dict[str, RouterSession] = {}
         self._handlers: list[RoleHandler] = []
         self.on_attach: list[Callable[[RouterSession], None]] = []
+        self.pulse: Callable[[], Pulse | None] = lambda: None
+        """Of the engine, while the worker has sequences."""
         self.attached, self.detached = asyncio.Event(), asyncio.Event()
         self.detached.set()
 
@@ -132,6 +134,7 @@ class WorkerService(WorkerServicer):
             self._lose(record, "the router started a new session")
         if record is None or not resumed:
             record = self._sessions[router.incarnation] = RouterSession(router, hello.session, self._dispatch)
+            record.link.pulse = self._heartbeat
         if record.grace is not None:
             record.grace.cancel()
             record.grace = None
@@ -143,16 +146,17 @@ class WorkerService(WorkerServicer):
                 tell(record)
         return record, resumed, stream
 
-    def _confirmed(self, record: RouterSession) -> None:
+    def _heard(self, record: RouterSession, silence: awake.Timer) -> None:
         """The router has our hello: from now on, and not before, it places requests here."""
+        silence.restart()
         if self._sessions.get(record.router.incarnation) is record:
             self.attached.set()
             self.detached.clear()
 
     async def _read(self, record: RouterSession, stream: int, source: AsyncIterator[wire.RouterFrame]) -> None:
+        silence = awake.Timer(SILENCE_S, partial(self._silent, record))
         try:
-            confirmed, silent = partial(self._confirmed, record), partial(self._silent, record)
-            await read_frames(record.link, source, self._hold_s, confirmed, silent)
+            await read_frames(record.link, source, self._hold_s, lambda _: self._heard(record, silence))
         except TimeoutError:
             log.warning("router given up", router=record.router.name, error=f"silent for {self._hold_s:g} s")
             record.link.close()
@@ -162,7 +166,12 @@ class WorkerService(WorkerServicer):
             log.warning("router given up", router=record.router.name, error=str(error))
             record.link.close()
         finally:
+            silence.cancel()
             record.link.detach(stream)
+
+    def _heartbeat(self) -> wire.Heartbeat | None:
+        pulse = self.pulse()
+        return None if pulse is None else pulse_to_heartbeat(pulse)
 
     def _silent(self, record: RouterSession) -> None:
         self._counts.add("routers_silent")

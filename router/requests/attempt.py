@@ -52,6 +52,10 @@ class AttemptState(Enum):
     OVER = auto()
 
 
+class CopyLost(Unavailable):
+    """The only copy of the sequence went with its worker. Another attempt can go on from the tokens that came."""
+
+
 class Attempt:
     """Lives on the event loop; never waits. A worker that has restarted is another: it has refused nothing."""
 
@@ -90,7 +94,7 @@ class Attempt:
     @property
     def hands_over(self) -> bool:
         """Whether it will need a decode worker."""
-        return not self.direct and self._admitted.spec.max_tokens > 1
+        return not self.direct and self._admitted.tokens_left > 1
 
     @property
     def undisturbed(self) -> bool:
@@ -99,15 +103,15 @@ class Attempt:
 
     def start(self) -> None:
         """Sends the prompt to its worker."""
-        spec, now = self._admitted.spec, self._clock()
-        self.prefill.prefill.place(self.key, len(spec.prompt), self.plan.queued)
+        admitted, now = self._admitted, self._clock()
+        self.prefill.prefill.place(self.key, len(admitted.known), self.plan.queued)
         if self.direct:
             self._take_place_at(self.prefill)
         elif self.hands_over:
-            self._placer.placed(self._admitted.model, self.key, len(spec.prompt))
+            self._placer.placed(admitted.model, self.key, len(admitted.known))
         self._counts.add("path_direct" if self.direct else "path_disaggregated")
-        left_s = max(self._admitted.deadline - now, 0.0)
-        sequence = spec.attempted(self.key, (), left_s, self._admitted.ttft_left_s(now))
+        left_s = max(admitted.deadline - now, 0.0)
+        sequence = admitted.spec.attempted(self.key, admitted.output, left_s, admitted.ttft_left_s(now))
         self._commands.send(self.prefill, DirectCommand(sequence) if self.direct else PrefillCommand(sequence))
 
     def started(self, worker: Worker) -> bool:
@@ -201,17 +205,21 @@ class Attempt:
         """Whether the worker has some of the attempt, or may have: it has not confirmed a cancel."""
         return worker in self.holding or worker in self._commands.cancelling.get(self.key, ())
 
+    def needs(self, worker: Worker) -> bool:
+        """Whether it can't go on while the worker does not."""
+        return worker is self.decode or (worker is self.prefill and self.state is not AttemptState.DECODING)
+
     def lost(self, worker: Worker, reason: str) -> None:
-        """A worker is lost with its blocks. Raises the error that ends the attempt, if its only copy was there."""
+        """A worker is lost with its blocks. Raises CopyLost if the only copy was there."""
         self.holding.discard(worker)
         decoding = self.state is AttemptState.DECODING
         if worker is self.prefill and not decoding:
             kind = "decode" if self.direct else "prefill"
-            raise Unavailable(f"{kind} worker {worker} is lost: {reason}", 1.0, f"{kind}_workers")
+            raise CopyLost(f"{kind} worker {worker} is lost: {reason}", 1.0, f"{kind}_workers")
         if worker is not self.decode:
             return
         if decoding or self.report is not None:
-            raise Unavailable(f"decode worker {worker} is lost: {reason}", 1.0, "decode_workers")
+            raise CopyLost(f"decode worker {worker} is lost: {reason}", 1.0, "decode_workers")
         self._give_place_back()
         self._counts.add("handoffs_failed_lost")
         self.bind()

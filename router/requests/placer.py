@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.config import PathChoice, RoleName
 from baton.errors import ResourceExhausted
@@ -21,7 +21,7 @@ from router.placement.policy import Plan, pick_decode, plan
 from router.placement.snapshot import Ask, Demand
 from router.requests.pools import roles_of, workers_for
 from router.text.detokenisation import OutputText
-from router.workers.prefixes import Prefixes
+from router.workers.prefixes import Prefixes, digests_of
 from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
 
@@ -38,9 +38,10 @@ the worker refuse for ever."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted:
-    """A request before any attempt at it. Times in seconds on the event loop's clock.
+    """A request before an attempt at it. Times in seconds on the event loop's clock.
 
-    `digests` are those of the prompt's blocks. `refuses`: end it at once where its objectives can't be met.
+    `output` are the tokens of earlier attempts; `digests` are those of the known tokens' blocks. `refuses`: end it at
+    once where its objectives can't be met.
     """
 
     spec: RequestSpec
@@ -52,11 +53,28 @@ class Admitted:
     deadline: float
     handoff_wait_s: float
     refuses: bool = False
+    output: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Prompt, and output so far: what an attempt computes."""
+        return (*self.spec.prompt, *self.output) if self.output else self.spec.prompt
+
+    @property
+    def tokens_left(self) -> int:
+        """Output tokens that may still be drawn."""
+        return self.spec.max_tokens - len(self.output)
+
+    def again(self, output: tuple[int, ...]) -> Admitted:
+        """For another attempt, which goes on after `output`. What was admitted is not refused any more."""
+        known = (*self.spec.prompt, *output)
+        digests = digests_of(self.model.card, known, self.spec.tenant_salt)
+        return replace(self, output=output, digests=digests, refuses=False)
 
     def ttft_left_s(self, now: float) -> float | None:
-        """Until the first token is due; None without such an objective."""
+        """Until the first token is due; None without such an objective, and once it has come."""
         limit = self.spec.objectives.ttft_ms
-        return None if limit is None else limit / 1e3 - (now - self.arrived)
+        return None if limit is None or self.output else limit / 1e3 - (now - self.arrived)
 
     @property
     def tpot_s(self) -> float | None:
@@ -92,9 +110,9 @@ class Placer:
         where the objectives can't be met and the request refuses that.
         """
         model, cached = request.model, self._cached(request)
-        workers = workers_for(self.path, model, single_token=request.spec.max_tokens == 1)
+        workers = workers_for(self.path, model, single_token=request.tokens_left == 1)
         now = self.clock()
-        blocks = model.card.kv_layout.blocks_for(len(request.spec.prompt))
+        blocks = model.card.kv_layout.blocks_for(len(request.known))
         needed: dict[RoleName, int] = {"prefill": blocks, "decode": request.demand.blocks}
         found, seen = self._plan(request, now, needed, cached)
         if found is None:
@@ -166,7 +184,7 @@ class Placer:
 
     def _cached(self, request: Admitted) -> dict[Worker, int]:
         """Tokens of the prompt that each worker holds already."""
-        return self.prefixes.cached_tokens(request.model.card, len(request.spec.prompt), request.digests)
+        return self.prefixes.cached_tokens(request.model.card, len(request.known), request.digests)
 
     def _plan(
         self, request: Admitted, now: float, needed: Mapping[RoleName, int], cached: Mapping[Worker, int]
@@ -193,7 +211,8 @@ class Placer:
         spec, share = request.spec, max(decodes, 1)
         waiting, tokens = self._on_the_way.get(request.model.card.name, (0, 0))
         objectives, unbound = (request.ttft_left_s(now), request.tpot_s), (waiting / share, tokens / share)
-        return Ask(now, len(spec.prompt), request.demand, *objectives, spec.priority, *unbound, spec.max_tokens - 1)
+        tokens, gaps = len(request.known), request.tokens_left - 1
+        return Ask(now, tokens, request.demand, *objectives, spec.priority, *unbound, gaps)
 
 
 def _may_probe(worker: Worker, found: Plan, now: float) -> bool:

@@ -17,21 +17,20 @@ import structlog
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
 from baton.messages import Ended, HandoffDone, HandoffFailed, PrefillReport, Started, TokenRun
 from baton.rpc import awake
-from baton.spec import FinishReason
+from baton.spec import FinishReason, StopRule
 from baton.telemetry import Counts
-from router.requests.attempt import Attempt, AttemptState, late
+from router.requests.attempt import Attempt, AttemptState, CopyLost, late
+from router.requests.attempts import ATTEMPTS, Attempts
+from router.requests.failover import Failovers
 from router.requests.placer import Admitted
 from router.requests.stream import ClientStream, Output, Piece
-from router.requests.timeline import Marks, Outcome, Path
-from router.workers.registry import LEFT
+from router.requests.timeline import Marks, Outcome
 from router.workers.worker import Worker
 
 REPORT_WAIT_S = 0.25
 """How long FINISHING waits for the prefill worker's report, which completes the timeline."""
 MISSING_WAIT_S = 2.0
 """How long OPEN waits for the last tokens after Ended."""
-DEATHS = 2
-"""So many workers die of a request, or with it, before it is given up."""
 log = structlog.get_logger(__name__)
 
 
@@ -44,18 +43,23 @@ class RequestState(Enum):
 class Request:
     """Driven by messages, timers and the client. Lives on one event loop; never waits."""
 
-    def __init__(self, admitted: Admitted, attempt: Attempt, stream: ClientStream, counts: Counts) -> None:
-        self.admitted, self.attempt, self.stream = admitted, attempt, stream
+    def __init__(
+        self, admitted: Admitted, attempts: Attempts, failovers: Failovers, stream: ClientStream, counts: Counts
+    ) -> None:
+        self.admitted, self.attempts, self.stream = admitted, attempts, stream
         self.state = RequestState.OPEN
         self.marks = Marks(admitted.arrived)
-        self._counts = counts
+        self._failovers, self._counts = failovers, counts
         self._output = Output(len(admitted.spec.prompt), admitted.spec.max_tokens, admitted.text, counts)
-        self._deaths: list[str] = []
-        """Workers that died while they had an attempt at this request, or may have had."""
         self._ended: Ended | None = None
         self._reason: FinishReason | None = None
         self._loop = asyncio.get_running_loop()
         self._timers: dict[str, asyncio.TimerHandle | awake.Timer] = {}
+
+    @property
+    def attempt(self) -> Attempt:
+        """The current one."""
+        return self.attempts.current
 
     # From the service.
 
@@ -81,9 +85,10 @@ class Request:
 
     def on_started(self, worker: Worker, message: Started) -> None:
         """The prompt is about to be computed: binds a decode worker if one is needed."""
-        if self.state is not RequestState.OPEN or not self.attempt.started(worker):
+        if self.state is not RequestState.OPEN or self.attempts.between or not self.attempt.started(worker):
             return late(self._counts, "started")
-        self.marks.queue_ms, self.marks.cached_tokens = message.queue_ms, message.cached_tokens
+        if self.attempts.number == 1:
+            self.marks.queue_ms, self.marks.cached_tokens = message.queue_ms, message.cached_tokens
         if self.attempt.hands_over:
             self.attempt.bind()
         return None
@@ -106,7 +111,7 @@ class Request:
 
     def on_handoff_failed(self, worker: Worker, failure: HandoffFailed) -> None:
         """The prefill worker still holds the blocks and wants another handoff."""
-        if self.state is not RequestState.OPEN:
+        if self.state is not RequestState.OPEN or self.attempts.between:
             return late(self._counts, "handoff_failed")
         pause_s = self.attempt.handoff_failed(worker, failure)
         if pause_s is not None:
@@ -115,7 +120,9 @@ class Request:
 
     def on_handed_over(self, worker: Worker, message: HandoffDone) -> None:
         number, first_token = message.key.handoff, self.marks.first_token
-        if self.state is not RequestState.OPEN or not self.attempt.handed_over(worker, number, first_token):
+        if self.state is not RequestState.OPEN or self.attempts.between:
+            return late(self._counts, "resident")
+        if not self.attempt.handed_over(worker, number, first_token):
             return late(self._counts, "resident")
         return self._disarm("handoff", "rebind")
 
@@ -126,7 +133,9 @@ class Request:
         return None if self.attempt.direct else self.on_freed(worker)
 
     def on_ended(self, worker: Worker, ended: Ended) -> None:
-        if self.state is not RequestState.OPEN or self._ended is not None or not self.attempt.ended(worker):
+        if self.state is not RequestState.OPEN or self.attempts.between or self._ended is not None:
+            return late(self._counts, "ended")
+        if not self.attempt.ended(worker):
             return late(self._counts, "ended")
         if ended.error is not None:
             return self.fail(ended.error)
@@ -142,16 +151,47 @@ class Request:
             self._complete()
 
     def on_lost(self, worker: Worker, reason: str) -> None:
-        """The second death ends the request, which may be what kills them: no third worker gets it."""
+        """Where its only copy is lost, another attempt goes on, in its turn."""
         if self.state is RequestState.FINISHING:
             return self.on_freed(worker)
-        if reason != LEFT and self.attempt.may_be_at(worker):
-            self._deaths.append(worker.name)
-        if len(self._deaths) < DEATHS:
-            return self.attempt.lost(worker, reason)
-        self.attempt.holding.discard(worker)
-        self._counts.add("requests_poisonous")
-        raise Internal(f"workers {' and '.join(self._deaths)} died while they had this request; it is not tried again")
+        try:
+            return self.attempts.lost(worker, reason)
+        except CopyLost as error:
+            self.attempts.retire(error)
+            self._disarm("handoff", "rebind", "missing")
+            spec, found = self.admitted.spec, error
+            return self._failovers.add(spec.priority, self.admitted.arrived, lambda: self._try_again(found))
+
+    def leave(self, worker: Worker, why: str) -> None:
+        """Another attempt goes on elsewhere, if the worker still does not move and another one can take it."""
+        attempts = self.attempts
+        if self.state is not RequestState.OPEN or attempts.between or attempts.number == ATTEMPTS:
+            return
+        others = all(self.admitted.model.usable(role) for role in worker.registration.roles)
+        if others and worker.link.watch.stalled and self.attempt.needs(worker):
+            self._start_next(f"{worker} stalled: {why}")
+
+    def _try_again(self, lost: CopyLost) -> None:
+        if self.state is RequestState.OPEN:
+            self._start_next(str(lost), lost)
+
+    def _start_next(self, why: str, lost: CopyLost | None = None) -> None:
+        """Where no other attempt can be made, the request ends with `lost`; without that the current one stays."""
+        label, ids = self.admitted.spec.request_id, self._output.ids
+        if ids and (reason := StopRule.of(self.admitted.spec).reason(ids[-1], len(ids))) is not None:
+            return self._finish(reason)  # only the news of its end was lost
+        try:
+            self.attempts.start_next(ids, why)
+        except BatonError as error:
+            log.info("not failed over", request_id=label, why=str(error))
+            return None if lost is None else self.fail(lost)
+        except Exception as error:
+            log.error("unexpected error in a failover", request_id=label, exc_info=error)
+            return self.fail(Internal("internal error; the router's log has the details"), cut=True)
+        self._output.forget_beyond()
+        self._disarm("handoff", "rebind", "missing")
+        self._ended = None
+        return None
 
     def _push(self, piece: Piece) -> bool:
         """False where the client is too far behind to take the tokens; the request is over then."""
@@ -168,8 +208,9 @@ class Request:
 
     def _first_token(self, token: int) -> None:
         spec, plan = self.admitted.spec, self.attempt.plan
-        ends = spec.max_tokens == 1 or token in spec.stop_token_ids or token in spec.eos_token_ids
-        if plan.raw_ttft_s is not None and self.attempt.undisturbed:
+        full = self._output.delivered == spec.max_tokens
+        ends = full or token in spec.stop_token_ids or token in spec.eos_token_ids
+        if plan.raw_ttft_s is not None and self.attempt.undisturbed and self.attempts.number == 1:
             accuracy = self.attempt.prefill.accuracy
             accuracy.observe(plan.raw_ttft_s, self.marks.ttft_ms / 1e3, plan.ttft_s, self._loop.time())
         self.attempt.computed(last=ends)
@@ -211,25 +252,17 @@ class Request:
 
     def _complete(self) -> None:
         assert self._reason is not None, "only a finished request completes"
-        attempt, spec = self.attempt, self.admitted.spec
-        decoded = attempt.state is AttemptState.DECODING
-        path = Path.DIRECT if attempt.direct else Path.DISAGGREGATED if decoded else Path.PREFILL_ONLY
+        spec = self.admitted.spec
         outcome = Outcome(
             reason=self._reason,
             stop=self._output.stop or "",
             prompt_tokens=len(spec.prompt),
             output_tokens=self._output.delivered,
             marks=self.marks,
-            prefill=attempt.report,
             ended=self._ended,
             total_ms=(self._loop.time() - self.admitted.arrived) * 1e3,
-            attempts=1,
-            handoffs=attempt.handoffs,
-            prefill_worker=attempt.prefill.name,
-            decode_worker=attempt.decode.name if decoded and attempt.decode is not None else "",
-            path=path,
             objectives=spec.objectives,
-            simulated=attempt.prefill.card.simulated,
+            **self.attempts.facts,
         )
         self._close("finished")
         self.stream.finish(outcome)

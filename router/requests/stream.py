@@ -13,6 +13,7 @@ handler sleeps from the first event to the last.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,14 +40,28 @@ class Piece:
 
 
 class Output:
-    """`delivered` tokens were returned; `stop` is the stop string that matched."""
+    """`stop` is the stop string that matched."""
 
     def __init__(self, first_position: int, max_tokens: int, text: OutputText, counts: Counts) -> None:
         self._first, self._limit = first_position, max_tokens
         self._text, self._counts = text, counts
         self._beyond: dict[int, tuple[int, TokenLogprobs | None]] = {}
-        self.delivered = 0
+        self._ids = array("I")
         self.stop: str | None = None
+
+    @property
+    def delivered(self) -> int:
+        """Tokens that were returned."""
+        return len(self._ids)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Those tokens, from which another attempt goes on."""
+        return tuple(self._ids)
+
+    def forget_beyond(self) -> None:
+        """Another attempt goes on: what the former one drew beyond a gap must not mix with what this one draws."""
+        self._beyond.clear()
 
     def accept(self, position: int, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Piece | None:
         """The tokens that are next in order, if any.
@@ -55,8 +70,8 @@ class Output:
         when too many have come behind a gap.
         """
         index = position - self._first
-        if len(ids) == 1 and index == self.delivered < self._limit and not self._beyond and self.stop is None:
-            self.delivered += 1  # the usual case
+        if len(ids) == 1 and index == len(self._ids) < self._limit and not self._beyond and self.stop is None:
+            self._ids.append(ids[0])  # the usual case
             text, self.stop = self._text.push(ids[0])
             return Piece(position, [ids[0]], text, list(logprobs))
         for offset, token in enumerate(ids):
@@ -84,7 +99,7 @@ class Output:
         start, ids, texts, logprobs = self._first + self.delivered, [], [], []
         while self.stop is None and self.delivered in self._beyond:
             token, scores = self._beyond.pop(self.delivered)
-            self.delivered += 1
+            self._ids.append(token)
             text, self.stop = self._text.push(token)
             ids.append(token)
             texts.append(text)

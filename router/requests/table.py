@@ -29,8 +29,10 @@ from baton.messages import (
 )
 from baton.spec import AttemptKey
 from baton.telemetry import Counts
-from router.requests.attempt import Attempt, late
+from router.requests.attempt import late
+from router.requests.attempts import Attempts
 from router.requests.commands import Commands
+from router.requests.failover import Failovers
 from router.requests.placer import Admitted, Placer
 from router.requests.request import Request, RequestState
 from router.requests.stream import ClientStream
@@ -48,6 +50,7 @@ class Requests:
         self._max, self._counts = max_requests, counts
         self._labels: set[tuple[str, str]] = set()
         self._live: dict[AttemptKey, Request] = {}
+        self._failovers = Failovers()
         self._refusing: BatonError | None = None
         self._handlers: dict[type, Callable[[Worker, Any], None]] = {
             Tokens: self._on_tokens,
@@ -94,19 +97,19 @@ class Requests:
         if self._refusing is not None:
             raise self._refusing
         try:
-            worker, plan = self.placer.place(admitted)
+            attempts = Attempts(admitted, self.placer, self.commands, self._counts)
         except BatonError:
             self._counts.add("requests_refused")
             raise
-        attempt = Attempt(admitted, worker, plan, self.placer, self.commands, self._counts)
-        request = self._live[attempt.key] = Request(admitted, attempt, stream, self._counts)
+        request = self._live[attempts.current.key] = Request(admitted, attempts, self._failovers, stream, self._counts)
+        attempts.renamed = self._renamed
         self._counts.add("requests")
         try:
             request.start()
             yield request
         finally:
             request.cancel("the client went away")
-            del self._live[attempt.key]
+            del self._live[request.attempt.key]
 
     def refuse_all(self, error: BatonError) -> None:
         """Ends all requests, and refuses later ones, with this error."""
@@ -127,6 +130,17 @@ class Requests:
         for attempt in list(self._live):
             self._act(attempt, Request.on_lost, worker, reason)
         self.commands.lost(worker)
+
+    def _renamed(self, former: AttemptKey, new: AttemptKey) -> None:
+        self._live[new] = self._live.pop(former)
+
+    def on_stalled(self, worker: Worker, reason: str) -> None:
+        """Moves the requests on the worker, each in its turn, while the worker does not move."""
+        for request in self._live.values():
+            if request.attempt.needs(worker):
+                spec = request.admitted.spec
+                move = partial(request.leave, worker, reason)
+                self._failovers.add(spec.priority, request.admitted.arrived, move)
 
     def _on_tokens(self, worker: Worker, message: Tokens) -> None:
         for run in message.runs:

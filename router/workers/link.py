@@ -21,13 +21,14 @@ from baton.errors import BatonError, InvalidArgument, Mismatch, ResourceExhauste
 from baton.messages import Command, Event
 from baton.rpc import awake, link, net
 from baton.rpc.convert import process_to_wire
-from baton.rpc.frames import command_to_frame, event_from_frame
+from baton.rpc.frames import command_to_frame, event_from_frame, pulse_of
 from baton.rpc.greeting import RECEIVER, agree_on_version, with_versions
 from baton.rpc.link import GRACE_S, Session, read_frames
 from baton.rpc.status import from_rpc_error
 from baton.spec import ProcessRef
 from baton.v1 import worker_pb2 as wire
 from baton.v1.worker_pb2_grpc import WorkerStub
+from router.workers.pulse import Watch
 
 HELLO_S = 2.0
 RETRY_S = 0.05
@@ -65,13 +66,17 @@ class WorkerLink:
         on_event: Callable[[Event | None], None],
         on_state: Callable[[], None],
         on_lost: Callable[[str], None],
+        busy: Callable[[], bool] = lambda: False,
+        on_stalled: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`busy`: whether the worker has sequences of ours; `on_stalled(reason)` is called while they don't move."""
         self.attached = False
         self.disproved = False
         """Lost, because another process answers at the worker's address."""
         self.breaks = 0
         self._worker, self._router = worker, router
-        self._on_state, self._on_lost = on_state, on_lost
+        self._on_state, self._on_lost, self._on_stalled = on_state, on_lost, on_stalled
+        self.watch = Watch(busy, self._moves_or_not, lambda: self._on_stalled(self.watch.stalled))
         self._session: Session[wire.RouterFrame, wire.WorkerFrame] = Session(
             wire.RouterFrame, wire.WorkerFrame, worker.name, lambda frame: on_event(event_from_frame(frame))
         )
@@ -180,6 +185,13 @@ class WorkerLink:
             self._call = None
         return "the worker ended the stream"
 
+    def _moves_or_not(self) -> None:
+        if self.watch.stalled:
+            log.warning("worker stalled", worker=self._worker.name, reason=self.watch.stalled)
+        else:
+            log.info("worker moves again", worker=self._worker.name)
+        self._on_state()
+
     def _verdict(self, error: BatonError) -> Gone | str:
         """What an error of the call says of the worker."""
         if isinstance(error, (Mismatch, Unimplemented)):
@@ -195,8 +207,10 @@ class WorkerLink:
         self.attached = True
         self._on_state()
         try:
-            await read_frames(self._session, frames, link.SILENCE_S)
+            self.watch.start()
+            await read_frames(self._session, frames, link.SILENCE_S, lambda frame: self.watch.heard(pulse_of(frame)))
         finally:
+            self.watch.stop()
             self._session.detach()
             writer.cancel()
             await asyncio.wait([writer])

@@ -51,7 +51,8 @@ class Registry:
     """Owns the workers, their links and their leases. Lives on one event loop.
 
     `on_joined(worker)` is called before a worker's stream starts, `on_event(worker, event)` for each of its events,
-    `on_lost(worker, reason)` once when it is gone, `on_change()` whenever the set of usable workers may have changed.
+    `on_stalled(worker, reason)` when it does not move, `on_lost(worker, reason)` once when it is gone, `on_change()`
+    whenever the set of usable workers may have changed.
     """
 
     def __init__(
@@ -64,13 +65,14 @@ class Registry:
         on_joined: Callable[[Worker], None],
         on_event: Callable[[Worker, Event | None], None],
         on_lost: Callable[[Worker, str], None],
+        on_stalled: Callable[[Worker, str], None],
         on_change: Callable[[], None],
     ) -> None:
         self.lease_s = lease_s
         self.models: dict[str, ServedModel] = {}
         self._router, self._executor, self._counts = router, executor, counts
         self._on_joined, self._on_event = on_joined, on_event
-        self._on_lost, self._on_change = on_lost, on_change
+        self._on_lost, self._on_stalled, self._on_change = on_lost, on_stalled, on_change
         self._workers: dict[str, Worker] = {}
         self._artifacts = ArtifactStore()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -181,6 +183,8 @@ class Registry:
             on_event=lambda event: self._on_event(worker, event),
             on_state=lambda: self._changed(model),
             on_lost=lambda reason: self.lose(worker, reason, link.disproved),
+            busy=lambda: worker.busy,
+            on_stalled=lambda reason: self._on_stalled(worker, reason),
         )
         worker = Worker(given, link, awake.now() + self.lease_s)
         self._workers[worker.name] = worker

@@ -108,9 +108,9 @@ class ServedModel:
         return found
 
     def there(self, role: RoleName) -> list[Worker]:
-        """The usable workers; without any, those whose stream is broken but may come back. As for `usable`, callers
+        """The usable workers; without any, those that are away. As for `usable`, callers
         must not change the list."""
-        return self.usable(role) or [w for w in self.workers if w.detached and role in w.registration.roles]
+        return self.usable(role) or [w for w in self.workers if w.away and role in w.registration.roles]
 
     def changed(self) -> None:
         """Forgets what depends on which workers are usable."""

@@ -71,12 +71,19 @@ class Worker:
     @property
     def usable(self) -> bool:
         """New work may be placed here."""
-        return not self.lost and self.language_ready and self.link.attached
+        return not self.lost and self.language_ready and self.link.attached and not self.link.watch.stalled
 
     @property
-    def detached(self) -> bool:
-        """Its stream broke, and may come back; what is sent to it waits for that."""
-        return not self.lost and self.language_ready and not self.link.attached and self.link.breaks > 0
+    def busy(self) -> bool:
+        """It has sequences of ours."""
+        return len(self.prefill) + len(self.decode) > 0
+
+    @property
+    def away(self) -> bool:
+        """Its stream broke, or it does not move. It may come back; what is sent to it waits for that."""
+        broken = not self.link.attached and self.link.breaks > 0
+        stalled = self.link.attached and bool(self.link.watch.stalled)
+        return not self.lost and self.language_ready and (broken or stalled)
 
     def reported(self, load: LoadReport) -> None:
         self.load = load

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.cluster.conftest import Running, running
 
 SIMULATED = ("--engine", "simulated", "--cost-model", "instant", "--pool-tokens", "4096")
 WAIT_S = 20.0
+HURRIED = (sys.executable, "-m", "tests.launch.hurried")
 
 
 @asynccontextmanager
@@ -79,7 +81,8 @@ IMPOSTORS = [
 
 
 async def test_workers_with_anothers_address_are_told_and_the_others_feel_nothing() -> None:
-    async with running(engine="simulated", model="bytes", cost_model="instant", pool_tokens=4096) as healthy:
+    simulated: dict[str, Any] = {"engine": "simulated", "model": "bytes", "cost_model": "instant"}
+    async with running(pool_tokens=4096, program=HURRIED, **simulated) as healthy:  # with leases that end soon
         router, *_ = healthy.cluster.processes
         addresses = {child.name: child.address for child in healthy.cluster.processes}
 

@@ -16,8 +16,8 @@ from tests.hostile.pauses import Stream, frozen_client, streams_through, suspend
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROGRAM = (sys.executable, "-m", "tests.launch.hurried")
-PAUSE_S = 2.0
-"""Four times the silence after which a peer is judged, and three leases."""
+PAUSE_S = 1.5
+"""Three times the silence after which a peer is judged, and two leases and a half."""
 HOLD_S = 6.0
 
 
@@ -26,7 +26,7 @@ async def test_a_suspended_router_and_a_suspended_machine_lose_no_stream() -> No
     options: dict[str, Any] = {"engine": "simulated", "model": "bytes", "pool_tokens": 65_536, "cost_model": "instant"}
     async with running("--router-hold-s", str(HOLD_S), program=PROGRAM, **options) as cluster:
         pauses = [(cluster.cluster.processes[:1], PAUSE_S), (cluster.cluster.processes, PAUSE_S)]
-        assert await streams_through(cluster, pauses, count=6, tokens=4000) == []
+        assert await streams_through(cluster, pauses, count=6, tokens=3000) == []
         assert "workers_lost" not in (await cluster.client.status()).counters
         counters = {name: value for status in await cluster.statuses() for name, value in status.counters.items()}
         assert counters["sequences_paused"] >= 6

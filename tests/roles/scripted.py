@@ -73,7 +73,7 @@ class Link:
                 self.resumed.append(answer.resumed)
                 writer = asyncio.create_task(self._write(call))
                 async with cancelling(writer):
-                    await read_frames(self.session, frames, SILENCE_S)
+                    await read_frames(self.session, frames, SILENCE_S, lambda _: None)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                 pass  # it broke, or the worker fell silent: a test that expects so goes on
             finally:

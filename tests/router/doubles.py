@@ -210,12 +210,13 @@ class WorkerDouble(WorkerServicer):
         await self._pass("queued")
         self.says(started=wire.Started(attempt=spec.attempt, queue_ms=1.5, cached_tokens=0))
         await self._pass("started")
-        output = self.output(spec)
-        self.tokens(spec.attempt, len(spec.prompt), output[:1])
+        output, count = self.output(spec)[len(spec.output) :], len(spec.output) + 1
+        self.tokens(spec.attempt, spec.known_tokens, output[:1])
         self.reached["first"].set()
-        if reason := self._ends(spec, 1, output[0]):
+        if reason := self._ends(spec, count, output[0]):
             self._report(spec.attempt, moved=False)
-            self.says(ended=wire.Ended(attempt=spec.attempt, reason=reason, output_tokens=1))  # type: ignore[arg-type]
+            ended = wire.Ended(attempt=spec.attempt, reason=reason, output_tokens=count)  # type: ignore[arg-type]
+            self.says(ended=ended)
             return
         await self._hand_over(spec, output)
         self._report(spec.attempt, moved=True)
@@ -246,13 +247,14 @@ class WorkerDouble(WorkerServicer):
         for index, token in enumerate(output):
             await self._pass(f"step {index}")
             for _ in range(self.repeats):
-                self.tokens(spec.attempt, len(spec.prompt) + index, [token])
+                self.tokens(spec.attempt, spec.known_tokens + index, [token])
             await asyncio.sleep(0)
-            if reason := self._ends(spec, index + 1, token):
+            count = len(spec.output) + index + 1
+            if reason := self._ends(spec, count, token):
                 break
         else:
             raise AssertionError("the script ran out of tokens")
-        ended = wire.Ended(attempt=spec.attempt, reason=reason, output_tokens=index + 1, decode_ms=3.5)  # type: ignore[arg-type]
+        ended = wire.Ended(attempt=spec.attempt, reason=reason, output_tokens=count, decode_ms=3.5)  # type: ignore[arg-type]
         for _ in range(self.repeats):
             self.says(ended=ended)
 

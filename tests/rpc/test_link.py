@@ -289,4 +289,4 @@ async def test_a_silent_peer_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> No
         yield wire.WorkerFrame()
 
     with pytest.raises(TimeoutError):
-        await link.read_frames(router_side(), silent(), 0.02)  # type: ignore[arg-type]
+        await link.read_frames(router_side(), silent(), 0.02, lambda _: None)  # type: ignore[arg-type]
