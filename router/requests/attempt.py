@@ -31,7 +31,7 @@ from baton.spec import AttemptKey, HandoffKey, RefusalReason
 from baton.telemetry import Counts
 from router.placement.offers import Way
 from router.placement.policy import Plan
-from router.requests.commands import Commands
+from router.requests.commands import Commands, late
 from router.requests.placer import Admitted, Placer
 from router.workers.worker import Worker
 
@@ -209,6 +209,18 @@ class Attempt:
         """Whether it can't go on while the worker does not."""
         return worker is self.decode or (worker is self.prefill and self.state is not AttemptState.DECODING)
 
+    def rebound(self, worker: Worker) -> bool:
+        """Binds another decode worker in place of one that has not got the sequence yet; False where it may have it, or
+        is not that. Raises as `bind`."""
+        over = self.state in (AttemptState.DECODING, AttemptState.OVER)
+        if worker is not self.decode or self.direct or over or self.report is not None:
+            return False
+        self._give_place_back()
+        self._uncertain = worker  # it may have a grant: it gets a cancel
+        self.holding.add(worker)
+        self._bind_to(self._choose(worker.name)[0])
+        return True
+
     def lost(self, worker: Worker, reason: str) -> None:
         """A worker is lost with its blocks. Raises CopyLost if the only copy was there."""
         self.holding.discard(worker)
@@ -282,9 +294,3 @@ class Attempt:
             self.decode.decode.release(self.key)
             self.holding.discard(self.decode)
             self.decode = None
-
-
-def late(counts: Counts, kind: str) -> None:
-    """Counts a message about an attempt that is over, unknown or further on."""
-    counts.add("late_messages")
-    counts.add(f"late_{kind}")

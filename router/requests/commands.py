@@ -66,3 +66,9 @@ class Commands:
                     self._all_freed.clear()
                     await self._all_freed.wait()
         return not self.cancelling
+
+
+def late(counts: Counts, kind: str) -> None:
+    """Counts a message about an attempt that is over, unknown or further on."""
+    counts.add("late_messages")
+    counts.add(f"late_{kind}")

@@ -19,12 +19,14 @@ from baton.messages import Ended, HandoffDone, HandoffFailed, PrefillReport, Sta
 from baton.rpc import awake
 from baton.spec import FinishReason, StopRule
 from baton.telemetry import Counts
-from router.requests.attempt import Attempt, AttemptState, CopyLost, late
+from router.requests.attempt import Attempt, AttemptState, CopyLost
 from router.requests.attempts import ATTEMPTS, Attempts
+from router.requests.commands import late
 from router.requests.failover import Failovers
 from router.requests.placer import Admitted
 from router.requests.stream import ClientStream, Output, Piece
 from router.requests.timeline import Marks, Outcome
+from router.requests.timers import Timers
 from router.workers.worker import Worker
 
 REPORT_WAIT_S = 0.25
@@ -54,7 +56,7 @@ class Request:
         self._ended: Ended | None = None
         self._reason: FinishReason | None = None
         self._loop = asyncio.get_running_loop()
-        self._timers: dict[str, asyncio.TimerHandle | awake.Timer] = {}
+        self._timers = Timers()
 
     @property
     def attempt(self) -> Attempt:
@@ -66,7 +68,9 @@ class Request:
     def start(self) -> None:
         now = self._loop.time()
         left_s, passed = max(self.admitted.deadline - now, 0.0), "the request's deadline has passed"
-        self._arm("deadline", self._loop.call_later(left_s, lambda: self.fail(DeadlineExceeded(passed), cut=True)))
+        self._timers.arm(
+            "deadline", self._loop.call_later(left_s, lambda: self.fail(DeadlineExceeded(passed), cut=True))
+        )
         self.attempt.start()
         self.marks.commanded = now
 
@@ -115,7 +119,7 @@ class Request:
             return late(self._counts, "handoff_failed")
         pause_s = self.attempt.handoff_failed(worker, failure)
         if pause_s is not None:
-            self._arm("rebind", self._loop.call_later(pause_s, self._rebind))
+            self._timers.arm("rebind", self._loop.call_later(pause_s, self._rebind))
         return None
 
     def on_handed_over(self, worker: Worker, message: HandoffDone) -> None:
@@ -124,7 +128,7 @@ class Request:
             return late(self._counts, "resident")
         if not self.attempt.handed_over(worker, number, first_token):
             return late(self._counts, "resident")
-        return self._disarm("handoff", "rebind")
+        return self._timers.disarm("handoff", "rebind")
 
     def on_prefill_report(self, worker: Worker, report: PrefillReport) -> None:
         if worker is not self.attempt.prefill or self.attempt.report is not None:
@@ -158,7 +162,7 @@ class Request:
             return self.attempts.lost(worker, reason)
         except CopyLost as error:
             self.attempts.retire(error)
-            self._disarm("handoff", "rebind", "missing")
+            self._timers.disarm("handoff", "rebind", "missing")
             spec, found = self.admitted.spec, error
             return self._failovers.add(spec.priority, self.admitted.arrived, lambda: self._try_again(found))
 
@@ -168,8 +172,12 @@ class Request:
         if self.state is not RequestState.OPEN or attempts.between or attempts.number == ATTEMPTS:
             return
         others = all(self.admitted.model.usable(role) for role in worker.registration.roles)
-        if others and worker.link.watch.stalled and self.attempt.needs(worker):
-            self._start_next(f"{worker} stalled: {why}")
+        leaves = others and worker.link.watch.stalled and self.attempt.needs(worker)
+        try:
+            if leaves and not self.attempt.rebound(worker):
+                self._start_next(f"{worker} stalled: {why}")
+        except BatonError as error:
+            log.info("not bound elsewhere", request_id=self.admitted.spec.request_id, why=str(error))
 
     def _try_again(self, lost: CopyLost) -> None:
         if self.state is RequestState.OPEN:
@@ -189,7 +197,7 @@ class Request:
             log.error("unexpected error in a failover", request_id=label, exc_info=error)
             return self.fail(Internal("internal error; the router's log has the details"), cut=True)
         self._output.forget_beyond()
-        self._disarm("handoff", "rebind", "missing")
+        self._timers.disarm("handoff", "rebind", "missing")
         self._ended = None
         return None
 
@@ -215,11 +223,11 @@ class Request:
             accuracy.observe(plan.raw_ttft_s, self.marks.ttft_ms / 1e3, plan.ttft_s, self._loop.time())
         self.attempt.computed(last=ends)
         if self.attempt.state is AttemptState.HANDING_OFF:
-            self._arm("handoff", awake.Timer(self.admitted.handoff_wait_s, self._on_handoff_deadline))
+            self._timers.arm("handoff", awake.Timer(self.admitted.handoff_wait_s, self._on_handoff_deadline))
 
     def _decodes(self) -> None:
         self.attempt.decodes(self.marks.first_token)
-        self._disarm("handoff", "rebind")
+        self._timers.disarm("handoff", "rebind")
 
     def _rebind(self) -> None:
         try:
@@ -230,7 +238,7 @@ class Request:
     def _check_end(self, ended: Ended) -> None:
         if self._output.delivered < ended.output_tokens:
             missing = Internal(f"{ended.output_tokens - self._output.delivered} tokens did not come")
-            return self._arm("missing", awake.Timer(MISSING_WAIT_S, lambda: self.fail(missing)))
+            return self._timers.arm("missing", awake.Timer(MISSING_WAIT_S, lambda: self.fail(missing)))
         if ended.reason is None:
             return self.fail(Internal("the worker ended the sequence without a reason"))
         return self._finish(ended.reason)
@@ -245,9 +253,9 @@ class Request:
                 self.stream.push(rest)
             except ResourceExhausted as error:
                 return self.fail(error, cut=True)
-        self._disarm("handoff", "rebind", "missing")
+        self._timers.disarm("handoff", "rebind", "missing")
         if self.attempt.report is None and self.attempt.prefill in self.attempt.holding:
-            return self._arm("report", self._loop.call_later(REPORT_WAIT_S, self._complete))
+            return self._timers.arm("report", self._loop.call_later(REPORT_WAIT_S, self._complete))
         return self._complete()
 
     def _complete(self) -> None:
@@ -282,19 +290,10 @@ class Request:
 
     def _close(self, how: str) -> None:
         self.state = RequestState.OVER
-        self._disarm(*list(self._timers))
+        self._timers.clear()
         self.attempt.close()
         self._counts.add(f"requests_{how}")
 
     def _on_handoff_deadline(self) -> None:
         self._counts.add("handoffs_given_up")
         self.fail(self.attempt.refusal(self.admitted.handoff_wait_s))
-
-    def _arm(self, name: str, timer: asyncio.TimerHandle | awake.Timer) -> None:
-        self._disarm(name)
-        self._timers[name] = timer
-
-    def _disarm(self, *names: str) -> None:
-        for name in names:
-            if (timer := self._timers.pop(name, None)) is not None:
-                timer.cancel()

@@ -29,9 +29,8 @@ from baton.messages import (
 )
 from baton.spec import AttemptKey
 from baton.telemetry import Counts
-from router.requests.attempt import late
 from router.requests.attempts import Attempts
-from router.requests.commands import Commands
+from router.requests.commands import Commands, late
 from router.requests.failover import Failovers
 from router.requests.placer import Admitted, Placer
 from router.requests.request import Request, RequestState

@@ -130,6 +130,22 @@ async def test_a_stream_leaves_a_worker_that_does_not_move_which_is_not_lost(
     await cluster.idle()
 
 
+async def test_one_that_was_only_bound_to_it_is_bound_elsewhere(
+    impatient: None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is not computed again."""
+    cluster.decode.gate("received")
+    call = cluster.call()
+    await cluster.decode.at("received")
+    monkeypatch.setattr(cluster.decode, "says", lambda **_: None)
+    await cluster.until(lambda: not cluster.usable("d0"))
+    await cluster.add("d1", "decode")
+    await cluster.until(lambda: cluster.prefill.count("bind") == 2)
+    assert cluster.prefill.count("prefill") == 1
+    assert cluster.counted("failovers") == 0
+    call.cancel()
+
+
 async def test_without_another_worker_it_stays_and_goes_on(impatient: None, cluster: Cluster) -> None:
     gate = cluster.decode.gate("step 2")
     call = cluster.call()
