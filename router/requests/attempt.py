@@ -111,7 +111,7 @@ class Attempt:
             self._placer.placed(admitted.model, self.key, len(admitted.known))
         self._counts.add("path_direct" if self.direct else "path_disaggregated")
         left_s = max(admitted.deadline - now, 0.0)
-        sequence = admitted.spec.attempted(self.key, admitted.output, left_s, admitted.ttft_left_s(now))
+        sequence = admitted.spec.attempted(self.key, admitted.output, left_s, admitted.due_in_s(now))
         self._commands.send(self.prefill, DirectCommand(sequence) if self.direct else PrefillCommand(sequence))
 
     def started(self, worker: Worker) -> bool:

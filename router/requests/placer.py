@@ -15,6 +15,7 @@ from baton.errors import ResourceExhausted
 from baton.rpc import awake
 from baton.spec import AttemptKey, RequestSpec
 from baton.telemetry import Counts
+from baton.worker.prompt_queue import AGEING_S
 from kvtransfer.blocks.prefix import Digests
 from router.placement.explanations import Explanations
 from router.placement.policy import Plan, pick_decode, plan
@@ -70,6 +71,11 @@ class Admitted:
         known = (*self.spec.prompt, *output)
         digests = digests_of(self.model.card, known, self.spec.tenant_salt)
         return replace(self, output=output, digests=digests, refuses=False)
+
+    def due_in_s(self, now: float) -> float | None:
+        """When a worker's queue should let it start; None where the queue decides. Once a token has come it keeps its
+        age, so that it does not wait behind what came later."""
+        return AGEING_S - (now - self.arrived) if self.output else self.ttft_left_s(now)
 
     def ttft_left_s(self, now: float) -> float | None:
         """Until the first token is due; None without such an objective, and once it has come."""

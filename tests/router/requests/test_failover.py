@@ -11,6 +11,7 @@ from baton.spec import SequenceSpec
 from baton.telemetry import Counts
 from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
+from baton.worker.prompt_queue import AGEING_S
 from router.requests.failover import AT_ONCE, Failovers
 from router.requests.stream import Output
 from router.text.detokenisation import OutputText
@@ -44,6 +45,9 @@ async def test_the_output_goes_on_where_it_was(cluster: Cluster) -> None:
     first, second = prompts_at(cluster.prefill)
     assert (first.output, second.output) == ((), tuple(cluster.answer[:2]))
     assert first.attempt != second.attempt
+    assert first.ttft_left_s is None
+    assert second.ttft_left_s is not None
+    assert AGEING_S - 5 < second.ttft_left_s < AGEING_S, "it keeps its age in the queue"
     assert (first.prompt, first.sampling, first.max_tokens) == (second.prompt, second.sampling, second.max_tokens)
     assert cluster.counted("failovers") == 1
     await cluster.idle()
