@@ -16,6 +16,7 @@ CASES: tuple[Callable[[], Awaitable[list[Row]]], ...] = (
     clusters.an_impostor,
     clusters.two_containers_of_one_pod,
     clusters.an_empty_pool,
+    clusters.a_worker_that_dies_or_stops,
     clusters.a_step_that_spans_a_pause,
     clusters.a_frozen_client,
     clusters.a_suspended_router,

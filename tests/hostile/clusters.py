@@ -154,6 +154,24 @@ async def served(cluster: Running, case: str, wanted: str) -> Row:
     return equal(case, wanted, done.finished.timeline.path.value)
 
 
+async def a_worker_that_dies_or_stops() -> list[Row]:
+    """Under eight streams over two workers of each role, with idle pools."""
+    rows = []
+    for how, number, bound_s in (("killed", signal.SIGKILL, 1.0), ("stopped", signal.SIGSTOP, 2.5)):
+        async with running(**SIMULATED, prefill=2, decode=2) as cluster:
+            streams = [Stream(cluster.client, seed, 400) for seed in range(8)]
+            while not all(stream.under_way for stream in streams):
+                await asyncio.sleep(0.01)
+            victim = next(child for child in cluster.cluster.processes if child.name == "decode-0")
+            os.kill(victim.pid, number)
+            ends = await asyncio.gather(*(stream.task for stream in streams), return_exceptions=True)
+            victim.kill()
+        lost = sum(isinstance(end, BaseException) for end in ends)
+        rows.append(equal(f"a decode worker is {how}: streams lost, of 8", 0, lost))
+        rows.append(at_most("and the longest pause is", bound_s, max(max(stream.gaps) for stream in streams), "s"))
+    return rows
+
+
 async def a_step_that_spans_a_pause() -> list[Row]:
     """What a decode worker promises per token, before and after it was stopped in the middle of a step."""
     async with running(**SIMULATED) as cluster:
