@@ -88,7 +88,10 @@ async def test_a_foreign_clients_deadline_is_taken_for_what_it_is(
     async with asyncio.timeout(10):
         events = await generate(pair.cluster.address, request, written)
     kinds = [event.WhichOneof("event") for event in events]
-    assert {*kinds[:1], *kinds[-1:]} == ({"accepted", "finished"} if served else set())
+    if served:
+        assert {*kinds[:1], *kinds[-1:]} == {"accepted", "finished"}
+    else:  # gRPC rounds it up to a millisecond, in which a call may get some of its answer
+        assert "finished" not in kinds
     await is_well(pair, lines)
 
 
