@@ -126,6 +126,8 @@ class RouterConfig(RoutingSettings):
     """Bounds a request that came without a deadline of its own."""
     prefix_index_blocks: Annotated[int, SCHEDULING] = 1_000_000
     """Cached blocks that it knows of, over all workers, to place prompts by; 0 for none."""
+    explained_requests: Annotated[int, SCHEDULING] = 4096
+    """The last requests whose placement `baton explain` still tells; 0 for none."""
     listen: Annotated[str, PROCESS] = DEFAULT_LISTEN
     """HOST:PORT to serve on; port 0 takes any free one."""
     name: Annotated[str, PROCESS] = ""
@@ -139,7 +141,7 @@ class RouterConfig(RoutingSettings):
         RoutingSettings.__post_init__(self)
         require_durations(self, "lease_s", "request_limit_s", "handoff_wait_s")
         require_at_least(self, 1, "max_requests", "client_buffer_tokens")
-        require_at_least(self, 0, "prefix_index_blocks")
+        require_at_least(self, 0, "prefix_index_blocks", "explained_requests")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,8 @@ class Router:
         self.process = mint_process("router", self._server.address, config.name)
         self.executor = ThreadPoolExecutor(1, "languages")
         self.texts = TextQueue(self.counts)
-        self.placer = Placer(config.path, Prefixes(config.prefix_index_blocks, self.counts), self.counts)
+        prefixes = Prefixes(config.prefix_index_blocks, self.counts)
+        self.placer = Placer(config.path, prefixes, self.counts, explained=config.explained_requests)
         self.requests = Requests(config.max_requests, self.placer, self.counts)
         self._changed = asyncio.Event()
         self.registry = Registry(

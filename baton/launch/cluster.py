@@ -94,7 +94,8 @@ class LocalCluster:
 
     Entering raises ConfigError or Unavailable with the reason of the first process that failed. Leaving stops every
     process within `STOP_S`, also when it is cancelled. `sink` gets the processes' output, line by line; the workers of
-    a role get its `worker_flags` besides those of the config. `program` runs a role, whose name and flags follow it.
+    a role get its `worker_flags` besides those of the config, the router gets `router_flags`. `program` runs a role,
+    whose name and flags follow it.
     """
 
     def __init__(
@@ -103,12 +104,13 @@ class LocalCluster:
         *,
         sink: Sink | None = None,
         worker_flags: Mapping[RoleName, Sequence[str]] | None = None,
+        router_flags: Sequence[str] = (),
         program: Sequence[str] = PROGRAM,
     ) -> None:
         self.config = config
         self.address = ""
         self._sink = sink or _to_stderr
-        self._worker_flags = worker_flags or {}
+        self._worker_flags, self._router_flags = worker_flags or {}, router_flags
         self._program = tuple(program)
         self._children: list[Child] = []
         self._watchers: list[asyncio.Task[None]] = []
@@ -159,7 +161,7 @@ class LocalCluster:
 
     async def _start(self) -> None:
         path = "direct" if self.config.colocated else self.config.path
-        flags = ["--listen", self.config.listen, "--path", path, "--slo", self.config.slo]
+        flags = ["--listen", self.config.listen, "--path", path, "--slo", self.config.slo, *self._router_flags]
         router = await self._spawn(ROUTER, ROUTER, flags)
         self.address = dialable(await router.wait_ready())
         workers = [

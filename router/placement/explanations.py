@@ -8,8 +8,6 @@ from typing import NamedTuple
 from router.placement.offers import Candidate
 from router.placement.policy import Decision, Plan
 
-REQUESTS = 4096
-"""Past it the oldest request is forgotten."""
 DECISIONS = 16
 """Of one request: its prompt's, and the last ones about its handoffs."""
 CANDIDATES = 8
@@ -35,9 +33,10 @@ class Explanation(NamedTuple):
 
 
 class Explanations:
-    """By tenant salt and request id, which a client knows."""
+    """By tenant salt and request id, which a client knows. Past `requests` the oldest one is forgotten."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
         self._found: OrderedDict[tuple[str, str], list[Explanation]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -68,7 +67,7 @@ class Explanations:
         kept.append(told)
         if len(kept) > DECISIONS:
             del kept[1]
-        while len(self._found) > REQUESTS:
+        while len(self._found) > self._requests:
             self._found.popitem(last=False)
 
 

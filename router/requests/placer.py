@@ -92,9 +92,15 @@ class Placer:
     """Plans requests and binds them. `path` fixes the way; with adaptive, each request has its own."""
 
     def __init__(
-        self, path: PathChoice, prefixes: Prefixes, counts: Counts, clock: Callable[[], float] | None = None
+        self,
+        path: PathChoice,
+        prefixes: Prefixes,
+        counts: Counts,
+        clock: Callable[[], float] | None = None,
+        explained: int = 4096,
     ) -> None:
-        """`clock` in seconds, which misses nothing; the running event loop's by default."""
+        """`clock` in seconds, which misses nothing; the running event loop's by default. The decisions about the last
+        `explained` requests are kept."""
         self.prefixes = prefixes
         self.path, self._counts = path, counts
         self.clock = clock or (lambda: asyncio.get_running_loop().time())
@@ -102,7 +108,7 @@ class Placer:
         """Seconds that this process was away so far."""
         self._unbound: dict[AttemptKey, tuple[str, int]] = {}  # -> model, tokens
         self._on_the_way: dict[str, tuple[int, int]] = {}  # by model, how many these are, and their tokens
-        self.explanations = Explanations()
+        self.explanations = Explanations(explained)
 
     @property
     def unbound(self) -> int:

@@ -51,6 +51,7 @@ class Running:
 async def running(
     *worker_flags: str,
     role_flags: Mapping[RoleName, Sequence[str]] | None = None,
+    router_flags: Sequence[str] = (),
     sink: Sink | None = None,
     program: Sequence[str] = PROGRAM,
     **options: object,
@@ -61,7 +62,9 @@ async def running(
     fields = {"listen": "127.0.0.1:0", "pool_tokens": 12_288, "path": path} | options
     config = ClusterConfig(**fields)  # type: ignore[arg-type]
     flags = {role: (*worker_flags, *(role_flags or {}).get(role, ())) for role in get_args(RoleName)}
-    async with LocalCluster(config, worker_flags=flags, sink=sink, program=program) as cluster:
+    async with LocalCluster(
+        config, worker_flags=flags, router_flags=router_flags, sink=sink, program=program
+    ) as cluster:
         pids = [child.pid for child in cluster.processes]
         async with Client(cluster.address) as client:
             yield Running(cluster, client)

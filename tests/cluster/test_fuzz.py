@@ -17,10 +17,13 @@ CALM_S = 4.0
 WARM_UP, GROWTH, FLAT = 2_000, 1.10, 1.03
 """Requests until the router's memory is judged, how much it may grow from then on, and over the last half of them."""
 BOUND_MS = 100.0
-CLUSTER: dict[str, Any] = {"engine": "simulated", "model": "bytes", "path": "adaptive"} | {
-    "pool_tokens": 262_144, "sim_kv_bytes_per_token": 64, "sim_speed": 10.0,
+CLUSTER: dict[str, Any] = {"engine": "simulated", "model": "smollm2-135m", "path": "adaptive"} | {
+    "pool_tokens": 65_536, "sim_kv_bytes_per_token": 64, "sim_speed": 10.0,
+    "router_flags": ("--explained-requests", "64"),
 }  # fmt: skip
-"""With room for long answers, which some mutations ask for: a request that waits for room may come to its deadline."""
+"""With room for the longest answers, which some mutations ask for, and a context that is computed in no time: in one of
+131,072 tokens the mutated prompts wait minutes for each other, and come to their deadline. What the router keeps for
+`baton explain` is full after the first 2,000: else its filling, some 20 MB, would hide what grows."""
 
 
 @dataclass

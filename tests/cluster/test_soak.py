@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from baton.client.types import Accepted, Tokens
+from baton.config import RouterConfig
 from baton.errors import InvalidArgument
-from router.placement.explanations import REQUESTS as EXPLAINED
 from tests.cluster.conftest import VOCABULARY, Running, idle_counts, no_growth, running
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
@@ -29,7 +29,7 @@ PREFIXES = 40
 GROWTH_BYTES = 6_000_000
 """What a process may grow by from the first window's end to the last's. Workers remember ended attempts for minutes, at
 0.2 kB or so each: 2 MB that come back. A leaked request (ids, protobuf, tasks) is more than 2 kB, so 18 MB."""
-EXPLAINED_BYTES = 1_600 * (EXPLAINED - WINDOW)
+EXPLAINED_BYTES = 1_600 * (RouterConfig.explained_requests - WINDOW)
 """What a router keeps of the last requests to explain them, as far as the first window has not filled it."""
 CPU_TOLERANCE = 1.15
 """Of CPU seconds, all processes together: what other programs do to the clock does not count."""

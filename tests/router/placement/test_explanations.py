@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from router.placement.explanations import CANDIDATES, DECISIONS, REQUESTS, Explanations
+from router.placement.explanations import CANDIDATES, DECISIONS, Explanations
 from router.placement.offers import Candidate, Way
 from router.placement.policy import Decision, Plan
+
+REQUESTS = 64
 
 
 def plan(chosen: str, *names: str) -> Plan:
@@ -13,7 +15,7 @@ def plan(chosen: str, *names: str) -> Plan:
 
 
 def test_the_chosen_one_comes_first_and_the_rest_is_cut() -> None:
-    explanations = Explanations()
+    explanations = Explanations(REQUESTS)
     names = [f"p{index}" for index in range(20)]
     explanations.prompt("", "r", plan("p7", *names), 1.0)
     (found,) = explanations.find("", "r")
@@ -22,7 +24,7 @@ def test_the_chosen_one_comes_first_and_the_rest_is_cut() -> None:
 
 
 def test_handoffs_follow_their_prompt_and_tenants_are_apart() -> None:
-    explanations = Explanations()
+    explanations = Explanations(REQUESTS)
     explanations.prompt("a", "r", plan("p0", "p0"), 1.0)
     for index in range(DECISIONS + 3):
         explanations.decode("a", "r", Decision(f"d{index}", "least loaded", (Candidate("d0", 0.5, True),)), 2.0)
@@ -34,9 +36,17 @@ def test_handoffs_follow_their_prompt_and_tenants_are_apart() -> None:
 
 
 def test_the_oldest_is_forgotten() -> None:
-    explanations = Explanations()
+    explanations = Explanations(REQUESTS)
     for index in range(REQUESTS + 5):
         explanations.prompt("", str(index), plan("p0", "p0"), 1.0)
     assert len(explanations) == REQUESTS
     assert explanations.find("", "4") == []
     assert explanations.find("", "5") != []
+
+
+def test_none_are_kept_where_none_are_wanted() -> None:
+    explanations = Explanations(0)
+    explanations.prompt("", "r", plan("p0", "p0"), 1.0)
+    explanations.decode("", "r", Decision("d0", "least loaded", ()), 2.0)
+    assert explanations.find("", "r") == []
+    assert len(explanations) == 0
