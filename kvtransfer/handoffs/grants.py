@@ -40,8 +40,7 @@ from kvtransfer.handoffs.peers import AttemptMemory, Writers
 class GrantLedger:
     """Pure: no clock, no I/O; `now` is monotonic seconds. Not thread-safe: the loop that owns the pool owns it.
 
-    The ledger calls `on_abort` at once for each grant that it gives up, after it has changed. `attempts` and `writers`
-    are its memory of the peers.
+    `on_abort` hears at once of each grant that is given up. `attempts` and `writers` are the memory of the peers.
     """
 
     def __init__(
@@ -53,12 +52,11 @@ class GrantLedger:
         counts: Counts | None = None,
     ) -> None:
         self.pool, self.limits, self.counts = pool, limits or LedgerLimits(), counts or Counts()
-        self._on_abort, self._mint_token = on_abort, mint_token
+        self._on_abort, self._mint_token, self._generation = on_abort, mint_token, 0
         self._entries: dict[HandoffKey, LedgerEntry] = {}
         self.attempts = AttemptMemory(self.limits.tombstone_s, self.limits.tombstones)
         self.writers = Writers(self.limits.lease_s, self.limits.tombstone_s)
         self._handoffs: LeaseTable[HandoffKey] = LeaseTable()
-        self._generation = 0
 
     def open(
         self,
@@ -202,9 +200,15 @@ class GrantLedger:
         self._entries[key] = LedgerEntry(grant, (), set(), list(blocks), GrantState.RESIDENT)
         self.attempts.opened(key)
 
+    def grow(self, key: HandoffKey, count: int) -> list[int] | None:
+        """`count` more blocks for a resident, which are freed with its others; None, and no change, without room."""
+        assert self.state(key) is GrantState.RESIDENT, "only a resident grows"
+        fresh = self.pool.allocate(count)
+        self._entries[key].table += fresh or ()
+        return fresh
+
     def table(self, key: HandoffKey) -> list[int]:
-        """The blocks of a resident in order of position. The caller may append blocks that it allocated from the pool;
-        they are freed with the others."""
+        """The blocks of a resident in order of position."""
         return self._entries[key].table
 
     def state(self, key: HandoffKey) -> GrantState | None:

@@ -132,6 +132,15 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.expire(self.now)
 
     @precondition(lambda self: self.residents)
+    @rule(data=st.data(), count=st.integers(1, 6))
+    def grow(self, data: st.DataObject, count: int) -> None:
+        key = data.draw(st.sampled_from(self.residents))
+        room, table = self.pool.available, list(self.ledger.table(key))
+        grown = self.ledger.grow(key, count)
+        assert (grown is None) == (count > room)
+        assert self.ledger.table(key) == [*table, *(grown or ())]
+
+    @precondition(lambda self: self.residents)
     @rule(data=st.data(), family=st.integers(0, 1))
     def release(self, data: st.DataObject, family: int) -> None:
         key = data.draw(st.sampled_from(self.residents))

@@ -1,13 +1,13 @@
 """Breadth-first search through all states of a world, each once.
 
 Two states are the same when nothing that can still happen tells them apart: counters, tokens, generations and the
-order of free blocks are left out, and times are taken relative to now.
+order of free blocks are left out, times are taken relative to now, and blocks are named by what they are used for.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from kvtransfer.handoffs.leases import LeaseTable
 from kvtransfer.handoffs.messages import BlockMove, Grant, Refusal, Ticket
 from kvtransfer.handoffs.outcomes import GrantState, LedgerEntry, LedgerLimits
 from kvtransfer.handoffs.peers import AttemptMemory, Writers, _Attempt
-from tests.kvtransfer.model.state import FAIR, Action, Attempt, Case, Channels, Write
+from tests.kvtransfer.model.state import FAIR, Action, Attempt, Case, Channels, Message, Write
 from tests.kvtransfer.model.world import World
 
 Trace = tuple[Action, ...]
@@ -171,16 +171,23 @@ def _copy(value: Any, known: dict[int, Any]) -> Any:
 def canonical(world: World) -> object:
     """What tells this state from others: all of it, so this alone reads what the machines keep to themselves."""
     ledger, pool, wires = world.ledger, world.pool, world.wires
+    order = _order(world)
+    name = {block: number for number, block in enumerate(order)}
+
+    def renamed(blocks: Iterable[int]) -> tuple[int, ...]:
+        return tuple([name[block] for block in blocks])
+
     entries = [
         (
             key,
             entry.state.value,
             entry.committed,
             frozenset(entry.missing),
-            entry.grant.ticket.blocks,
+            renamed(entry.grant.ticket.blocks),
             entry.grant.ticket.cached_blocks,
-            entry.grant.growth,
-            tuple(entry.quarantined),
+            renamed(entry.grant.growth),
+            renamed(entry.table),
+            frozenset(renamed(entry.quarantined)),
             entry.grant.writer,
         )
         for key, entry in ledger._entries.items()
@@ -210,17 +217,17 @@ def canonical(world: World) -> object:
         _relative(writers._leases, world.now),
         frozenset(writers._ended._until),
         _relative(ledger._handoffs, world.now),
-        tuple(pool._holds),
-        tuple(pool._digest),
-        tuple(pool._cached),
-        tuple(pool._protected),
-        tuple(pool._found),
-        frozenset(pool._quarantined),
-        tuple(None if block in pool._free else world.content[block] for block in range(pool.blocks)),
+        tuple([pool._holds[block] for block in order]),
+        tuple([pool._digest[block] for block in order]),
+        renamed(pool._cached),
+        renamed(pool._protected),
+        tuple([pool._found[block] for block in order]),
+        frozenset(renamed(pool._quarantined)),
+        tuple([None if block in pool._free else world.content[block] for block in order]),
         tuple(deliveries),
-        frozenset(_counted(wires.messages)),
+        frozenset(_counted([_named(message, renamed) for message in wires.messages])),
         frozenset(_counted(wires.events)),
-        tuple(sorted((w.ticket.key, w.move.index, w.orphan) for w in wires.writes)),
+        frozenset(_counted([(w.ticket.key, w.move.index, name[w.move.destination], w.orphan) for w in wires.writes])),
         frozenset(_counted(wires.revoking)),
         frozenset(wires.lost),
         frozenset(wires.down),
@@ -229,6 +236,26 @@ def canonical(world: World) -> object:
         frozenset(world.alive),
         frozenset(world.claimed) if world.case.closes_prove else None,
         tuple(sorted(world.left.items())),
+        tuple(sorted(world.waiting.items())),
+        frozenset(world.stalled),
+    )
+
+
+def _order(world: World) -> list[int]:
+    """All blocks, in an order that follows from what they are used for. Which number a block has does not matter, so
+    states that differ in that alone become the same."""
+    pool = world.pool
+    tables = (block for _, entry in sorted(world.ledger._entries.items(), key=_age) for block in entry.table)
+    return list(dict.fromkeys((*tables, *pool._cached, *pool._protected, *range(pool.blocks))))
+
+
+def _age(item: tuple[HandoffKey, object]) -> tuple[bytes, int]:
+    return item[0].attempt, item[0].handoff
+
+
+def _named(message: Message, renamed: Callable[[Iterable[int]], tuple[int, ...]]) -> object:
+    return tuple(
+        (part.key, renamed(part.blocks), part.cached_blocks) if isinstance(part, Ticket) else part for part in message
     )
 
 

@@ -5,6 +5,10 @@ The state machines are the real ones: `Delivery`, `GrantLedger` with its leases,
 that may still place bytes after all have given up, a router that binds again and cancels. The glue follows
 `baton.worker.sending.sender` and `decode_worker.service`.
 
+A resident may need more blocks than it was granted. It takes them one at a time, and is stalled while the pool is dry.
+Then the youngest resident is preempted, and goes on later on the same worker, computed again from what the cache has
+left of it. Whatever comes free goes to stalled residents first, at once; the preempted one waits for more than it had.
+
 An action is a tuple, its name first. Those of `FAIR` happen sooner or later once they are possible; the others are the
 adversary's, which has a budget of each.
 """
@@ -25,6 +29,7 @@ LEASE_S, TICK_S, HANDOFF_S, FOR_EVER = 5.0, 3.0, 8.0, 1e9
 OVER = (DeliveryState.FAILED, DeliveryState.RELEASED)
 FAIR = frozenset(
     {"deliver", "write", "place", "drain", "event", "revoke", "compute", "release", "rebind", "reconnect", "pass"}
+    | {"grow", "preempt", "resume"}
 )
 Action = tuple[object, ...]
 Message = tuple[object, ...]
@@ -43,6 +48,8 @@ class Case:
     handoffs: int = 2
     computed: bool = True
     """The prompts are computed from the start."""
+    grows: int = 0
+    """Blocks that each resident takes beyond its grant."""
 
 
 @dataclass(slots=True)
@@ -112,6 +119,10 @@ class State:
         self.alive: set[int] = {writer for writer, *_ in case.attempts}
         self.claimed: set[HandoffKey] = set()
         self.content: list[object] = [None] * case.blocks
+        self.stalled: set[HandoffKey] = set()
+        """Residents whose next position has no block."""
+        self.waiting: dict[int, int] = {}
+        """The blocks that each preempted sequence waits for, by its attempt's number; smaller ones are older."""
         self.attempts: list[Attempt] = []
         for number, (writer, blocks, growth, family) in enumerate(case.attempts):
             key = HandoffKey(bytes([number + 1]) * 16, 1)
@@ -128,8 +139,14 @@ class State:
     def ledger_keys(self, state: GrantState | None = None) -> list[HandoffKey]:
         bound = [attempt.delivery.key for attempt in self.attempts]
         opened = [HandoffKey(last.attempt, number) for last in bound for number in range(1, last.handoff + 1)]
+        opened += [self.here(number) for number in range(len(self.attempts))]
         states = ((key, self.ledger.state(key)) for key in opened)
         return [key for key, found in states if found is not None and state in (None, found)]
+
+    @staticmethod
+    def here(number: int) -> HandoffKey:
+        """The key under which a preempted sequence goes on in place."""
+        return HandoffKey(bytes([number + 1]) + bytes(15), 0)
 
     def send_close(self, writer: int, key: HandoffKey) -> None:
         if writer in self.wires.down:

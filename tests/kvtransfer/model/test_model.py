@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from kvtransfer.handoffs.delivery import Delivery
 from kvtransfer.handoffs.grants import GrantLedger
 from kvtransfer.handoffs.outcomes import LedgerEntry, LedgerOutcome
 from tests.kvtransfer.model.explorer import Explorer, Found
-from tests.kvtransfer.model.state import Case
+from tests.kvtransfer.model.state import Action, Case
 from tests.kvtransfer.model.world import World
 
 ONE = ((0, 2, 1, 0),)
@@ -21,6 +22,8 @@ TWO = ((0, 2, 0, 0), (1, 2, 0, 1))
 """Two writers, whose sequences do not fit together."""
 SAME_PREFIX = ((0, 2, 0, 0), (1, 2, 0, 0))
 """Two writers of the same prompt: what one has brought the other finds in the cache."""
+GROWING = ((0, 1, 0, 0), (1, 1, 0, 1))
+"""Two writers, whose sequences fit together until they grow."""
 BOTH = (True, False)
 SMALL: list[tuple[tuple[tuple[int, int, int, int], ...], dict[str, int]]] = [
     (ONE, {"crash": 1}),
@@ -62,6 +65,22 @@ def test_in_small_worlds_no_block_is_reused_too_early_and_all_ends(closes_prove:
         states += found.states
     print(f"{states} states")
     assert states > 1000, "the adversary has lost its hold on the world"
+
+
+@pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
+def test_residents_that_outgrow_the_pool_all_end(closes_prove: bool) -> None:
+    found = Explorer(Case(GROWING, 3, closes_prove, {}, handoffs=1, grows=2)).run()
+    print(found)
+    assert found.complete
+    assert found.ends
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("closes_prove", BOTH, ids=["shm", "tcp"])
+@pytest.mark.parametrize("budget", [{"cancel": 1}, {"crash": 1}, {"break": 1}, {"tick": 2}], ids=str)
+def test_residents_that_outgrow_the_pool_all_end_whatever_happens(budget: dict[str, int], closes_prove: bool) -> None:
+    explore(Case(GROWING, 3, closes_prove, budget, grows=2), NIGHT_STATES)
 
 
 @pytest.mark.nightly
@@ -181,4 +200,67 @@ def test_mutants_are_found(mutant: type[World], closes_prove: bool, budget: dict
     case = Case(ONE, 3, closes_prove, budget, handoffs=handoffs)
     with pytest.raises(Found, match=what) as found:
         Explorer(case, mutant).run()
+    assert found.value.trace
+
+
+class LosesGrown(GrantLedger):
+    """Forgets what a resident has taken beyond its grant."""
+
+    def release(self, key: HandoffKey, now: float, digests: Sequence[bytes] = ()) -> bool:
+        grant = self.grant(key)
+        if grant is not None:
+            del self.table(key)[len(grant.table) :]
+        return super().release(key, now, digests)
+
+
+class GrownIsLost(World):
+    ledger_type = LosesGrown
+
+
+class NeverPreempts(World):
+    def actions(self) -> list[Action]:
+        return [action for action in super().actions() if action[0] != "preempt"]
+
+
+class PreemptedForItself(World):
+    """Lets a preempted sequence go on with what it had."""
+
+    def further(self, key: HandoffKey) -> int:
+        return 0
+
+
+class KeptForThePreempted(World):
+    """Keeps what comes free for a sequence that was preempted for it."""
+
+    def grow_stalled(self) -> None:
+        if not self.waiting:
+            super().grow_stalled()
+
+
+class OthersGoFirst(World):
+    """Lets whoever comes take what a resident is stalled for."""
+
+    def grow_stalled(self) -> None:
+        pass
+
+    def may_resume(self) -> bool:
+        return True
+
+    def may_grant(self, key: HandoffKey) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("mutant", "what"),
+    [
+        (GrownIsLost, "never ends"),
+        (NeverPreempts, "never ends"),
+        (KeptForThePreempted, "never ends"),
+        (OthersGoFirst, "ends|circles"),
+        (PreemptedForItself, "circles"),
+    ],
+)
+def test_mutants_of_growth_are_found(mutant: type[World], what: str) -> None:
+    with pytest.raises(Found, match=what) as found:
+        Explorer(Case(GROWING, 3, True, {}, handoffs=1, grows=2), mutant).run()
     assert found.value.trace

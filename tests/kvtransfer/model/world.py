@@ -30,7 +30,7 @@ class World(PrefillSide, DecodeSide):
                 found.append(("tear", index))
         for number, attempt in enumerate(self.attempts):
             found += self._actions_of(number, attempt)
-        found += [("release", key) for key in self.ledger_keys(GrantState.RESIDENT)]
+        found += self._actions_of_residents()
         for writer in self.alive:
             found += [(name, writer) for name in ("crash", "break") if self.left[name] and self._may(name, writer)]
             if self.now and self.left["renew"]:
@@ -63,6 +63,19 @@ class World(PrefillSide, DecodeSide):
             found.append(("cancel", number))
         return found
 
+    def _actions_of_residents(self) -> list[Action]:
+        residents = self.residents()
+        found: list[Action] = [("release", key) for key in residents if not self.wants(key)]
+        found += [("grow", key) for key in residents if self.wants(key) and key not in self.stalled]
+        if self.stalled and len(residents) > 1:
+            found.append(("preempt", residents[-1]))  # never the oldest, so that one always ends
+        if self.waiting and self.pool.available >= self.waiting[min(self.waiting)] and self.may_resume():
+            found.append(("resume", min(self.waiting)))
+        return found
+
+    def may_resume(self) -> bool:
+        return not self.stalled
+
     @staticmethod
     def _ready(attempt: Attempt) -> bool:
         return attempt.taken < attempt.delivery.complete_blocks
@@ -76,6 +89,7 @@ class World(PrefillSide, DecodeSide):
         for attempt in self.attempts:
             if attempt.writer in self.alive:
                 self._advance(attempt)
+        self.grow_stalled()
         self.pool.sort()
 
     def _advance(self, attempt: Attempt) -> None:
@@ -118,4 +132,5 @@ class World(PrefillSide, DecodeSide):
         quiet = not (wires.messages or wires.events or wires.writes or wires.revoking)
         over = all(a.writer not in self.alive or a.delivery.state in OVER for a in self.attempts)
         idle = all(a.writer not in self.alive or not a.delivery.in_flight for a in self.attempts)
-        return quiet and over and idle and not self.ledger_keys() and self.pool.available == self.pool.blocks
+        empty = not self.ledger_keys() and not self.waiting and self.pool.available == self.pool.blocks
+        return quiet and over and idle and empty
