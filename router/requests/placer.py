@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from baton.config import PathChoice, RoleName
+from baton.config import PathChoice, RoleName, RouterConfig
 from baton.errors import ResourceExhausted
 from baton.rpc import awake
 from baton.spec import AttemptKey, RequestSpec
@@ -97,7 +97,7 @@ class Placer:
         prefixes: Prefixes,
         counts: Counts,
         clock: Callable[[], float] | None = None,
-        explained: int = 4096,
+        explained: int = RouterConfig.explained_requests,
     ) -> None:
         """`clock` in seconds, which misses nothing; the running event loop's by default. The decisions about the last
         `explained` requests are kept."""

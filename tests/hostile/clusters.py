@@ -84,6 +84,8 @@ async def a_silent_stream_behind_another_server() -> list[Row]:
             pass
         except grpc.aio.AioRpcError as error:
             ended = f"{error.code().name}: {error.details()}"
+        else:
+            ended = "the server's own end"
     await server.stop(0)
     return [equal(f"{SILENT_S:g} silent seconds behind a server's default policy end in", "nothing", ended)]
 
