@@ -118,8 +118,6 @@ class LogSettings:
 class RouterConfig(RoutingSettings):
     """A router."""
 
-    handoff_wait_s: Annotated[float, SCHEDULING] = 60.0
-    """How long a computed prompt waits for a decode worker with room."""
     max_requests: Annotated[int, SCHEDULING] = 4096
     """Requests in the system at once; one more is refused with RESOURCE_EXHAUSTED."""
     request_limit_s: Annotated[float, SCHEDULING] = 600.0
@@ -139,7 +137,7 @@ class RouterConfig(RoutingSettings):
 
     def __post_init__(self) -> None:
         RoutingSettings.__post_init__(self)
-        require_durations(self, "lease_s", "request_limit_s", "handoff_wait_s")
+        require_durations(self, "lease_s", "request_limit_s")
         require_at_least(self, 1, "max_requests", "client_buffer_tokens")
         require_at_least(self, 0, "prefix_index_blocks", "explained_requests")
 
@@ -182,6 +180,8 @@ class WorkerSettings:
     """Shrinks the simulated KV of a token to this, a multiple of 4; 0 keeps the model's own layout."""
     sim_eos_after: Annotated[int, SIMULATION] = 0
     """A simulated output ends by itself after this many tokens; 0: never."""
+    sim_eos_spread: Annotated[int, SIMULATION] = 0
+    """Up to so many tokens earlier or later, by the request's seed."""
     threads: Annotated[int, PROCESS] = 1
     """Threads of a worker's arithmetic. More than the cores at hand is slower, much slower."""
 
@@ -192,10 +192,12 @@ class WorkerSettings:
         require_choice("kv_dtype", self.kv_dtype, KvChoice)
         require_choice("transport", self.transport, TransportChoice)
         require_at_least(self, 1, "pool_tokens", "max_sequences", "chunk_tokens", "threads")
-        for name in ("cost_model", "sim_speed", "sim_kv_bytes_per_token", "sim_eos_after"):
+        for name in ("cost_model", "sim_speed", "sim_kv_bytes_per_token", "sim_eos_after", "sim_eos_spread"):
             only = self.engine == "simulated" or getattr(self, name) == getattr(WorkerSettings, name)
             require(only, name, "for the simulated engine only: give --engine simulated too")
-        require_at_least(self, 0, "sim_kv_bytes_per_token", "sim_eos_after", "tpot_budget_ms")
+        require_at_least(self, 0, "sim_kv_bytes_per_token", "sim_eos_after", "sim_eos_spread", "tpot_budget_ms")
+        bounded = self.sim_eos_spread < max(self.sim_eos_after, 1)
+        require(bounded, "sim_eos_spread", f"must be less than sim_eos_after, {self.sim_eos_after}")
         require(self.sim_kv_bytes_per_token % 4 == 0, "sim_kv_bytes_per_token", "must be a multiple of 4")
         require_positive(self, "sim_speed")
 

@@ -104,6 +104,28 @@ class HandoffFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoffWaiting:
+    """The decode worker has no room yet; `ahead` sequences go first, which takes about `expected_ms`."""
+
+    key: HandoffKey
+    ahead: int
+    expected_ms: float
+
+    @property
+    def attempt(self) -> AttemptKey:
+        return self.key.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """The sequence had to make room: it is out of the worker, which has the KV of its first `cached_tokens` still in
+    the prefix cache."""
+
+    attempt: AttemptKey
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffDone:
     """The decode worker owns the sequence now (`Resident` on the wire)."""
 
@@ -159,8 +181,9 @@ class Freed:
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """`resident_tokens` are in the KV of running sequences; `granted_blocks` are the held blocks of sequences on their
-    way; `cost_error` is the mean relative error of predicted step times; `pairs` counts connected decode workers by
-    transport, and `pair_notes` says by transport why a better one could not be used."""
+    way; `promised_blocks` are those that running sequences will likely take beyond theirs, and a reserve; `cost_error`
+    is the mean relative error of predicted step times; `pairs` counts connected decode workers by transport, and
+    `pair_notes` says by transport why a better one could not be used."""
 
     waiting: int = 0
     running: int = 0
@@ -171,6 +194,7 @@ class LoadReport:
     quarantined_blocks: int = 0
     resident_tokens: int = 0
     granted_blocks: int = 0
+    promised_blocks: int = 0
     cost: StepCost | None = None
     cost_error: float = 0.0
     chunk_tokens: int = 0
@@ -189,5 +213,15 @@ class CacheUpdate:
 
 
 Event = (
-    Started | Tokens | HandoffFailed | HandoffDone | PrefillReport | Ended | Freed | LoadReport | CacheUpdate
+    Started
+    | Tokens
+    | HandoffFailed
+    | HandoffWaiting
+    | HandoffDone
+    | Preempted
+    | PrefillReport
+    | Ended
+    | Freed
+    | LoadReport
+    | CacheUpdate
 )  # fmt: skip

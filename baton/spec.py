@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
+from typing import Any
 
 AttemptKey = bytes
 """16 random bytes, which the router mints for each attempt at a request."""
@@ -97,8 +98,10 @@ class RequestSpec:
         output: tuple[int, ...] = (),
         deadline_s: float | None = None,
         ttft_left_s: float | None = None,
+        **others: Any,
     ) -> SequenceSpec:
-        own = {name.name: getattr(self, name.name) for name in fields(RequestSpec)}
+        """`others` are further fields of the SequenceSpec."""
+        own = {name.name: getattr(self, name.name) for name in fields(RequestSpec)} | others
         return SequenceSpec(**own, attempt=attempt, output=output, deadline_s=deadline_s, ttft_left_s=ttft_left_s)
 
 
@@ -106,12 +109,17 @@ class RequestSpec:
 class SequenceSpec(RequestSpec):
     """A sequence as one attempt carries it. `output` are the tokens of earlier attempts, apart from `prompt` because
     penalties, `max_tokens` and usage depend on it. `deadline_s` is the time left when the spec was received;
-    `ttft_left_s` is the time until the first token is due, negative when it is late."""
+    `ttft_left_s` is the time until the first token is due, negative when it is late. `likely_tokens` is how long the
+    whole output will likely become, for which workers make room; 0 asks for room for all of `max_tokens` at once.
+    `age_s` is the time since the request arrived, and `preemptions` how often it lost its room since."""
 
     attempt: AttemptKey
     output: tuple[int, ...] = ()
     deadline_s: float | None = None
     ttft_left_s: float | None = None
+    likely_tokens: int = 0
+    age_s: float = 0.0
+    preemptions: int = 0
 
     def __post_init__(self) -> None:
         RequestSpec.__post_init__(self)

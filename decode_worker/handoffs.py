@@ -21,16 +21,17 @@ from baton.model import KvLayout
 from baton.rpc import awake
 from baton.spec import AttemptKey, HandoffKey, RefusalReason, SequenceSpec
 from baton.worker.session import RouterSession
+from decode_worker.line import Parked
+from decode_worker.openings import Openings
 from decode_worker.records import FirstToken, Pending, Resident
 from decode_worker.running import Residents
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.writer_streams import WriterStreams
-from kvtransfer.handoffs.messages import Aborted, Grant, Refusal
+from kvtransfer.handoffs.messages import Aborted, Grant, Refusal, WaitNotice
 from kvtransfer.handoffs.outcomes import GrantState, LedgerOutcome
 from kvtransfer.transports.base import Receiver, ReceiverEvents
 from kvtransfer.transports.wire import OVER
 
-SLOT_RETRY_S = 0.25
 WAKE_EVERY_S = 0.05
 """Blocks that land wake a resting engine at most so often: less than the last chunk of a prompt takes, so that the
 engine is awake when that arrives."""
@@ -74,38 +75,24 @@ class DecodeHandoffs:
         make_receivers: MakeReceivers,
     ) -> None:
         """The ledger, which `residents` use too, appends each grant that it gives up to `aborted`."""
-        self._residents, self._ledger, self._pending = residents, residents.ledger, residents.pending
+        self._residents, self._ledger, self._pending = residents, residents.ledger, residents.occupancy.pending
         self._admission, self._counts = residents.admission, residents.counts
-        self._aborted, self._scheduler, self._writers, self._layout = aborted, scheduler, writers, layout
+        self._aborted, self._scheduler, self._writers = aborted, scheduler, writers
         self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
         self._times = HandoffTimes()
         self._woken_at = -math.inf
         self.receivers = make_receivers(LoopEvents(self))
+        self._openings = Openings(residents, writers, layout, self.receivers, self._granted)
 
     # From the Transfer service.
 
     def open(
         self, key: HandoffKey, writer: str, spec: SequenceSpec, router: RouterSession | None, transport: str
-    ) -> Grant | Refusal:
-        """Reserves room for the whole sequence, or says why not. A duplicate gets the same answer. `router` is the
-        session of the spec's router, None without one."""
-        refusal = self._refusal(key, spec, router, transport)
-        if refusal is not None or router is None:
-            self._counts.add("handoffs_refused")
-            return refusal or Refusal(key, RefusalReason.UNKNOWN_ROUTER, "no stream to this router")
-        now, digests = awake.now(), self._admission.digests(spec)
-        blocks, most = self._layout.blocks_for(spec.known_tokens), self._layout.blocks_for(spec.kv_tokens)
-        deadline = None if spec.deadline_s is None else now + spec.deadline_s
-        answer = self._ledger.open(key, writer, digests, blocks, most, now, deadline)
-        if isinstance(answer, Refusal):
-            self._counts.add("handoffs_refused")
-        elif self._ledger.state(key) is not GrantState.RESIDENT:
-            self._pending[key] = Pending(spec, router, transport, writer, awake.clock().missed)
-            self._expect()
-            self.receivers[transport].admit(answer.ticket)
-            self._wake(answer)
+    ) -> Grant | WaitNotice | Refusal:
+        """Reserves room for the sequence, or puts it in the line, or says why it can have none. A duplicate gets the
+        same answer. `router` is the session of the spec's router, None without one."""
+        answer = self._openings.open(key, writer, spec, router, transport)
         self._settle_aborted()  # an older handoff of the attempt
-        self._residents.start_waiting()
         return answer
 
     def commit(self, key: HandoffKey, generation: int, blocks: int, first: FirstToken) -> LedgerOutcome:
@@ -113,6 +100,8 @@ class DecodeHandoffs:
         return self._settled(key, self._ledger.commit(key, generation, blocks, first))
 
     def closed(self, key: HandoffKey) -> None:
+        if self._openings.closed(key):
+            return
         pending = self._pending.get(key)
         proof = pending is not None and not self.receivers[pending.transport].revoke_proves
         self._ledger.closed(key, awake.now(), proof)
@@ -126,6 +115,7 @@ class DecodeHandoffs:
         """The writer has a new control stream. It has failed all handoffs of the old one, and its closes may be lost:
         gives up its grants, and asks for the closes again."""
         now, message = awake.now(), "the control stream broke"
+        self._openings.writer_gone(writer)
         for key in self._of_writer(writer):
             grant = self._ledger.grant(key)
             given_up = self._ledger.abort(key, RefusalReason.UNREACHABLE, now, message)
@@ -151,6 +141,7 @@ class DecodeHandoffs:
 
     def writer_gone(self, incarnation: str) -> None:
         self._ledger.writer_gone(incarnation, awake.now())
+        self._openings.writer_gone(incarnation)
         self._settle_aborted()
         for key in self._of_writer(incarnation):
             self._check_freed(key)
@@ -168,9 +159,9 @@ class DecodeHandoffs:
 
     def cancel(self, attempt: AttemptKey) -> bool:
         """Gives the attempt's handoff up, and refuses any later one. False when none was on its way."""
-        answer = self._ledger.cancel(attempt, awake.now())
+        answer, waited = self._ledger.cancel(attempt, awake.now()), self._openings.cancel(attempt)
         self._settle_aborted()
-        return answer.aborted
+        return answer.aborted or waited
 
     def tell_freed(self, router: RouterSession, attempt: AttemptKey) -> bool:
         """Sends Freed once no handoff of the attempt waits for proof. False when none waits now: nothing is sent."""
@@ -181,25 +172,28 @@ class DecodeHandoffs:
         return bool(waiting)
 
     def expire(self) -> None:
-        self._ledger.expire(awake.now())
+        now = awake.now()
+        self._ledger.expire(now)
         self._settle_aborted()
+        self._openings.expire(now)
 
     # Inside.
 
-    def _refusal(
-        self, key: HandoffKey, spec: SequenceSpec, router: RouterSession | None, transport: str
-    ) -> Refusal | None:
-        if self._ledger.grant(key) is not None:
-            return None  # a duplicate: the ledger knows the answer
-        if router is None:
-            return Refusal(key, RefusalReason.UNKNOWN_ROUTER, f"no stream to router {spec.router.name}")
-        if transport not in self.receivers:
-            offered = ", ".join(self.receivers)
-            return Refusal(key, RefusalReason.MISMATCH, f"transport differs: sender {transport}, receiver {offered}")
-        if not self._residents.has_slot(key.attempt):
-            message = f"all {self._residents.max_sequences} sequence slots are taken"
-            return Refusal(key, RefusalReason.NO_CAPACITY, message, SLOT_RETRY_S)
-        return None
+    def _granted(self, parked: Parked, grant: Grant) -> None:
+        self._pending[grant.key] = Pending(
+            parked.spec,
+            parked.need,
+            parked.router,
+            parked.transport,
+            parked.writer,
+            parked.arrived_at,
+            awake.clock().missed,
+            parked.told,
+        )
+        self._expect()
+        self.receivers[parked.transport].admit(grant.ticket)
+        self._wake(grant)
+        self._settle_aborted()  # an older handoff of the attempt
 
     def _settled(self, key: HandoffKey, outcome: LedgerOutcome) -> LedgerOutcome:
         if outcome is LedgerOutcome.RESIDENT:
@@ -215,14 +209,18 @@ class DecodeHandoffs:
         assert isinstance(first, FirstToken), "a commit carries the first token"
         self.receivers[pending.transport].revoke(key)
         spec, known, now = pending.spec, pending.spec.known_tokens, time.monotonic()
-        sequence = api.Sequence.from_spec(spec, self._ledger.table(key), computed=known)
+        sequence = api.Sequence.from_spec(spec, list(self._ledger.table(key)), computed=known)
         sequence.tokens.append(first.token)
-        took_s = now - first.drawn_at
-        if key.handoff == 1 and awake.clock().missed == pending.missed:  # a later one waited for room, too
+        # Time that it waited for room is not made up for at the cost of the sequences here.
+        took_s = 0.0 if pending.waited else now - first.drawn_at
+        if key.handoff == 1 and not pending.waited and awake.clock().missed == pending.missed:
             self._times.observe(took_s)
             self._scheduler.handoff_s = max(self._times.expected_s, HANDOFF_S)  # trips are not in what is observed
         sequence.first_token_at = now - max(took_s, HANDOFF_S)
-        self._residents.add(Resident(key, spec, pending.router, list(sequence.tokens), now, known), sequence)
+        resident = Resident(
+            key, spec, pending.need, pending.router, list(sequence.tokens), pending.arrived_at, now, known
+        )
+        self._residents.add(resident, sequence)
         self._writers.committed(pending.writer, key)
         pending.router.send(HandoffDone(key))
         # The first token once more: the prefill worker's own message may be lost.

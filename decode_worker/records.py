@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from baton.messages import Ended, Freed, PrefillReport
+from baton.messages import Ended, Freed, Preempted, PrefillReport
 from baton.spec import HandoffKey, SequenceSpec, TokenLogprobs
 from baton.worker.session import RouterSession
 from decode_worker.scheduler import Expected
-from kvtransfer.blocks.admission import Room
+from kvtransfer.blocks.admission import Need, Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,18 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A granted sequence until it is resident. `writer` is the sender's incarnation; `missed` is what this process had
-    missed when it granted."""
+    """A granted sequence until it is resident. `writer` is the sender's incarnation; `arrived_at` is when its request
+    arrived at the router, in monotonic seconds; `missed` is what this process had missed when it granted; `waited` is
+    whether there was no room at first."""
 
     spec: SequenceSpec
+    need: Need
     router: RouterSession
     transport: str
     writer: str
+    arrived_at: float
     missed: float
+    waited: bool = False
 
     @property
     def expected(self) -> Expected | None:
@@ -64,18 +68,21 @@ class ResidentState(enum.Enum):
 @dataclass(slots=True)
 class Resident:
     """A sequence in the engine; the ledger owns its blocks. `tokens` mirrors the engine's; the first `computed` of them
-    have their KV, trusted only if `sound`. Times are monotonic seconds. `prompt` and `rank` count only
-    where the prompt is computed here. The router gets `farewell` when a STOPPING sequence is out of the engine."""
+    have their KV, trusted only if `sound`. Times are monotonic seconds; `arrived_at` is when its request arrived at the
+    router. `prompt` and `rank` count only where the prompt is computed here. The router gets `farewell` when a STOPPING
+    sequence is out of the engine."""
 
     key: HandoffKey
     spec: SequenceSpec
+    need: Need
     router: RouterSession
     tokens: list[int]
+    arrived_at: float
     resident_at: float
     computed: int
     state: ResidentState = ResidentState.RUNNING
     first_step_at: float | None = None
-    farewell: Freed | Ended | None = None
+    farewell: Freed | Ended | Preempted | None = None
     prompt: PromptHere | None = None
     rank: float = 0.0
     sound: bool = True

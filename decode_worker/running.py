@@ -4,7 +4,7 @@
                                             v
     waiting in the queue --room and slot--> RUNNING --its last token, or its step failed--> RELEASED
                                                |                                              ^
-                                               +--cancelled, or broken--> STOPPING --removed--+
+                                               +--cancelled, preempted, broken--> STOPPING ---+
 
 The ledger owns a resident's blocks, wherever its prompt was computed. They are freed at RELEASED and nowhere else: once
 the engine has confirmed, by the step that finished the sequence or by `on_removed`, that no step touches them.
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
 from baton.errors import Internal
-from baton.messages import Ended, Freed, Started, TokenRun
+from baton.messages import Ended, Freed, Preempted, Started, TokenRun
 from baton.rpc import awake
 from baton.spec import AttemptKey, HandoffKey
 from baton.telemetry import Counts
@@ -26,12 +27,13 @@ from baton.worker.admission_queue import AdmissionQueue, WaitingPrompt
 from baton.worker.load import LoadReporter
 from baton.worker.runner import Runner, StepItem, StepReport, for_each
 from baton.worker.session import StepTokens
-from decode_worker.records import Pending, PromptHere, Resident, ResidentState
+from decode_worker.growth import Growth
+from decode_worker.line import RoomLine, order_of
+from decode_worker.occupancy import Occupancy
+from decode_worker.records import PromptHere, Resident, ResidentState
 from decode_worker.scheduler import DecodeScheduler
-from kvtransfer.blocks.admission import Admission, Room
+from kvtransfer.blocks.admission import Admission, Need, Room
 from kvtransfer.blocks.prefix import block_digests
-from kvtransfer.handoffs.grants import GrantLedger
-from kvtransfer.handoffs.outcomes import GrantState
 
 
 class Residents:
@@ -44,21 +46,21 @@ class Residents:
         scheduler: DecodeScheduler,
         model: CostModel,
         queue: AdmissionQueue[WaitingPrompt],
-        ledger: GrantLedger,
+        occupancy: Occupancy,
         admission: Admission,
-        max_sequences: int,
         fingerprint: str,
         counts: Counts,
         load: LoadReporter,
     ) -> None:
-        self._queue, self.ledger, self.admission = queue, ledger, admission
+        self._queue, self.occupancy, self.ledger, self.admission = queue, occupancy, occupancy.ledger, admission
+        self.line = RoomLine()
+        """Handoffs that wait for room."""
         self._scheduler = scheduler
-        self.pending: dict[HandoffKey, Pending] = {}
-        """Granted sequences, and those whose grant was given up and waits for proof."""
         self._block_tokens, self._fingerprint = engine.layout.block_tokens, fingerprint
-        self.max_sequences, self.counts, self._load = max_sequences, counts, load
-        self._held: dict[AttemptKey, Resident] = {}
+        self.counts, self._load = counts, load
+        self._held = occupancy.held
         self.runner = Runner(engine, scheduler, self, model)
+        self.growth = Growth(occupancy, scheduler, self.runner, self._preempt, counts)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -74,15 +76,13 @@ class Residents:
         """Prompt tokens still to compute here, of started prompts."""
         return sum(resident.uncomputed for resident in self)
 
-    def on_the_way(self) -> list[HandoffKey]:
-        """Granted sequences that will be resident: each takes a slot, as a resident does. One that waits for proof
-        takes blocks alone. O(pending)."""
-        return [key for key in self.pending if self.ledger.state(key) is not GrantState.ABORTING]
-
-    def has_slot(self, attempt: AttemptKey = b"") -> bool:
-        """Whether one more sequence may run beside all others; `attempt` itself does not count."""
-        others = sum(other.attempt != attempt for other in self.on_the_way())
-        return len(self._held) + others < self.max_sequences
+    def expected_s(self, ahead: int) -> float:
+        """Roughly how long it takes until `ahead` sequences and one more have room: as many residents must end."""
+        if not self._held:
+            return 0.0
+        left = sum(max(resident.need.likely - len(resident.tokens), 1) for resident in self)
+        step_s = self.runner.model.cost.decode(len(self), sum(len(resident.tokens) for resident in self))
+        return (ahead + 1) * left / len(self) * step_s / len(self)
 
     def add(self, resident: Resident, sequence: Sequence) -> None:
         self._held[resident.key.attempt] = resident
@@ -91,9 +91,11 @@ class Residents:
             self.check_backlogs()
 
     def start_waiting(self) -> None:
-        """Starts the prompts whose turn it is. To be called when room may have come free."""
-        while self.has_slot() and (found := self._queue.next(self._held.values(), self.runner.under_way_s)) is not None:
-            self._start(*found)
+        """Gives what is free to residents that lack a block, then to those whose turn it is. To be called when room may
+        have come free."""
+        if self.growth.feed():
+            while self._admit_next():
+                pass
         self._load.changed()
 
     def check_backlogs(self) -> None:
@@ -104,7 +106,7 @@ class Residents:
         if paused != self._scheduler.paused:
             self.counts.add("sequences_paused", len(paused - self._scheduler.paused))
             self._scheduler.paused = paused
-            self.runner.nudge()
+            self.runner.between_steps(lambda: None)
 
     def cancel(self, attempt: AttemptKey) -> bool:
         """Takes the sequence out of the engine; frees and acknowledges it after that. False when it is not here."""
@@ -113,6 +115,10 @@ class Residents:
             return False
         self._stop(resident, Freed(attempt))
         return True
+
+    def _preempt(self, resident: Resident) -> None:
+        self.counts.add("sequences_preempted")
+        self._stop(resident, Preempted(resident.key.attempt, 0))
 
     def on_step(self, report: StepReport) -> None:
         """An exception over one sequence ends that one alone."""
@@ -127,18 +133,32 @@ class Residents:
         resident = self._held.get(key)
         if resident is not None and resident.farewell is not None:
             self._release(resident)
-            resident.router.send(resident.farewell)
 
-    def _start(self, prompt: WaitingPrompt, room: Room) -> None:
+    def _admit_next(self) -> bool:
+        """Lets the next sequence in, a prompt or a handoff; false where there is none, or no room for it yet."""
+        prompt, parked = self._queue.turn(self._held.values(), self.runner.under_way_s), self.line.first
+        if prompt is None or (parked is not None and parked.order < order_of(prompt.spec, prompt.arrived_at)):
+            return parked is not None and self.occupancy.has_slot(parked.key.attempt) and self.line.admit(parked)
+        need = Need.of(prompt.spec)
+        usable = self.admission.usable(prompt.spec, prompt.digests)
+        if not self.occupancy.has_slot() or not self.occupancy.admits(need, usable):
+            return False
+        room = self._queue.take(prompt, need.first)
+        if room is not None:
+            self._start(prompt, need, room)
+        return room is not None
+
+    def _start(self, prompt: WaitingPrompt, need: Need, room: Room) -> None:
         spec, cached, now = prompt.spec, room.cached_tokens, time.monotonic()
         here = PromptHere(room, prompt.digests, now, (now - prompt.received_at) * 1e3)
         key = HandoffKey(spec.attempt, 0)
         self.ledger.hold(key, room.blocks)
         prompt.router.send(Started(spec.attempt, here.queue_ms, cached))
         tokens = [*spec.prompt, *spec.output]
-        resident = Resident(key, spec, prompt.router, tokens, now, cached, prompt=here, rank=prompt.rank)
-        blocks = self.ledger.table(key)
-        self.add(resident, Sequence.from_spec(spec, blocks, cached, prompt.rank, prompt.late))
+        resident = Resident(
+            key, spec, need, prompt.router, tokens, prompt.arrived_at, now, cached, prompt=here, rank=prompt.rank
+        )
+        self.add(resident, Sequence.from_spec(spec, list(room.blocks), cached, prompt.rank, prompt.late))
 
     def _advanced(self, item: StepItem, report: StepReport, tokens: StepTokens) -> None:
         resident = self._held.get(item.key)
@@ -159,6 +179,8 @@ class Residents:
             resident.first_step_at = report.started
         resident.tokens.extend(item.token_ids)
         tokens.add(resident.router, TokenRun(item.key, item.position, item.token_ids, item.logprobs))
+        if item.finish is None:
+            self.growth.advanced(resident)
 
     def _first_token(self, resident: Resident, prompt: PromptHere, now: float) -> None:
         """From here on other prompts can find the computed blocks."""
@@ -172,7 +194,7 @@ class Residents:
         if resident is not None and resident.state is ResidentState.RUNNING:
             self._stop(resident, Ended(item.key, error=Internal(f"decode failed: {reason}")))
 
-    def _stop(self, resident: Resident, farewell: Freed | Ended) -> None:
+    def _stop(self, resident: Resident, farewell: Freed | Ended | Preempted) -> None:
         resident.farewell = farewell
         if resident.state is ResidentState.RUNNING:
             resident.state = ResidentState.STOPPING
@@ -203,7 +225,8 @@ class Residents:
 
     def _release(self, resident: Resident) -> None:
         """Blocks whose tokens are all computed stay in the prefix cache for the next turn; the last token never is. Of
-        a sequence that is not sound, only blocks stay that were there before it."""
+        a sequence that is not sound, only blocks stay that were there before it. The router hears of the end before
+        anything else can have the room."""
         digests: list[bytes] = []
         if resident.sound:
             computed = resident.tokens[: resident.computed]
@@ -213,6 +236,12 @@ class Residents:
         del self._held[resident.key.attempt]
         resident.state = ResidentState.RELEASED
         self.ledger.release(resident.key, awake.now(), digests)
+        farewell = resident.farewell
+        if isinstance(farewell, Preempted):
+            cached = self.ledger.pool.peek(digests) * self._block_tokens
+            farewell = replace(farewell, cached_tokens=cached)
+        if farewell is not None:
+            resident.router.send(farewell)
         self.start_waiting()
 
     def _new_blocks(self, resident: Resident) -> list[int]:

@@ -1,5 +1,5 @@
-"""Picks the sequences of a decode step: all residents that are not paused, one token each (continuous batching), and
-chunks of the prompts that are computed here, as large as the residents' objectives allow.
+"""Picks the sequences of a decode step: all residents but those that are paused or lack a block, one token each
+(continuous batching), and chunks of the prompts that are computed here, as large as the residents' objectives allow.
 
 Every resident waits for a chunk, so a chunk gets what the strictest of their objectives leaves of a step: then none is
 missed, however long the prompt. This is stall-free batching (Sarathi-Serve, arXiv 2403.02310) with a budget in time,
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from baton.cost import HANDOFF_S, LEAST_CHUNK, MARGIN, StepCost
 from baton.engine.api import Sequence, Work
+from baton.model import BLOCK_TOKENS
 from baton.spec import AttemptKey
 
 
@@ -36,9 +37,11 @@ class DecodeScheduler:
         cost: Callable[[], StepCost] = StepCost,
         tpot_budget_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         """`tpot_budget_s` bounds every step with residents, whatever their objectives are."""
-        self._chunk_tokens, self._cost, self._budget_s, self._clock = chunk_tokens, cost, tpot_budget_s, clock
+        self._block_tokens, self._chunk_tokens, self._cost = block_tokens, chunk_tokens, cost
+        self._budget_s, self._clock = tpot_budget_s, clock
         self._residents: dict[AttemptKey, Sequence] = {}
         self._at_first: dict[AttemptKey, int] = {}  # a resident's output tokens at `first_token_at`
         self._prompts: dict[AttemptKey, Sequence] = {}
@@ -48,7 +51,10 @@ class DecodeScheduler:
         """The time from first token to resident. Set from any thread."""
         self.paused: frozenset[AttemptKey] = frozenset()
         """Residents that are left out. Replaced as a whole, from any thread."""
-        self._paused_since: dict[AttemptKey, float] = {}
+        self.stalls = 0
+        """How often a resident was left out because its next position had no block. May be read from any thread."""
+        self._stalled: frozenset[AttemptKey] = frozenset()
+        self._left_out_since: dict[AttemptKey, float] = {}
 
     def add(self, sequence: Sequence) -> None:
         """The sequence joins from the next step on: as a prompt, until its first token is drawn."""
@@ -62,10 +68,15 @@ class DecodeScheduler:
         self._residents.pop(key, None)
         self._at_first.pop(key, None)
         self._prompts.pop(key, None)
-        self._paused_since.pop(key, None)
+        self._left_out_since.pop(key, None)
+
+    def grow(self, key: AttemptKey, blocks: list[int]) -> None:
+        """Appends to a sequence's blocks. Does nothing when the sequence is unknown."""
+        if (sequence := self._residents.get(key) or self._prompts.get(key)) is not None:
+            sequence.blocks.extend(blocks)
 
     def pick(self) -> list[Work]:
-        """Every resident with its last token, then prompts in order of rank."""
+        """Every resident that is not left out, with its last token, then prompts in order of rank."""
         for key in [key for key, prompt in self._prompts.items() if self._is_computed(prompt)]:
             self._settle(self._prompts.pop(key))
         active = self._active()
@@ -88,16 +99,22 @@ class DecodeScheduler:
             sequence.first_token_at = self._clock()
 
     def _active(self) -> dict[AttemptKey, Sequence]:
-        """The residents that are not paused. Steps that a pause left out are no debt: their time does not count."""
-        if not self.paused and not self._paused_since:
+        """The residents but those that are paused, or whose next position has no block. Steps that left a resident out
+        are no debt: their time does not count."""
+        size = self._block_tokens
+        short = [key for key, other in self._residents.items() if len(other.blocks) * size < len(other.tokens)]
+        if not self.paused and not short and not self._left_out_since:
             return self._residents
-        now, paused = self._clock(), self.paused & self._residents.keys()
-        for key in paused - self._paused_since.keys():
-            self._paused_since[key] = now
-        for key in self._paused_since.keys() - paused:
-            resident, since = self._residents[key], self._paused_since.pop(key)
+        stalled = frozenset(short)
+        self.stalls += len(stalled - self._stalled)
+        self._stalled = stalled
+        now, left_out = self._clock(), (self.paused & self._residents.keys()) | stalled
+        for key in left_out - self._left_out_since.keys():
+            self._left_out_since[key] = now
+        for key in self._left_out_since.keys() - left_out:
+            resident, since = self._residents[key], self._left_out_since.pop(key)
             resident.first_token_at = (resident.first_token_at or since) + now - since
-        return {key: resident for key, resident in self._residents.items() if key not in paused}
+        return {key: resident for key, resident in self._residents.items() if key not in left_out}
 
     def _chunk(self, residents: dict[AttemptKey, Sequence]) -> int:
         """Prompt tokens of this step. Residents wait no longer than their objectives allow. The step takes more than

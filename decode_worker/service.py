@@ -13,6 +13,7 @@ from baton.worker.load import LoadReporter
 from baton.worker.service import WorkerService
 from baton.worker.session import RouterSession
 from decode_worker.handoffs import DecodeHandoffs, MakeReceivers
+from decode_worker.occupancy import Occupancy
 from decode_worker.running import Residents
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.writer_streams import WriterStreams
@@ -49,21 +50,23 @@ class DecodeRole:
         self.ledger = GrantLedger(pool, limits, aborted.append, counts=counts)
         self._load = LoadReporter(worker, pool, model, chunk_tokens, self._report)
         admission = Admission(pool, engine.layout, fingerprint)
-        scheduler = DecodeScheduler(chunk_tokens, lambda: model.cost, tpot_budget_s)
+        scheduler = DecodeScheduler(
+            chunk_tokens, lambda: model.cost, tpot_budget_s, block_tokens=engine.layout.block_tokens
+        )
+        self._occupancy = Occupancy(self.ledger, engine.layout, max_sequences)
         self._queue = AdmissionQueue[WaitingPrompt](admission, model, chunk_tokens, lambda spec: spec.kv_tokens)
         self._residents = Residents(
             engine=engine,
             scheduler=scheduler,
             model=model,
             queue=self._queue,
-            ledger=self.ledger,
+            occupancy=self._occupancy,
             admission=admission,
-            max_sequences=max_sequences,
             fingerprint=fingerprint,
             counts=counts,
             load=self._load,
         )
-        self.runner, self._pending = self._residents.runner, self._residents.pending
+        self.runner, self._line = self._residents.runner, self._residents.line
         self.handoffs = DecodeHandoffs(self._residents, aborted, scheduler, writers, engine.layout, make_receivers)
 
     @property
@@ -73,6 +76,7 @@ class DecodeRole:
         return {
             "residents": len(self._residents),
             "prompts_waiting": len(self._queue),
+            "handoffs_waiting": len(self._line),
             "grants": statistics.granted + statistics.receiving,
             "aborting": statistics.aborting,
             "decode_tombstones": statistics.tombstones,
@@ -93,8 +97,9 @@ class DecodeRole:
     def on_router_lost(self, router: RouterSession) -> None:
         running = {resident.key.attempt for resident in self._residents if resident.router is router}
         waiting = {prompt.key for prompt in self._queue if prompt.router is router}
-        on_the_way = {key.attempt for key, pending in self._pending.items() if pending.router is router}
-        for attempt in running | waiting | on_the_way:
+        on_the_way = {key.attempt for key, pending in self._occupancy.pending.items() if pending.router is router}
+        parked = {entry.key.attempt for entry in self._line if entry.router is router}
+        for attempt in running | waiting | on_the_way | parked:
             self._cancel(router, attempt)
 
     def expire(self) -> None:
@@ -131,11 +136,12 @@ class DecodeRole:
         self._counts.add("cancels" if aborted or unproven or waited else "cancels_unknown")
 
     def _report(self) -> LoadReport:
-        grants = [self.ledger.grant(key) for key in self._residents.on_the_way()]
+        grants = [self.ledger.grant(key) for key in self._occupancy.on_the_way()]
         return LoadReport(
-            waiting=len(grants) + len(self._queue),
+            waiting=len(grants) + len(self._queue) + len(self._line),
             running=len(self._residents),
             waiting_tokens=self._queue.tokens + self._residents.uncomputed,
             resident_tokens=sum(len(resident.tokens) for resident in self._residents),
             granted_blocks=sum(len(grant.table) for grant in grants if grant is not None),
+            promised_blocks=self._occupancy.promised,
         )

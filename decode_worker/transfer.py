@@ -25,7 +25,7 @@ from baton.worker.service import WorkerService
 from decode_worker.records import FirstToken
 from decode_worker.service import DecodeRole
 from decode_worker.writer_streams import WriterStream, WriterStreams
-from kvtransfer.handoffs.messages import Grant, Refusal
+from kvtransfer.handoffs.messages import Refusal
 from kvtransfer.handoffs.outcomes import LedgerOutcome
 
 HANDSHAKE_S = 5.0
@@ -163,14 +163,10 @@ class TransferService(TransferServicer):
         try:
             spec = convert.spec_from_wire(message.spec)
         except errors.InvalidArgument as error:
-            stream.send(refused=_refused(Refusal(key, RefusalReason.MISMATCH, str(error))))
+            stream.answer(Refusal(key, RefusalReason.MISMATCH, str(error)))
             return
         router = self._worker.session(spec.router)
-        answer = self._role.handoffs.open(key, stream.process.incarnation, spec, router, message.transport)
-        if isinstance(answer, Refusal):
-            stream.send(refused=_refused(answer))
-        else:
-            stream.send(grant=_grant(answer))
+        stream.answer(self._role.handoffs.open(key, stream.process.incarnation, spec, router, message.transport))
 
     def _commit(self, stream: WriterStream, message: wire.CommitRequest) -> None:
         key = convert.handoff_from_wire(message)
@@ -181,23 +177,4 @@ class TransferService(TransferServicer):
             stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
         elif outcome is LedgerOutcome.IGNORED and not self._role.handoffs.is_aborting(key):
             gone = "no such grant here, or not any more"
-            stream.send(refused=_refused(Refusal(key, RefusalReason.EXPIRED, gone)))
-
-
-def _grant(grant: Grant) -> wire.Grant:
-    return wire.Grant(
-        attempt=grant.key.attempt,
-        handoff=grant.key.handoff,
-        generation=grant.generation,
-        blocks=grant.ticket.blocks,
-        cached_blocks=grant.ticket.cached_blocks,
-        write_token=grant.ticket.write_token,
-    )
-
-
-def _refused(refusal: Refusal) -> wire.Refused:
-    message = wire.Refused(attempt=refusal.key.attempt, handoff=refusal.key.handoff, message=refusal.message)
-    message.reason = refusal.reason.value  # type: ignore[assignment]  # the same numbers
-    if refusal.retry_after_s is not None:
-        message.retry_after_ms = refusal.retry_after_s * 1e3
-    return message
+            stream.answer(Refusal(key, RefusalReason.EXPIRED, gone))

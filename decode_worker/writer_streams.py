@@ -11,7 +11,7 @@ import structlog
 from baton import errors
 from baton.spec import HandoffKey, ProcessRef
 from baton.v1 import transfer_pb2 as wire
-from kvtransfer.handoffs.messages import Aborted
+from kvtransfer.handoffs.messages import Aborted, Grant, Refusal, WaitNotice
 
 OUTGOING_LIMIT = 10_000
 log = structlog.get_logger(__name__)
@@ -35,6 +35,19 @@ class WriterStream:
         else:
             log.warning("a writer does not read; stream ended", writer=self.process.name)
             self.end()
+
+    def answer(self, answer: Grant | WaitNotice | Refusal) -> None:
+        """To an Open."""
+        match answer:
+            case Grant():
+                self.send(grant=_grant(answer))
+            case WaitNotice(key, ahead, expected_s):
+                waiting = wire.Waiting(
+                    attempt=key.attempt, handoff=key.handoff, ahead=ahead, expected_ms=expected_s * 1e3
+                )
+                self.send(waiting=waiting)
+            case Refusal():
+                self.send(refused=_refused(answer))
 
     def end(self) -> None:
         if not self._ended:
@@ -74,6 +87,11 @@ class WriterStreams:
         if (stream := self._streams.get(writer)) is not None:
             stream.send(committed=wire.Committed(attempt=key.attempt, handoff=key.handoff))
 
+    def answered(self, writer: str, answer: Grant | Refusal) -> None:
+        """Answers an Open that has waited."""
+        if (stream := self._streams.get(writer)) is not None:
+            stream.answer(answer)
+
     def aborted(self, aborted: Aborted) -> None:
         """Tells the writer to stop writing and to answer with a close."""
         key = aborted.grant.key
@@ -85,3 +103,22 @@ class WriterStreams:
     def end(self) -> None:
         for stream in self._streams.values():
             stream.end()
+
+
+def _grant(grant: Grant) -> wire.Grant:
+    return wire.Grant(
+        attempt=grant.key.attempt,
+        handoff=grant.key.handoff,
+        generation=grant.generation,
+        blocks=grant.ticket.blocks,
+        cached_blocks=grant.ticket.cached_blocks,
+        write_token=grant.ticket.write_token,
+    )
+
+
+def _refused(refusal: Refusal) -> wire.Refused:
+    message = wire.Refused(attempt=refusal.key.attempt, handoff=refusal.key.handoff, message=refusal.message)
+    message.reason = refusal.reason.value  # type: ignore[assignment]  # the same numbers
+    if refusal.retry_after_s is not None:
+        message.retry_after_ms = refusal.retry_after_s * 1e3
+    return message

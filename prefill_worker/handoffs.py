@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from baton.messages import HandoffFailed
+from baton.messages import HandoffFailed, HandoffWaiting
 from baton.rpc import awake
 from baton.spec import HandoffKey, ProcessRef, RefusalReason
 from baton.telemetry import Counts
@@ -60,6 +60,14 @@ class PrefillHandoffs:
         prompt.sender.start(outbound)
 
     def granted(self, outbound: Outbound) -> None:
+        self._prompts.start_waiting()
+
+    def waits(self, outbound: Outbound, ahead: int, expected_ms: float) -> None:
+        prompt = self._prompts.find(outbound.key.attempt)
+        if prompt is None or prompt.over:
+            return
+        self._counts.add("handoffs_waiting")
+        prompt.router.send(HandoffWaiting(outbound.key, ahead, expected_ms))
         self._prompts.start_waiting()
 
     def released(self, outbound: Outbound) -> None:

@@ -79,6 +79,11 @@ class Prompt(WaitingPrompt):
         return self.outbound is not None and self.outbound.delivery.ticket is not None
 
     @property
+    def parked(self) -> bool:
+        """Whether it stands in a decode worker's line for room."""
+        return self.outbound is not None and self.outbound.waiting
+
+    @property
     def handed_over(self) -> bool:
         return self.outbound is not None and self.outbound.delivery.state is DeliveryState.RELEASED
 
@@ -103,7 +108,7 @@ class Prompt(WaitingPrompt):
         """Begins its first handoff, which knows what is computed so far."""
         deadline = None if self.spec.deadline_s is None else self.received_at + self.spec.deadline_s
         delivery = Delivery(key, self.blocks, self.spec.known_tokens, block_tokens)
-        self.outbound = Outbound(self.spec, delivery, deadline)
+        self.outbound = Outbound(self.spec, delivery, self.received_at, deadline)
         self.tell_progress()
         return self.outbound
 

@@ -77,8 +77,11 @@ class Prompts:
 
     def start_waiting(self) -> None:
         """To be called when blocks have come free or a grant has come: starts prompts, if decode workers keep up."""
-        while found := self._queue.next(self._in_engine(), self.runner.under_way_s, self._has_few_ungranted()):
-            self._start(*found)
+        while self._may_start():
+            prompt = self._queue.turn(self._in_engine(), self.runner.under_way_s)
+            if prompt is None or (room := self._queue.take(prompt, prompt.spec.known_tokens)) is None:
+                break
+            self._start(prompt, room)
         self._load.changed()
 
     def fail(self, prompt: Prompt, error: BatonError) -> None:
@@ -135,8 +138,11 @@ class Prompts:
     def _in_engine(self) -> list[Prompt]:
         return [prompt for prompt in self._started.values() if prompt.in_engine]
 
-    def _has_few_ungranted(self) -> bool:
-        return sum(not prompt.granted for prompt in self._started.values()) < self._max_ungranted
+    def _may_start(self) -> bool:
+        """Few prompts may lack a grant. Those in a decode worker's line have half of the pool instead."""
+        ungranted = [prompt for prompt in self._started.values() if not prompt.granted]
+        parked = [len(prompt.blocks) for prompt in ungranted if prompt.parked]
+        return len(ungranted) - len(parked) < self._max_ungranted and sum(parked) < self._pool.blocks // 2
 
     def _start(self, prompt: Prompt, room: Room) -> None:
         prompt.blocks, prompt.cached_tokens = list(room.blocks), room.cached_tokens

@@ -19,8 +19,8 @@ from baton.v1.admin_pb2_grpc import AdminServicer
 from router.clients.validation import check_labels
 from router.placement.explanations import Explanation
 from router.placement.offers import Candidate
-from router.requests.pools import missing
 from router.requests.table import Requests
+from router.workers.pools import missing
 from router.workers.registry import Registry
 from router.workers.worker import Worker
 

@@ -20,8 +20,8 @@ from router.clients.parsing import REQUEST_LIMIT_BYTES
 from router.clients.service import GenerationService, add_generation
 from router.clients.text_queue import TextQueue
 from router.requests.placer import Placer
-from router.requests.pools import PoolWatch, serves
 from router.requests.table import Requests
+from router.workers.pools import PoolWatch, serves
 from router.workers.prefixes import Prefixes
 from router.workers.registry import NO_WORKER_RETRY_S, Registry
 from router.workers.service import RegistryService

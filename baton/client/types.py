@@ -117,6 +117,18 @@ class Usage:
     cached_prompt_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class FormerAttempt:
+    """An attempt that did not come to the end: left `ended_ms` after arrival, with `tokens` of the output."""
+
+    prefill_worker: str
+    decode_worker: str
+    handoffs: int
+    tokens: int
+    ended_ms: float
+    why: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """Durations of a request's phases; the message `Timeline` in generation.proto defines each."""
@@ -142,6 +154,10 @@ class Timeline:
     transfer_cached_blocks: int
     simulated: bool = False
     """No model computed this: the workers' engine is simulated."""
+    former_attempts: tuple[FormerAttempt, ...] = ()
+    """Those before the last one, in order."""
+    preemptions: int = 0
+    """How often the sequence lost its room on a decode worker."""
 
 
 @dataclass(frozen=True, slots=True)

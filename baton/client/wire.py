@@ -104,7 +104,12 @@ def _finished(message: gen.Finished) -> types.Finished:
     return types.Finished(
         reason=types.FinishReason(_enum_value(gen.FinishReason, message.reason)),
         usage=_mirror(types.Usage, message.usage),
-        timeline=_mirror(types.Timeline, timeline, path=types.Path(_enum_value(gen.Path, timeline.path))),
+        timeline=_mirror(
+            types.Timeline,
+            timeline,
+            path=types.Path(_enum_value(gen.Path, timeline.path)),
+            former_attempts=tuple(_mirror(types.FormerAttempt, former) for former in timeline.former_attempts),
+        ),
         slo=_mirror(types.SloOutcome, message.slo) if message.HasField("slo") else None,
         stop=message.stop,
     )

@@ -62,7 +62,13 @@ def simulated_card(config: WorkerConfig) -> LocalCard:
 
 def simulated_engine(config: WorkerConfig, card: LocalCard, buffer: memoryview) -> SimulatedEngine:
     """Raises ConfigError for a cost model that can't be read."""
-    return SimulatedEngine(card, buffer, faster(read_costs(config.cost_model), config.sim_speed), config.sim_eos_after)
+    return SimulatedEngine(
+        card,
+        buffer,
+        faster(read_costs(config.cost_model), config.sim_speed),
+        config.sim_eos_after,
+        config.sim_eos_spread,
+    )
 
 
 def read_costs(name: str) -> StepCost:
@@ -125,13 +131,15 @@ class SimulatedEngine:
     """Implements `baton.engine.api.Engine`; a step blocks its thread with the interpreter's lock released.
 
     The next token is a pure function of the seed and the number of tokens so far. An end-of-sequence token comes only
-    as the `eos_after`-th of the output; with 0, never. A sequence whose blocks hold other KV than its own raises
-    AssertionError: the step fails, and its sequences with it.
+    as the `eos_after`-th of the output, or up to `eos_spread` earlier or later by the seed; with 0, never. A sequence
+    whose blocks hold other KV than its own raises AssertionError: the step fails, and its sequences with it.
     """
 
-    def __init__(self, card: LocalCard, buffer: memoryview, costs: StepCost, eos_after: int = 0) -> None:
+    def __init__(
+        self, card: LocalCard, buffer: memoryview, costs: StepCost, eos_after: int = 0, eos_spread: int = 0
+    ) -> None:
         self.costs, self.layout = costs, card.kv_layout
-        self._card, self._eos_after = card, eos_after
+        self._card, self._eos_after, self._eos_spread = card, eos_after, eos_spread
         self._eos = sorted(card.eos_token_ids)
         self._kv = _shares(buffer, card.kv_layout)
 
@@ -192,12 +200,16 @@ class SimulatedEngine:
 
     def _token(self, seed: int, position: int, output: int) -> int:
         """Uniform over the vocabulary without its end-of-sequence tokens."""
-        if self._eos_after and output == self._eos_after and self._eos:
+        if self._eos_after and self._eos and output == self._length(seed):
             return self._eos[0]
         token = stream_key(seed, position) % (self._card.vocabulary_size - len(self._eos))
         for eos in self._eos:
             token += token >= eos
         return token
+
+    def _length(self, seed: int) -> int:
+        """Of an output, in tokens; uniform over its range."""
+        return self._eos_after - self._eos_spread + stream_key(seed, 0) % (2 * self._eos_spread + 1)
 
 
 def _shares(buffer: memoryview, layout: KvLayout) -> Bytes:

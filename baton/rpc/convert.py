@@ -76,6 +76,9 @@ def spec_to_wire(spec: SequenceSpec) -> wire.SequenceSpec:
         router=process_to_wire(spec.router),
         tenant_salt=spec.tenant_salt,
         ttft_left_ms=None if spec.ttft_left_s is None else spec.ttft_left_s * 1e3,
+        likely_tokens=spec.likely_tokens,
+        age_ms=spec.age_s * 1e3,
+        preemptions=spec.preemptions,
     )
 
 
@@ -107,6 +110,9 @@ def spec_from_wire(message: wire.SequenceSpec) -> SequenceSpec:
         deadline_s=None if deadline_ms is None else deadline_ms / 1e3,
         tenant_salt=message.tenant_salt,
         ttft_left_s=None if ttft_left_ms is None else ttft_left_ms / 1e3,
+        likely_tokens=message.likely_tokens,
+        age_s=_duration(message.age_ms, "spec.age_ms") / 1e3,
+        preemptions=message.preemptions,
     )
 
 
@@ -115,9 +121,20 @@ def _time_of(message: Any, name: str, parent: str = "", *, negative: bool = Fals
     if not message.HasField(name):
         return None
     value: float = getattr(message, name)
-    if not isfinite(value) or (value < 0 and not negative):
-        raise InvalidArgument(f"spec.{parent}{name}", f"{value:g} is no {'time' if negative else 'duration'}")
+    if negative and isfinite(value):
+        return value
+    return _duration(value, f"spec.{parent}{name}", "time" if negative else "duration")
+
+
+def _duration(value: float, field: str, kind: str = "duration") -> float:
+    if not isfinite(value) or value < 0:
+        raise InvalidArgument(field, f"{value:g} is no {kind}")
     return value
+
+
+def sane(value: float) -> float:
+    """What no worker of ours sends (negative, not finite) counts as 0."""
+    return value if isfinite(value) and value > 0 else 0.0
 
 
 def retry_after_from_wire(message: wire.HandoffFailed | transfer.Refused) -> float | None:
@@ -150,10 +167,6 @@ def cost_to_wire(cost: StepCost, error: float, chunk_tokens: int) -> wire.StepCo
 
 def cost_from_wire(message: wire.StepCost) -> StepCost:
     """What no worker of ours sends (negative, not finite) counts as 0."""
-
-    def sane(value: float) -> float:
-        return value if isfinite(value) and value > 0 else 0.0
-
     return StepCost(
         sane(message.chunk),
         sane(message.per_token),

@@ -20,7 +20,9 @@ from baton.messages import (
     Freed,
     HandoffDone,
     HandoffFailed,
+    HandoffWaiting,
     LoadReport,
+    Preempted,
     PrefillCommand,
     PrefillReport,
     Pulse,
@@ -36,7 +38,7 @@ from baton.v1 import worker_pb2 as wire
 
 LOAD_COUNTS = (
     "waiting", "running", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "quarantined_blocks",
-    "resident_tokens", "granted_blocks",
+    "resident_tokens", "granted_blocks", "promised_blocks",
 )  # fmt: skip
 PREFILL = ("attempt", "queue_ms", "prefill_ms", "cached_tokens")
 TRANSFER = ("ms", "exposed_ms", "bytes", "blocks", "cached_blocks")
@@ -217,6 +219,18 @@ _EVENTS: dict[type, tuple[str, tuple[Write, Read]]] = {
             lambda message: HandoffDone(convert.handoff_from_wire(message)),
         ),
     ),
+    HandoffWaiting: (
+        "handoff_waiting",
+        (
+            lambda event: wire.HandoffWaiting(
+                attempt=event.key.attempt, handoff=event.key.handoff, ahead=event.ahead, expected_ms=event.expected_ms
+            ),
+            lambda message: HandoffWaiting(
+                convert.handoff_from_wire(message), message.ahead, convert.sane(message.expected_ms)
+            ),
+        ),
+    ),
+    Preempted: ("preempted", _same(Preempted, wire.Preempted, "attempt", "cached_tokens")),
     PrefillReport: ("prefill_report", (_report_to_wire, _report_from_wire)),
     Ended: ("ended", (_ended_to_wire, _ended_from_wire)),
     Freed: ("freed", _same(Freed, wire.Freed, "attempt")),

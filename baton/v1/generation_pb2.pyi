@@ -714,6 +714,8 @@ class Timeline(_message.Message):
     TRANSFER_BLOCKS_FIELD_NUMBER: _builtins.int
     TRANSFER_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     SIMULATED_FIELD_NUMBER: _builtins.int
+    FORMER_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     ttft_ms: _builtins.float
     """Router: arrival to the first token handed to the stream."""
     tpot_ms: _builtins.float
@@ -748,6 +750,12 @@ class Timeline(_message.Message):
     """Blocks that the decode worker already held."""
     simulated: _builtins.bool
     """No model computed this: the workers' engine is simulated."""
+    preemptions: _builtins.int
+    """How often the sequence lost its room on a decode worker whose pool ran dry."""
+    @_builtins.property
+    def former_attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___FormerAttempt]:
+        """The attempts before the last one, in order."""
+
     def __init__(
         self,
         *,
@@ -771,10 +779,12 @@ class Timeline(_message.Message):
         transfer_blocks: _builtins.int = ...,
         transfer_cached_blocks: _builtins.int = ...,
         simulated: _builtins.bool = ...,
+        former_attempts: _abc.Iterable[Global___FormerAttempt] | None = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_first_step_wait_ms", b"_first_step_wait_ms", "_tpot_ms", b"_tpot_ms", "_transfer_exposed_ms", b"_transfer_exposed_ms", "_transfer_ms", b"_transfer_ms", "decode_ms", b"decode_ms", "first_step_wait_ms", b"first_step_wait_ms", "tpot_ms", b"tpot_ms", "transfer_exposed_ms", b"transfer_exposed_ms", "transfer_ms", b"transfer_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_first_step_wait_ms", b"_first_step_wait_ms", "_tpot_ms", b"_tpot_ms", "_transfer_exposed_ms", b"_transfer_exposed_ms", "_transfer_ms", b"_transfer_ms", "attempts", b"attempts", "decode_ms", b"decode_ms", "decode_worker", b"decode_worker", "first_step_wait_ms", b"first_step_wait_ms", "handoffs", b"handoffs", "path", b"path", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "router_ms", b"router_ms", "simulated", b"simulated", "total_ms", b"total_ms", "tpot_ms", b"tpot_ms", "transfer_blocks", b"transfer_blocks", "transfer_bytes", b"transfer_bytes", "transfer_cached_blocks", b"transfer_cached_blocks", "transfer_exposed_ms", b"transfer_exposed_ms", "transfer_ms", b"transfer_ms", "transport", b"transport", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms", "_first_step_wait_ms", b"_first_step_wait_ms", "_tpot_ms", b"_tpot_ms", "_transfer_exposed_ms", b"_transfer_exposed_ms", "_transfer_ms", b"_transfer_ms", "attempts", b"attempts", "decode_ms", b"decode_ms", "decode_worker", b"decode_worker", "first_step_wait_ms", b"first_step_wait_ms", "former_attempts", b"former_attempts", "handoffs", b"handoffs", "path", b"path", "preemptions", b"preemptions", "prefill_ms", b"prefill_ms", "prefill_worker", b"prefill_worker", "queue_ms", b"queue_ms", "router_ms", b"router_ms", "simulated", b"simulated", "total_ms", b"total_ms", "tpot_ms", b"tpot_ms", "transfer_blocks", b"transfer_blocks", "transfer_bytes", b"transfer_bytes", "transfer_cached_blocks", b"transfer_cached_blocks", "transfer_exposed_ms", b"transfer_exposed_ms", "transfer_ms", b"transfer_ms", "transport", b"transport", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_ms: _TypeAlias = _typing.Literal["decode_ms"]  # noqa: Y015
     _WhichOneofArgType__decode_ms: _TypeAlias = _typing.Literal["_decode_ms", b"_decode_ms"]  # noqa: Y015
@@ -798,6 +808,46 @@ class Timeline(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__transfer_ms) -> _WhichOneofReturnType__transfer_ms | None: ...
 
 Global___Timeline: _TypeAlias = Timeline  # noqa: Y015
+
+@_typing.final
+class FormerAttempt(_message.Message):
+    """An attempt that did not come to the end; another one went on where its tokens ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    HANDOFFS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ENDED_MS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    prefill_worker: _builtins.str
+    decode_worker: _builtins.str
+    """Empty where the sequence did not come to one."""
+    handoffs: _builtins.int
+    tokens: _builtins.int
+    """Of the output, when it was left."""
+    ended_ms: _builtins.float
+    """Router: arrival to the moment at which it was left."""
+    why: _builtins.str
+    """Why it was left, for people."""
+    def __init__(
+        self,
+        *,
+        prefill_worker: _builtins.str = ...,
+        decode_worker: _builtins.str = ...,
+        handoffs: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        ended_ms: _builtins.float = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "ended_ms", b"ended_ms", "handoffs", b"handoffs", "prefill_worker", b"prefill_worker", "tokens", b"tokens", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FormerAttempt: _TypeAlias = FormerAttempt  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):

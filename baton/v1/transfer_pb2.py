@@ -26,7 +26,7 @@ from baton.v1 import generation_pb2 as baton_dot_v1_dot_generation__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/v1/generation.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x96\x02\n\x0bSenderFrame\x12/\n\thandshake\x18\x01 \x01(\x0b\x32\x1a.baton.v1.HandshakeRequestH\x00\x12%\n\x04open\x18\x02 \x01(\x0b\x32\x15.baton.v1.OpenRequestH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.baton.v1.CommitRequestH\x00\x12&\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x15.baton.v1.CloseNoticeH\x00\x12,\n\x05renew\x18\x05 \x01(\x0b\x32\x1b.baton.v1.RenewRequestFrameH\x00\x12&\n\x08\x66ragment\x18\x06 \x01(\x0b\x32\x12.baton.v1.FragmentH\x00\x42\x06\n\x04\x62ody\"\x94\x02\n\rReceiverFrame\x12\x30\n\thandshake\x18\x01 \x01(\x0b\x32\x1b.baton.v1.HandshakeResponseH\x00\x12 \n\x05grant\x18\x02 \x01(\x0b\x32\x0f.baton.v1.GrantH\x00\x12$\n\x07refused\x18\x03 \x01(\x0b\x32\x11.baton.v1.RefusedH\x00\x12(\n\tcommitted\x18\x04 \x01(\x0b\x32\x13.baton.v1.CommittedH\x00\x12&\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x15.baton.v1.AbortNoticeH\x00\x12/\n\x07renewed\x18\x06 \x01(\x0b\x32\x1c.baton.v1.RenewResponseFrameH\x00\x42\x06\n\x04\x62ody\"\xf6\x01\n\x10HandshakeRequest\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x13\n\x0bversion_min\x18\x02 \x01(\r\x12\x13\n\x0bversion_max\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12%\n\tkv_layout\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x12\n\ntransports\x18\x06 \x03(\t\x12\x0c\n\x04host\x18\x07 \x01(\t\x12\x11\n\tchecksums\x18\x08 \x01(\x08\x12\x0f\n\x07tcp_tls\x18\t \x01(\x08\x12\x10\n\x08receiver\x18\n \x01(\t\"\xa9\x01\n\x11HandshakeResponse\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x0f\n\x07version\x18\x02 \x01(\r\x12%\n\tendpoints\x18\x03 \x03(\x0b\x32\x12.baton.v1.Endpoint\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12$\n\x08mismatch\x18\x05 \x01(\x0b\x32\x12.baton.v1.Mismatch\"G\n\x08Mismatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x14\n\x0csender_value\x18\x02 \x01(\t\x12\x16\n\x0ereceiver_value\x18\x03 \x01(\t\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"h\n\x0bOpenRequest\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12$\n\x04spec\x18\x03 \x01(\x0b\x32\x16.baton.v1.SequenceSpec\x12\x11\n\ttransport\x18\x04 \x01(\t\"y\n\x05Grant\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x13\n\x0bwrite_token\x18\x06 \x01(\x0c\"\x95\x01\n\x07Refused\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\'\n\x06reason\x18\x03 \x01(\x0e\x32\x17.baton.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1b\n\x0eretry_after_ms\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_retry_after_ms\"\xcf\x01\n\rCommitRequest\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x34\n\x0e\x66irst_logprobs\x18\x06 \x01(\x0b\x32\x17.baton.v1.TokenLogprobsH\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_token_age_us\x18\x07 \x01(\rB\x11\n\x0f_first_logprobs\"-\n\tCommitted\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\"?\n\x0b\x43loseNotice\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"i\n\x0b\x41\x62ortNotice\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\'\n\x06reason\x18\x03 \x01(\x0e\x32\x17.baton.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x13\n\x11RenewRequestFrame\"&\n\x12RenewResponseFrame\x12\x10\n\x08lease_ms\x18\x01 \x01(\r2I\n\x08Transfer\x12=\n\x07Handoff\x12\x15.baton.v1.SenderFrame\x1a\x17.baton.v1.ReceiverFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/v1/generation.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x96\x02\n\x0bSenderFrame\x12/\n\thandshake\x18\x01 \x01(\x0b\x32\x1a.baton.v1.HandshakeRequestH\x00\x12%\n\x04open\x18\x02 \x01(\x0b\x32\x15.baton.v1.OpenRequestH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.baton.v1.CommitRequestH\x00\x12&\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x15.baton.v1.CloseNoticeH\x00\x12,\n\x05renew\x18\x05 \x01(\x0b\x32\x1b.baton.v1.RenewRequestFrameH\x00\x12&\n\x08\x66ragment\x18\x06 \x01(\x0b\x32\x12.baton.v1.FragmentH\x00\x42\x06\n\x04\x62ody\"\xba\x02\n\rReceiverFrame\x12\x30\n\thandshake\x18\x01 \x01(\x0b\x32\x1b.baton.v1.HandshakeResponseH\x00\x12 \n\x05grant\x18\x02 \x01(\x0b\x32\x0f.baton.v1.GrantH\x00\x12$\n\x07refused\x18\x03 \x01(\x0b\x32\x11.baton.v1.RefusedH\x00\x12(\n\tcommitted\x18\x04 \x01(\x0b\x32\x13.baton.v1.CommittedH\x00\x12&\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x15.baton.v1.AbortNoticeH\x00\x12/\n\x07renewed\x18\x06 \x01(\x0b\x32\x1c.baton.v1.RenewResponseFrameH\x00\x12$\n\x07waiting\x18\x07 \x01(\x0b\x32\x11.baton.v1.WaitingH\x00\x42\x06\n\x04\x62ody\"\xf6\x01\n\x10HandshakeRequest\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x13\n\x0bversion_min\x18\x02 \x01(\r\x12\x13\n\x0bversion_max\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12%\n\tkv_layout\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x12\n\ntransports\x18\x06 \x03(\t\x12\x0c\n\x04host\x18\x07 \x01(\t\x12\x11\n\tchecksums\x18\x08 \x01(\x08\x12\x0f\n\x07tcp_tls\x18\t \x01(\x08\x12\x10\n\x08receiver\x18\n \x01(\t\"\xa9\x01\n\x11HandshakeResponse\x12$\n\x07process\x18\x01 \x01(\x0b\x32\x13.baton.v1.ProcessId\x12\x0f\n\x07version\x18\x02 \x01(\r\x12%\n\tendpoints\x18\x03 \x03(\x0b\x32\x12.baton.v1.Endpoint\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12$\n\x08mismatch\x18\x05 \x01(\x0b\x32\x12.baton.v1.Mismatch\"G\n\x08Mismatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x14\n\x0csender_value\x18\x02 \x01(\t\x12\x16\n\x0ereceiver_value\x18\x03 \x01(\t\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"h\n\x0bOpenRequest\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12$\n\x04spec\x18\x03 \x01(\x0b\x32\x16.baton.v1.SequenceSpec\x12\x11\n\ttransport\x18\x04 \x01(\t\"y\n\x05Grant\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x13\n\x0bwrite_token\x18\x06 \x01(\x0c\"O\n\x07Waiting\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\r\n\x05\x61head\x18\x03 \x01(\r\x12\x13\n\x0b\x65xpected_ms\x18\x04 \x01(\x01\"\x95\x01\n\x07Refused\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\'\n\x06reason\x18\x03 \x01(\x0e\x32\x17.baton.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1b\n\x0eretry_after_ms\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_retry_after_ms\"\xcf\x01\n\rCommitRequest\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x34\n\x0e\x66irst_logprobs\x18\x06 \x01(\x0b\x32\x17.baton.v1.TokenLogprobsH\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_token_age_us\x18\x07 \x01(\rB\x11\n\x0f_first_logprobs\"-\n\tCommitted\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\"?\n\x0b\x43loseNotice\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"i\n\x0b\x41\x62ortNotice\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x0c\x12\x0f\n\x07handoff\x18\x02 \x01(\r\x12\'\n\x06reason\x18\x03 \x01(\x0e\x32\x17.baton.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x13\n\x11RenewRequestFrame\"&\n\x12RenewResponseFrame\x12\x10\n\x08lease_ms\x18\x01 \x01(\r2I\n\x08Transfer\x12=\n\x07Handoff\x12\x15.baton.v1.SenderFrame\x1a\x17.baton.v1.ReceiverFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SENDERFRAME']._serialized_start=88
   _globals['_SENDERFRAME']._serialized_end=366
   _globals['_RECEIVERFRAME']._serialized_start=369
-  _globals['_RECEIVERFRAME']._serialized_end=645
-  _globals['_HANDSHAKEREQUEST']._serialized_start=648
-  _globals['_HANDSHAKEREQUEST']._serialized_end=894
-  _globals['_HANDSHAKERESPONSE']._serialized_start=897
-  _globals['_HANDSHAKERESPONSE']._serialized_end=1066
-  _globals['_MISMATCH']._serialized_start=1068
-  _globals['_MISMATCH']._serialized_end=1139
-  _globals['_ENDPOINT']._serialized_start=1141
-  _globals['_ENDPOINT']._serialized_end=1187
-  _globals['_OPENREQUEST']._serialized_start=1189
-  _globals['_OPENREQUEST']._serialized_end=1293
-  _globals['_GRANT']._serialized_start=1295
-  _globals['_GRANT']._serialized_end=1416
-  _globals['_REFUSED']._serialized_start=1419
-  _globals['_REFUSED']._serialized_end=1568
-  _globals['_COMMITREQUEST']._serialized_start=1571
-  _globals['_COMMITREQUEST']._serialized_end=1778
-  _globals['_COMMITTED']._serialized_start=1780
-  _globals['_COMMITTED']._serialized_end=1825
-  _globals['_CLOSENOTICE']._serialized_start=1827
-  _globals['_CLOSENOTICE']._serialized_end=1890
-  _globals['_ABORTNOTICE']._serialized_start=1892
-  _globals['_ABORTNOTICE']._serialized_end=1997
-  _globals['_RENEWREQUESTFRAME']._serialized_start=1999
-  _globals['_RENEWREQUESTFRAME']._serialized_end=2018
-  _globals['_RENEWRESPONSEFRAME']._serialized_start=2020
-  _globals['_RENEWRESPONSEFRAME']._serialized_end=2058
-  _globals['_TRANSFER']._serialized_start=2060
-  _globals['_TRANSFER']._serialized_end=2133
+  _globals['_RECEIVERFRAME']._serialized_end=683
+  _globals['_HANDSHAKEREQUEST']._serialized_start=686
+  _globals['_HANDSHAKEREQUEST']._serialized_end=932
+  _globals['_HANDSHAKERESPONSE']._serialized_start=935
+  _globals['_HANDSHAKERESPONSE']._serialized_end=1104
+  _globals['_MISMATCH']._serialized_start=1106
+  _globals['_MISMATCH']._serialized_end=1177
+  _globals['_ENDPOINT']._serialized_start=1179
+  _globals['_ENDPOINT']._serialized_end=1225
+  _globals['_OPENREQUEST']._serialized_start=1227
+  _globals['_OPENREQUEST']._serialized_end=1331
+  _globals['_GRANT']._serialized_start=1333
+  _globals['_GRANT']._serialized_end=1454
+  _globals['_WAITING']._serialized_start=1456
+  _globals['_WAITING']._serialized_end=1535
+  _globals['_REFUSED']._serialized_start=1538
+  _globals['_REFUSED']._serialized_end=1687
+  _globals['_COMMITREQUEST']._serialized_start=1690
+  _globals['_COMMITREQUEST']._serialized_end=1897
+  _globals['_COMMITTED']._serialized_start=1899
+  _globals['_COMMITTED']._serialized_end=1944
+  _globals['_CLOSENOTICE']._serialized_start=1946
+  _globals['_CLOSENOTICE']._serialized_end=2009
+  _globals['_ABORTNOTICE']._serialized_start=2011
+  _globals['_ABORTNOTICE']._serialized_end=2116
+  _globals['_RENEWREQUESTFRAME']._serialized_start=2118
+  _globals['_RENEWREQUESTFRAME']._serialized_end=2137
+  _globals['_RENEWRESPONSEFRAME']._serialized_start=2139
+  _globals['_RENEWRESPONSEFRAME']._serialized_end=2177
+  _globals['_TRANSFER']._serialized_start=2179
+  _globals['_TRANSFER']._serialized_end=2252
 # @@protoc_insertion_point(module_scope)

@@ -75,6 +75,7 @@ class ReceiverFrame(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     RENEWED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def handshake(self) -> Global___HandshakeResponse: ...
     @_builtins.property
@@ -87,6 +88,8 @@ class ReceiverFrame(_message.Message):
     def abort(self) -> Global___AbortNotice: ...
     @_builtins.property
     def renewed(self) -> Global___RenewResponseFrame: ...
+    @_builtins.property
+    def waiting(self) -> Global___Waiting: ...
     def __init__(
         self,
         *,
@@ -96,12 +99,13 @@ class ReceiverFrame(_message.Message):
         committed: Global___Committed | None = ...,
         abort: Global___AbortNotice | None = ...,
         renewed: Global___RenewResponseFrame | None = ...,
+        waiting: Global___Waiting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "body", b"body", "committed", b"committed", "grant", b"grant", "handshake", b"handshake", "refused", b"refused", "renewed", b"renewed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "body", b"body", "committed", b"committed", "grant", b"grant", "handshake", b"handshake", "refused", b"refused", "renewed", b"renewed", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "body", b"body", "committed", b"committed", "grant", b"grant", "handshake", b"handshake", "refused", b"refused", "renewed", b"renewed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "body", b"body", "committed", b"committed", "grant", b"grant", "handshake", b"handshake", "refused", b"refused", "renewed", b"renewed", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["handshake", "grant", "refused", "committed", "abort", "renewed"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["handshake", "grant", "refused", "committed", "abort", "renewed", "waiting"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -251,7 +255,7 @@ Global___Endpoint: _TypeAlias = Endpoint  # noqa: Y015
 
 @_typing.final
 class OpenRequest(_message.Message):
-    """Reserve room for the whole sequence before anything is written."""
+    """Reserve room for the prompt and the first of its output before anything is written."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -320,6 +324,40 @@ class Grant(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class Waiting(_message.Message):
+    """There is no room yet. The handoff is in the receiver's queue, by priority and age; a Grant follows, or a Refused. It
+    leaves the queue with a CloseNotice or with the writer's lease.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    HANDOFF_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    EXPECTED_MS_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.bytes
+    handoff: _builtins.int
+    ahead: _builtins.int
+    """Sequences that go first."""
+    expected_ms: _builtins.float
+    """How long that will take, roughly."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.bytes = ...,
+        handoff: _builtins.int = ...,
+        ahead: _builtins.int = ...,
+        expected_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "attempt", b"attempt", "expected_ms", b"expected_ms", "handoff", b"handoff"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Waiting: _TypeAlias = Waiting  # noqa: Y015
 
 @_typing.final
 class Refused(_message.Message):

@@ -518,6 +518,8 @@ class WorkerFrame(_message.Message):
     FREED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     CACHE_EVENTS_FIELD_NUMBER: _builtins.int
+    HANDOFF_WAITING_FIELD_NUMBER: _builtins.int
+    PREEMPTED_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     acknowledged: _builtins.int
     @_builtins.property
@@ -544,6 +546,10 @@ class WorkerFrame(_message.Message):
     def load(self) -> Global___LoadReport: ...
     @_builtins.property
     def cache_events(self) -> Global___CacheEvents: ...
+    @_builtins.property
+    def handoff_waiting(self) -> Global___HandoffWaiting: ...
+    @_builtins.property
+    def preempted(self) -> Global___Preempted: ...
     def __init__(
         self,
         *,
@@ -561,12 +567,14 @@ class WorkerFrame(_message.Message):
         freed: Global___Freed | None = ...,
         load: Global___LoadReport | None = ...,
         cache_events: Global___CacheEvents | None = ...,
+        handoff_waiting: Global___HandoffWaiting | None = ...,
+        preempted: Global___Preempted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_events", b"cache_events", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_events", b"cache_events", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "handoff_waiting", b"handoff_waiting", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "preempted", b"preempted", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "body", b"body", "cache_events", b"cache_events", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "number", b"number", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "body", b"body", "cache_events", b"cache_events", "ended", b"ended", "fragment", b"fragment", "freed", b"freed", "handoff_failed", b"handoff_failed", "handoff_waiting", b"handoff_waiting", "heartbeat", b"heartbeat", "hello", b"hello", "load", b"load", "number", b"number", "preempted", b"preempted", "prefill_report", b"prefill_report", "resident", b"resident", "started", b"started", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "started", "tokens", "handoff_failed", "resident", "prefill_report", "ended", "freed", "load", "cache_events"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "fragment", "started", "tokens", "handoff_failed", "resident", "prefill_report", "ended", "freed", "load", "cache_events", "handoff_waiting", "preempted"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -692,6 +700,9 @@ class SequenceSpec(_message.Message):
     ROUTER_FIELD_NUMBER: _builtins.int
     TENANT_SALT_FIELD_NUMBER: _builtins.int
     TTFT_LEFT_MS_FIELD_NUMBER: _builtins.int
+    LIKELY_TOKENS_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.bytes
     """16 random bytes minted by the router for each attempt."""
     request_id: _builtins.str
@@ -706,6 +717,14 @@ class SequenceSpec(_message.Message):
     """Time left until the first token is due when this was sent, negative when it is late already; absent where nobody
     set or assumed an objective.
     """
+    likely_tokens: _builtins.int
+    """How long the whole output will likely become: workers make room for that and let the sequence grow. 0: make room for
+    all of max_tokens at once, and never preempt it.
+    """
+    age_ms: _builtins.float
+    """Since the request arrived, when this was sent. Absent (0) is new."""
+    preemptions: _builtins.int
+    """How often it lost its room on a worker since then."""
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -743,10 +762,13 @@ class SequenceSpec(_message.Message):
         router: Global___ProcessId | None = ...,
         tenant_salt: _builtins.str = ...,
         ttft_left_ms: _builtins.float | None = ...,
+        likely_tokens: _builtins.int = ...,
+        age_ms: _builtins.float = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_ttft_left_ms", b"_ttft_left_ms", "deadline_ms", b"deadline_ms", "router", b"router", "sampling", b"sampling", "slo", b"slo", "ttft_left_ms", b"ttft_left_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_ttft_left_ms", b"_ttft_left_ms", "attempt", b"attempt", "deadline_ms", b"deadline_ms", "eos_token_ids", b"eos_token_ids", "max_tokens", b"max_tokens", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router", b"router", "sampling", b"sampling", "slo", b"slo", "stop_token_ids", b"stop_token_ids", "tenant_salt", b"tenant_salt", "ttft_left_ms", b"ttft_left_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_ttft_left_ms", b"_ttft_left_ms", "age_ms", b"age_ms", "attempt", b"attempt", "deadline_ms", b"deadline_ms", "eos_token_ids", b"eos_token_ids", "likely_tokens", b"likely_tokens", "max_tokens", b"max_tokens", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router", b"router", "sampling", b"sampling", "slo", b"slo", "stop_token_ids", b"stop_token_ids", "tenant_salt", b"tenant_salt", "ttft_left_ms", b"ttft_left_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
@@ -1041,6 +1063,64 @@ class HandoffFailed(_message.Message):
 Global___HandoffFailed: _TypeAlias = HandoffFailed  # noqa: Y015
 
 @_typing.final
+class HandoffWaiting(_message.Message):
+    """The decode worker has no room yet and has put the handoff in its queue. The blocks are still held."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    HANDOFF_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    EXPECTED_MS_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.bytes
+    handoff: _builtins.int
+    ahead: _builtins.int
+    """As in Waiting."""
+    expected_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.bytes = ...,
+        handoff: _builtins.int = ...,
+        ahead: _builtins.int = ...,
+        expected_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "attempt", b"attempt", "expected_ms", b"expected_ms", "handoff", b"handoff"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoffWaiting: _TypeAlias = HandoffWaiting  # noqa: Y015
+
+@_typing.final
+class Preempted(_message.Message):
+    """The decode worker's pool ran dry, and this sequence had to make room. It is out of the worker and its blocks are free;
+    it is to be placed again, with all output that was sent before this.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.bytes
+    cached_tokens: _builtins.int
+    """Of its tokens, how many have their KV still in the worker's prefix cache."""
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.bytes = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Preempted: _TypeAlias = Preempted  # noqa: Y015
+
+@_typing.final
 class Resident(_message.Message):
     """The decode worker owns the sequence now; losing the prefill worker changes nothing any more."""
 
@@ -1285,6 +1365,7 @@ class LoadReport(_message.Message):
     PAIRS_FIELD_NUMBER: _builtins.int
     GRANTED_BLOCKS_FIELD_NUMBER: _builtins.int
     PAIR_NOTES_FIELD_NUMBER: _builtins.int
+    PROMISED_BLOCKS_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     running: _builtins.int
     waiting_tokens: _builtins.int
@@ -1296,6 +1377,8 @@ class LoadReport(_message.Message):
     """Tokens in the KV of running sequences."""
     granted_blocks: _builtins.int
     """Decode workers: of the held blocks, those of sequences that are on their way."""
+    promised_blocks: _builtins.int
+    """Decode workers: blocks that the running sequences will likely take beyond those that they have, and a reserve."""
     @_builtins.property
     def cost(self) -> Global___StepCost:
         """What its steps cost, learned from their times; absent before the first."""
@@ -1325,10 +1408,11 @@ class LoadReport(_message.Message):
         pairs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         granted_blocks: _builtins.int = ...,
         pair_notes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        promised_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "granted_blocks", b"granted_blocks", "held_blocks", b"held_blocks", "pair_notes", b"pair_notes", "pairs", b"pairs", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "cost", b"cost", "free_blocks", b"free_blocks", "granted_blocks", b"granted_blocks", "held_blocks", b"held_blocks", "pair_notes", b"pair_notes", "pairs", b"pairs", "promised_blocks", b"promised_blocks", "quarantined_blocks", b"quarantined_blocks", "resident_tokens", b"resident_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

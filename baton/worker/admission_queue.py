@@ -31,6 +31,11 @@ class WaitingPrompt:
     def key(self) -> AttemptKey:
         return self.spec.attempt
 
+    @property
+    def arrived_at(self) -> float:
+        """When the request arrived at its router, in this worker's monotonic seconds."""
+        return self.received_at - self.spec.age_s
+
 
 class Computing(Protocol):
     """A sequence in the engine; `uncomputed` counts its prompt tokens still to compute."""
@@ -45,29 +50,27 @@ P = TypeVar("P", bound=WaitingPrompt)
 
 
 class AdmissionQueue(PromptQueue[P]):
-    """Starts a prompt when the pool has blocks for it and the engine has less than two chunks ahead of it."""
+    """A prompt's turn comes when the engine has less than two chunks ahead of it, and it starts with blocks."""
 
     def __init__(
-        self, admission: Admission, model: CostModel, chunk_tokens: int, positions: Callable[[SequenceSpec], int]
+        self, admission: Admission, model: CostModel, chunk_tokens: int, most: Callable[[SequenceSpec], int]
     ) -> None:
-        """`positions`: how many a sequence needs blocks for."""
+        """`most`: how many positions a sequence may need blocks for."""
         super().__init__()
         self._admission, self._model = admission, model
-        self._chunk_tokens, self._positions = chunk_tokens, positions
+        self._chunk_tokens, self._most = chunk_tokens, most
 
     def add(self, prompt: P) -> None:
         """Raises ResourceExhausted for a prompt that the pool could never hold."""
         spec = prompt.spec
-        if obstacle := self._admission.obstacle(self._positions(spec)):
+        if obstacle := self._admission.obstacle(self._most(spec)):
             raise ResourceExhausted(obstacle)
         prompt.digests = self._admission.digests(spec)
         cached = self._admission.cached(spec, prompt.digests)
         self.push(prompt, self._model.cost.prefill(spec.known_tokens - cached, cached, self._chunk_tokens))
 
-    def next(
-        self, computing: Collection[Computing], under_way_s: float, may_start: bool = True
-    ) -> tuple[P, Room] | None:
-        """Takes out the prompt that starts now, with its blocks. `under_way_s` is the age of the step under way."""
+    def turn(self, computing: Collection[Computing], under_way_s: float) -> P | None:
+        """The prompt that can start now; it stays until it is taken. `under_way_s` is the age of the step under way."""
 
         def ahead(prompt: P) -> int:
             return sum(other.uncomputed for other in computing if other.rank <= prompt.rank)
@@ -76,10 +79,11 @@ class AdmissionQueue(PromptQueue[P]):
             return max(0.0, self._model.cost.prefill(ahead(prompt), 0, self._chunk_tokens) - under_way_s)
 
         prompt = self.first(time.monotonic(), ahead_s)
-        if prompt is None or ahead(prompt) >= 2 * self._chunk_tokens or not may_start:
-            return None
-        room = self._admission.reserve(prompt.spec, prompt.digests, self._positions(prompt.spec))
-        if room is None:
-            return None
-        self.remove(prompt.key)
-        return prompt, room
+        return None if prompt is None or ahead(prompt) >= 2 * self._chunk_tokens else prompt
+
+    def take(self, prompt: P, positions: int) -> Room | None:
+        """Takes the prompt out, with blocks for so many positions; None, and no change, without room."""
+        room = self._admission.reserve(prompt.spec, prompt.digests, positions)
+        if room is not None:
+            self.remove(prompt.key)
+        return room

@@ -118,9 +118,9 @@ class Runner:
         """A sequence in these blocks will come soon, after a rest."""
         self._commands.put(lambda: self._engine.wake(tuple(blocks)))
 
-    def nudge(self) -> None:
-        """The scheduler may have work again."""
-        self._commands.put(lambda: None)
+    def between_steps(self, action: Callable[[], None]) -> None:
+        """Runs `action`, which must not raise, on the engine's thread before the next step. Wakes a resting engine."""
+        self._commands.put(action)
 
     def stand_back(self, by: int) -> None:
         """Adds `by` to the nice value (sched(7)) of this thread and of those that it starts later. So threads that pass

@@ -32,9 +32,10 @@ from benchmarks.simulated.served import Served
 from decode_worker.scheduler import DecodeScheduler, Expected
 from prefill_worker.scheduler import PrefillScheduler
 from router.placement.snapshot import Demand
+from router.requests.admitted import Admitted
 from router.requests.attempt import Attempt
 from router.requests.commands import Commands
-from router.requests.placer import Admitted, Placer
+from router.requests.placer import Placer
 from router.text.detokenisation import OutputText
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
@@ -42,6 +43,8 @@ from router.workers.served_model import ServedModel
 from router.workers.worker import Registration, Worker
 
 CHUNK, BLOCKS, SLOTS, BLOCK_TOKENS = 512, 1 << 20, 256, 16
+ONE_BLOCK = 1 << 30
+"""Tokens of a block that holds any sequence: memory is not simulated."""
 HOP_S = 0.001
 """The delay of a message between router and worker."""
 REPORT_S = 0.05
@@ -82,7 +85,7 @@ class ReplicaWorker:
         self.scheduler: PrefillScheduler | DecodeScheduler = (
             PrefillScheduler(CHUNK, lambda: self.model.cost)
             if role == "prefill"
-            else DecodeScheduler(CHUNK, lambda: self.model.cost, budget_s, lambda: replica.now)
+            else DecodeScheduler(CHUNK, lambda: self.model.cost, budget_s, lambda: replica.now, ONE_BLOCK)
         )
         self.queue: PromptQueue[Served] = PromptQueue()
         self.started: dict[AttemptKey, Served] = {}
@@ -110,7 +113,7 @@ class ReplicaWorker:
     def take(self, served: Served) -> None:
         """A sequence has arrived."""
         self._expect({key: known for key, known in self.expected.items() if key != served.key})
-        sequence = api.Sequence.from_spec(served.spec, [], served.spec.known_tokens)
+        sequence = api.Sequence.from_spec(served.spec, [0], served.spec.known_tokens)
         sequence.tokens.append(0)
         sequence.first_token_at = self.replica.now - HANDOFF_S
         served.sequence = sequence
@@ -128,7 +131,7 @@ class ReplicaWorker:
             if self._ahead(served) >= 2 * CHUNK:
                 break
             self.queue.remove(served.key)
-            served.sequence = api.Sequence.from_spec(served.spec, [], 0, served.rank, served.late)
+            served.sequence = api.Sequence.from_spec(served.spec, [0], 0, served.rank, served.late)
             self.started[served.key] = served
             self.scheduler.add(served.sequence)
             self.replica.after(HOP_S, self.replica.on_started, served)
@@ -273,7 +276,7 @@ class Replica:
         admitted = Admitted(
             spec=spec, model=self.model, text=cast(OutputText, None), digests=digests_of(CARD, (), ""),
             demand=Demand(-(-(tokens + output) // BLOCK_TOKENS), tokens), arrived=planned.at_s, deadline=math.inf,
-            handoff_wait_s=1.0,
+            likely_tokens=spec.max_tokens,
         )  # fmt: skip
         key = planned.index.to_bytes(16, "little")
         worker, plan = self.placer.place(admitted)

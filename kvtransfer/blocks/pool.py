@@ -45,11 +45,6 @@ class PoolStatistics:
     quarantined: int
     evictions: int
 
-    @property
-    def capacity(self) -> int:
-        """Blocks that sequences can use: all but the quarantined ones."""
-        return self.total - self.quarantined
-
 
 class BlockPool:
     """Hands out the block numbers [0, blocks). Not thread-safe: one asyncio loop owns it. O(1) per block."""
@@ -129,6 +124,16 @@ class BlockPool:
                 break
             count += 1
         return count
+
+    def cost(self, digests: Iterable[bytes], blocks: int) -> int:
+        """How much less would be `available` once a sequence of `blocks` blocks had those that `match` finds and fresh
+        ones. Found ones that others hold cost nothing."""
+        for digest in digests:
+            block = self._index.get(digest)
+            if block is None:
+                break
+            blocks -= self._holds[block] > 0
+        return blocks
 
     def digests(self) -> list[bytes]:
         """All digests in the index. O(pool)."""

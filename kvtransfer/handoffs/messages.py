@@ -47,7 +47,7 @@ class BlockMove:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Room for one whole sequence on the receiver: its prompt's blocks, and `growth` for its output."""
+    """Room for a sequence on the receiver: its prompt's blocks, and `growth` for the first of its output."""
 
     ticket: Ticket
     growth: tuple[int, ...]
@@ -77,6 +77,15 @@ class Grant:
     @property
     def written(self) -> tuple[int, ...]:
         return self.ticket.blocks[self.ticket.cached_blocks :]
+
+
+@dataclass(frozen=True, slots=True)
+class WaitNotice:
+    """The answer to an Open for which there is no room yet: `ahead` sequences go first, which takes about so long."""
+
+    key: HandoffKey
+    ahead: int
+    expected_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,9 @@ class Writers:
         """False when the writer has no live lease."""
         return self._leases.renew(writer, now, self._lease_s)
 
+    def is_live(self, writer: str) -> bool:
+        return writer in self._leases
+
     def heard(self, writer: str, now: float) -> None:
         """The writer sent an Open: extend its lease, or begin one."""
         if not self.renew(writer, now):

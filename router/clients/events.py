@@ -25,7 +25,7 @@ _WITH_LENGTH = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE)
 _TOKENS = _key(gen.GenerateResponse, "tokens")
 _POSITION, _IDS, _TEXT = (_key(gen.Tokens, field) for field in ("position", "ids", "text"))
 _BYTES = [bytes([value]) for value in range(256)]
-_SAME = ("total_ms", "attempts", "handoffs", "prefill_worker", "decode_worker", "simulated")
+_SAME = ("total_ms", "attempts", "preemptions", "handoffs", "prefill_worker", "decode_worker", "simulated")
 """Fields of a timeline that are called so in an `Outcome` too."""
 
 
@@ -101,6 +101,7 @@ def _timeline(outcome: Outcome) -> gen.Timeline:
         decode_ms=None if ended is None else ended.decode_ms,
         path=gen.Path.ValueType(outcome.path.value),
         transport=moved.pop("transport", ""),
+        former_attempts=[gen.FormerAttempt(**asdict(former)) for former in outcome.former],
         **{f"transfer_{name}": value for name, value in moved.items()},
         **{name: getattr(outcome, name) for name in _SAME},
     )

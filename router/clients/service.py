@@ -29,8 +29,7 @@ from router.clients.validation import (
     check_model,
     check_request,
 )
-from router.placement.snapshot import Demand
-from router.requests.placer import Admitted
+from router.requests.admitted import Admitted, demand_of
 from router.requests.request import Request
 from router.requests.stream import ClientStream
 from router.requests.table import Requests
@@ -143,20 +142,22 @@ class GenerationService:
             priority=checked.priority,
             tenant_salt=checked.tenant_salt,
         )
-        blocks = card.kv_layout.blocks_for(spec.kv_tokens)
-        if largest is not None and blocks > largest and spec.max_tokens > 1:
-            found = f"prompt and stopping.max_tokens need {blocks} KV blocks; the largest decode worker has {largest}"
+        likely = model.lengths.likely(spec.max_tokens)
+        demand = demand_of(model, len(ids), 0, likely, spec.max_tokens)
+        if largest is not None and demand.at_most > largest and spec.max_tokens > 1:
+            need = f"prompt and stopping.max_tokens need {demand.at_most} KV blocks"
+            found = f"{need}; the largest decode worker has {largest}"
             raise ResourceExhausted(found, constraint="decode_blocks")
         assert model.language is not None, "the prompt has just been tokenised with it"
         return Admitted(
             spec=spec,
             model=model,
             text=model.language.output_text(checked.stop, spec.stop_token_ids | spec.eos_token_ids),
-            demand=Demand(blocks, len(ids)),
+            demand=demand,
+            likely_tokens=likely,
             digests=digests_of(card, ids, spec.tenant_salt),
             arrived=arrived,
             deadline=deadline,
-            handoff_wait_s=self._config.handoff_wait_s,
             refuses=checked.refuses,
         )
 

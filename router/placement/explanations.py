@@ -44,12 +44,12 @@ class Explanations:
 
     def prompt(self, salt: str, request_id: str, plan: Plan, at: float, unseen: int = 0, refused: bool = False) -> None:
         """Where a prompt goes, or would have gone had it not been refused; `unseen` workers were not considered."""
-        told = Explanation(
-            at, "prompt", plan.chosen, plan.reason, plan.candidates, unseen,
-            plan.meets, plan.constraint, plan.ttft_s, plan.tpot_s, plan.way.value, refused,
-        )  # fmt: skip
         self._found.pop((salt, request_id), None)  # an earlier request had the same label
-        self._add((salt, request_id), told)
+        self._add((salt, request_id), _of_plan(plan, at, unseen, refused))
+
+    def again(self, salt: str, request_id: str, plan: Plan, at: float, unseen: int = 0) -> None:
+        """Where it goes on after a former attempt."""
+        self._add((salt, request_id), _of_plan(plan, at, unseen))
 
     def decode(self, salt: str, request_id: str, decision: Decision, at: float, unseen: int = 0) -> None:
         """Which decode worker it was bound to."""
@@ -69,6 +69,13 @@ class Explanations:
             del kept[1]
         while len(self._found) > self._requests:
             self._found.popitem(last=False)
+
+
+def _of_plan(plan: Plan, at: float, unseen: int, refused: bool = False) -> Explanation:
+    return Explanation(
+        at, "prompt", plan.chosen, plan.reason, plan.candidates, unseen,
+        plan.meets, plan.constraint, plan.ttft_s, plan.tpot_s, plan.way.value, refused,
+    )  # fmt: skip
 
 
 def _ordered(told: Explanation) -> tuple[Candidate, ...]:

@@ -53,7 +53,7 @@ class Landing(NamedTuple):
 
 
 def has_room(worker: DecodeLoad, demand: Demand) -> bool:
-    """For the whole sequence at once."""
+    """For the likely length of the sequence."""
     return worker.free_blocks >= demand.blocks and worker.sequences < worker.max_sequences
 
 

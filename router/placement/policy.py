@@ -86,7 +86,7 @@ def plan(
 
     None when no pool can hold it. Where some worker has not told its cost yet, tokens decide instead of times.
     """
-    fitting = [worker for worker in decodes if worker.capacity_blocks >= ask.demand.blocks]
+    fitting = [worker for worker in decodes if worker.capacity_blocks >= ask.demand.at_most]
     able = [worker for worker in prefills if worker.capacity_blocks >= blocks]
     if not (all(map(knows_prefill, able)) and all(map(knows_decode, fitting))):
         return _by_tokens(ask, prefills, fitting, blocks, direct)
@@ -113,17 +113,17 @@ def pick_decode(
     avoid: str = "",
     tpot_s: float | None = None,
 ) -> Decision | None:
-    """The least loaded worker, those first that have room for the whole sequence and keep all objectives. Cached tokens
+    """The least loaded worker, those first that have room for its likely length and keep all objectives. Cached tokens
     of the prompt are not sent again and take no new blocks, so they do not count as load: conversations stay where they
     are until another worker has less load by more than that.
 
-    A worker without room may still be chosen: it refuses, and the prompt waits for it. `exclude` are never chosen;
+    A worker without room may still be chosen: the sequence waits there. `exclude` are never chosen;
     `avoid` is the one that just refused, chosen only when there is no other. None when no worker is left.
     """
     ask = Ask(0.0, demand.tokens, demand, tpot_s=tpot_s)
     candidates, keys = [], []
     for worker in workers:
-        obstacle = "excluded" if worker.name in exclude else _too_small(worker, demand.blocks)
+        obstacle = "excluded" if worker.name in exclude else _too_small(worker, demand.at_most)
         room = not obstacle and has_room(worker, demand)
         load = (worker.tokens + demand.tokens - worker.cached_tokens) / worker.capacity_blocks
         seconds = prediction.step(worker, ask) if knows_decode(worker) else None

@@ -11,10 +11,16 @@ from baton.cost import HANDOFF_S, StepCost
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A sequence's needs on a decode worker: blocks for its whole length, and the tokens known now."""
+    """A sequence's needs on a decode worker: blocks for its likely length, the tokens known now, and the most blocks
+    that it can need (0: as many as are likely)."""
 
     blocks: int
     tokens: int
+    most: int = 0
+
+    @property
+    def at_most(self) -> int:
+        return max(self.blocks, self.most)
 
 
 class Queued(NamedTuple):
@@ -48,7 +54,8 @@ class PrefillLoad(NamedTuple):
 
 
 class DecodeLoad(NamedTuple):
-    """A decode worker in a snapshot. `free_blocks` are neither held nor promised to a sequence.
+    """A decode worker in a snapshot. `free_blocks` are neither held nor will sequences there likely
+    take them.
 
     `strictest_s` is the least objective per token among the sequences bound to it, of those that could be kept then;
     None without any. `queue` are prompts that it computes itself, `mean_tokens` the mean length of its sequences.

@@ -13,35 +13,27 @@
 
 The workers own the blocks. A cancel must reach the workers that may hold some: `holding`.
 
-The first token never waits for a handoff. After a refusal for want of room the attempt is bound elsewhere, or again
-after a pause. A worker that can't take the sequence at all is not asked twice. Nor is one that may hold blocks and was
-left for another: the attempt is cancelled there, which leaves a tombstone.
+The first token never waits for a handoff. Where a decode worker has no room the handoff waits in its line, until that
+worker has some or another one. After a failure the attempt is bound elsewhere, or again after a pause. A worker that
+can't take the sequence at all is not asked twice. Nor is one that may hold blocks and was left for another: the attempt
+is cancelled there, which leaves a tombstone.
 """
 
 from __future__ import annotations
 
 from enum import Enum, auto
 
-import structlog
-
-from baton.errors import BatonError, ResourceExhausted, Unavailable
 from baton.identity import mint_attempt
 from baton.messages import BindCommand, DirectCommand, HandoffFailed, PrefillCommand, PrefillReport
-from baton.spec import AttemptKey, HandoffKey, RefusalReason
+from baton.spec import AttemptKey, HandoffKey
 from baton.telemetry import Counts
 from router.placement.offers import Way
 from router.placement.policy import Plan
+from router.requests.admitted import Admitted
 from router.requests.commands import Commands, late
-from router.requests.placer import Admitted, Placer
+from router.requests.failures import FINAL, UNCERTAIN, CopyLost, note, pause_s, refusal
+from router.requests.placer import Placer
 from router.workers.worker import Worker
-
-BACKOFF_S, BACKOFF_LIMIT_S = 0.02, 0.5
-RETRY_AFTER_LIMIT_S = 5.0
-FINAL = {RefusalReason.CANCELLED, RefusalReason.MISMATCH, RefusalReason.DRAINING, RefusalReason.TOO_LARGE}
-"""The worker will never take this attempt."""
-UNCERTAIN = {RefusalReason.UNSPECIFIED, RefusalReason.UNREACHABLE, RefusalReason.EXPIRED}
-"""The worker may hold blocks of the attempt."""
-log = structlog.get_logger(__name__)
 
 
 class AttemptState(Enum):
@@ -50,10 +42,6 @@ class AttemptState(Enum):
     HANDING_OFF = auto()
     DECODING = auto()
     OVER = auto()
-
-
-class CopyLost(Unavailable):
-    """The only copy of the sequence went with its worker. Another attempt can go on from the tokens that came."""
 
 
 class Attempt:
@@ -84,6 +72,7 @@ class Attempt:
         self._excluded: set[str] = set()
         self._uncertain: Worker | None = None
         self._failures = 0
+        self._waited = False
         self._last_failure: HandoffFailed | None = None
 
     @property
@@ -103,15 +92,14 @@ class Attempt:
 
     def start(self) -> None:
         """Sends the prompt to its worker."""
-        admitted, now = self._admitted, self._clock()
+        admitted = self._admitted
         self.prefill.prefill.place(self.key, len(admitted.known), self.plan.queued)
         if self.direct:
             self._take_place_at(self.prefill)
         elif self.hands_over:
             self._placer.placed(admitted.model, self.key, len(admitted.known))
         self._counts.add("path_direct" if self.direct else "path_disaggregated")
-        left_s = max(admitted.deadline - now, 0.0)
-        sequence = admitted.spec.attempted(self.key, admitted.output, left_s, admitted.due_in_s(now))
+        sequence = admitted.sequence(self.key, self._clock())
         self._commands.send(self.prefill, DirectCommand(sequence) if self.direct else PrefillCommand(sequence))
 
     def started(self, worker: Worker) -> bool:
@@ -147,10 +135,7 @@ class Attempt:
         if not current or decode is None:
             late(self._counts, "handoff_failed")
             return None
-        reason = failure.reason.name
-        self._counts.add(f"handoffs_failed_{reason.lower()}")
-        told = {"handoff": str(failure.key), "worker": decode.name, "reason": reason, "message": failure.message}
-        log.info("handoff failed", request_id=self._admitted.spec.request_id, **told)
+        note(failure, self._admitted.spec.request_id, decode.name, self._counts)
         self._give_place_back()
         if failure.reason in UNCERTAIN:
             self._uncertain = decode
@@ -160,14 +145,30 @@ class Attempt:
         self._failures += 1
         self._last_failure = failure
         if self.report is not None:
-            raise self.refusal()  # the prefill worker has freed the blocks
+            raise refusal(failure)  # the prefill worker has freed the blocks
         best, has_room = self._choose(decode.name)
         if has_room and best is not decode:
             self._bind_to(best)
             return None
-        if failure.retry_after_s is not None:
-            return min(max(failure.retry_after_s, BACKOFF_S), RETRY_AFTER_LIMIT_S)
-        return min(BACKOFF_S * 2.0 ** min(self._failures - 1, 10), BACKOFF_LIMIT_S)
+        return pause_s(self._failures, failure.retry_after_s)
+
+    def waits(self, worker: Worker, handoff: int) -> bool:
+        """The decode worker has no room yet. False where that is not news."""
+        current = worker is self.prefill and handoff == self.handoffs and self.decode is not None
+        if not current or self.state not in (AttemptState.PREFILLING, AttemptState.HANDING_OFF):
+            return False
+        if not self._waited:
+            self._counts.add("handoffs_waiting")
+        self._waited = True
+        return True
+
+    def look_elsewhere(self) -> None:
+        """Leaves the line of the decode worker for another one that has room. Raises as `bind`."""
+        if (waited_for := self.decode) is None or self.state is AttemptState.DECODING:
+            return
+        best, has_room = self._choose(waited_for.name)
+        if has_room and best is not waited_for and self.rebound(waited_for):
+            self._counts.add("handoffs_moved")
 
     def handed_over(self, worker: Worker, handoff: int, first_token: float | None) -> bool:
         """The decode worker owns the sequence; False where that is not news. The time of a handoff is learned from when
@@ -190,7 +191,7 @@ class Attempt:
         now = self._clock()
         self.prefill.prefill.release(self.key, now)  # also where the first token comes later
         self._decoding()
-        if self.decode is not None and self.handoffs == 1 and self.undisturbed:  # a later one waited for room too
+        if self.decode is not None and self.handoffs == 1 and self.undisturbed and not self._waited:
             self.decode.handoffs.observe(0.0 if first_token is None else now - first_token)
 
     def ended(self, worker: Worker) -> bool:
@@ -200,6 +201,14 @@ class Attempt:
             self.holding.discard(worker)
             return True
         return False
+
+    def preempted(self, worker: Worker) -> bool:
+        """The worker that has the sequence needed its room; false where that is not news."""
+        decodes = worker is self.decode and (self.direct or self.state is not AttemptState.PREFILLING)
+        if not decodes or self.state in (AttemptState.QUEUED, AttemptState.OVER):
+            return False
+        self.holding.discard(worker)
+        return True
 
     def may_be_at(self, worker: Worker) -> bool:
         """Whether the worker has some of the attempt, or may have: it has not confirmed a cancel."""
@@ -236,18 +245,6 @@ class Attempt:
         self._counts.add("handoffs_failed_lost")
         self.bind()
 
-    def refusal(self, waited_s: float | None = None) -> BatonError:
-        """The error that ends the handoffs: after a wait, or because no worker is left to ask."""
-        last = self._last_failure
-        if last is None:
-            return Unavailable("no decode worker is left", 1.0, "decode_workers")
-        said = f"{last.reason.name}: {last.message}" if last.message else last.reason.name
-        lead = "no decode worker took the sequence" + ("" if waited_s is None else f" within {waited_s:g} s")
-        if last.reason in (RefusalReason.NO_CAPACITY, RefusalReason.TOO_LARGE):
-            retry = None if last.reason is RefusalReason.TOO_LARGE else last.retry_after_s or 1.0
-            return ResourceExhausted(f"{lead}; the last said {said}", retry, "decode_blocks")
-        return Unavailable(f"{lead}; the last said {said}", last.retry_after_s or 1.0, "decode_workers")
-
     def cancel(self, reason: str) -> None:
         """Makes the workers that hold blocks forget the attempt."""
         self._commands.cancel(self.holding, self.key, reason)
@@ -263,7 +260,7 @@ class Attempt:
     def _choose(self, avoid: str = "") -> tuple[Worker, bool]:
         choice = self._placer.choose_decode(self._admitted, self._excluded, avoid)
         if choice is None:
-            raise self.refusal()
+            raise refusal(self._last_failure)
         return choice
 
     def _bind_to(self, worker: Worker) -> None:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from baton.config import PathChoice, RoleName, RouterConfig
 from baton.errors import ResourceExhausted
 from baton.rpc import awake
-from baton.spec import AttemptKey, RequestSpec
+from baton.spec import AttemptKey
 from baton.telemetry import Counts
-from baton.worker.prompt_queue import AGEING_S
-from kvtransfer.blocks.prefix import Digests
 from router.placement.explanations import Explanations
 from router.placement.policy import Plan, pick_decode, plan
-from router.placement.snapshot import Ask, Demand
-from router.requests.pools import roles_of, workers_for
-from router.text.detokenisation import OutputText
-from router.workers.prefixes import Prefixes, digests_of
+from router.placement.snapshot import Ask
+from router.requests.admitted import Admitted
+from router.workers.pools import roles_of, workers_for
+from router.workers.prefixes import Prefixes
 from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
 
@@ -37,55 +35,11 @@ it misses by at most the factor PROBE_MOST: predictions are learned from served 
 the worker refuse for ever."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
-    """A request before an attempt at it. Times in seconds on the event loop's clock.
+class Back(NamedTuple):
+    """The decode worker on which a sequence was preempted, and how many of its tokens have their KV there."""
 
-    `output` are the tokens of earlier attempts; `digests` are those of the known tokens' blocks. `refuses`: end it at
-    once where its objectives can't be met.
-    """
-
-    spec: RequestSpec
-    model: ServedModel
-    text: OutputText
-    demand: Demand
-    digests: Digests
-    arrived: float
-    deadline: float
-    handoff_wait_s: float
-    refuses: bool = False
-    output: tuple[int, ...] = ()
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        """Prompt, and output so far: what an attempt computes."""
-        return (*self.spec.prompt, *self.output) if self.output else self.spec.prompt
-
-    @property
-    def tokens_left(self) -> int:
-        """Output tokens that may still be drawn."""
-        return self.spec.max_tokens - len(self.output)
-
-    def again(self, output: tuple[int, ...]) -> Admitted:
-        """For another attempt, which goes on after `output`. What was admitted is not refused any more."""
-        known = (*self.spec.prompt, *output)
-        digests = digests_of(self.model.card, known, self.spec.tenant_salt)
-        return replace(self, output=output, digests=digests, refuses=False)
-
-    def due_in_s(self, now: float) -> float | None:
-        """When a worker's queue should let it start; None where the queue decides. Once a token has come it keeps its
-        age, so that it does not wait behind what came later."""
-        return AGEING_S - (now - self.arrived) if self.output else self.ttft_left_s(now)
-
-    def ttft_left_s(self, now: float) -> float | None:
-        """Until the first token is due; None without such an objective, and once it has come."""
-        limit = self.spec.objectives.ttft_ms
-        return None if limit is None or self.output else limit / 1e3 - (now - self.arrived)
-
-    @property
-    def tpot_s(self) -> float | None:
-        limit = self.spec.objectives.tpot_ms
-        return None if limit is None else limit / 1e3
+    worker: Worker
+    cached_tokens: int
 
 
 class Placer:
@@ -115,6 +69,19 @@ class Placer:
         """Attempts that are placed and not bound to a decode worker yet."""
         return len(self._unbound)
 
+    def place_again(self, request: Admitted, back_at: Back | None) -> tuple[Worker, Plan]:
+        """For another attempt. One that was preempted goes back in place while most of its KV lies there, whatever the
+        path setting is. Raises as `place`."""
+        if back_at is not None and back_at.worker.usable and 2 * back_at.cached_tokens >= len(request.known):
+            now, worker = self.clock(), back_at.worker
+            load = worker.decode_load(now, min(back_at.cached_tokens, len(request.known) - 1))
+            found = plan(self._ask(request, now, 1), (), [load], 0)
+            if found is not None:
+                found = found._replace(reason="back in place: most of its KV lies there")
+                self.explanations.again(request.spec.tenant_salt, request.spec.request_id, found, now)
+                return worker, found
+        return self.place(request)
+
     def place(self, request: Admitted) -> tuple[Worker, Plan]:
         """The worker that computes the prompt.
 
@@ -125,7 +92,7 @@ class Placer:
         workers = workers_for(self.path, model, single_token=request.tokens_left == 1)
         now = self.clock()
         blocks = model.card.kv_layout.blocks_for(len(request.known))
-        needed: dict[RoleName, int] = {"prefill": blocks, "decode": request.demand.blocks}
+        needed: dict[RoleName, int] = {"prefill": blocks, "decode": request.demand.at_most}
         found, seen = self._plan(request, now, needed, cached)
         if found is None:
             raise _too_large(needed, workers)
@@ -139,7 +106,11 @@ class Placer:
             found = found._replace(reason=f"{found.reason}; let in to see whether that is still so")
             self._counts.add("probes")
         unseen = sum(len(workers[role]) for role in COMPUTE_PROMPTS[self.path]) - len(found.candidates)
-        self.explanations.prompt(request.spec.tenant_salt, request.spec.request_id, found, now, unseen, refused)
+        label = request.spec.tenant_salt, request.spec.request_id
+        if request.output or request.preempted:
+            self.explanations.again(*label, found, now, unseen)
+        else:
+            self.explanations.prompt(*label, found, now, unseen, refused)
         if refused:
             self._counts.add(f"refused_{found.constraint}")
             raise ResourceExhausted(_refusal(request, found), found.retry_s, found.constraint)
@@ -170,7 +141,7 @@ class Placer:
         cached = self._cached(request) if len(workers) > 1 else {}
 
         def fits(worker: Worker) -> bool:
-            return worker.registration.blocks >= request.demand.blocks
+            return worker.registration.blocks >= request.demand.at_most
 
         def may(worker: Worker) -> bool:
             return fits(worker) and worker.name != avoid and worker.process.incarnation not in refused_by

@@ -14,16 +14,17 @@ from enum import Enum, auto
 
 import structlog
 
+from baton import messages
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted
-from baton.messages import Ended, HandoffDone, HandoffFailed, PrefillReport, Started, TokenRun
+from baton.messages import Ended, PrefillReport, TokenRun
 from baton.rpc import awake
-from baton.spec import FinishReason, StopRule
+from baton.spec import FinishReason
 from baton.telemetry import Counts
-from router.requests.attempt import Attempt, AttemptState, CopyLost
-from router.requests.attempts import ATTEMPTS, Attempts
+from router.requests.admitted import Admitted
+from router.requests.attempt import Attempt, AttemptState
+from router.requests.attempts import Attempts
 from router.requests.commands import late
-from router.requests.failover import Failovers
-from router.requests.placer import Admitted
+from router.requests.failover import Continuation, Failovers
 from router.requests.stream import ClientStream, Output, Piece
 from router.requests.timeline import Marks, Outcome
 from router.requests.timers import Timers
@@ -33,6 +34,8 @@ REPORT_WAIT_S = 0.25
 """How long FINISHING waits for the prefill worker's report, which completes the timeline."""
 MISSING_WAIT_S = 2.0
 """How long OPEN waits for the last tokens after Ended."""
+LOOK_AGAIN_S = 1.0
+"""How often a handoff that waits for room is looked after."""
 log = structlog.get_logger(__name__)
 
 
@@ -51,7 +54,8 @@ class Request:
         self.admitted, self.attempts, self.stream = admitted, attempts, stream
         self.state = RequestState.OPEN
         self.marks = Marks(admitted.arrived)
-        self._failovers, self._counts = failovers, counts
+        self._counts = counts
+        self._continuation = Continuation(self, failovers)
         self._output = Output(len(admitted.spec.prompt), admitted.spec.max_tokens, admitted.text, counts)
         self._ended: Ended | None = None
         self._reason: FinishReason | None = None
@@ -87,7 +91,7 @@ class Request:
 
     # From the workers, while the request is not over. A BatonError raised here ends the request.
 
-    def on_started(self, worker: Worker, message: Started) -> None:
+    def on_started(self, worker: Worker, message: messages.Started) -> None:
         """The prompt is about to be computed: binds a decode worker if one is needed."""
         if self.state is not RequestState.OPEN or self.attempts.between or not self.attempt.started(worker):
             return late(self._counts, "started")
@@ -108,27 +112,34 @@ class Request:
             return None
         if self._output.stop is not None:
             attempt.cancel("stop string")
-            self._finish(FinishReason.STOP_STRING)
+            self.finish(FinishReason.STOP_STRING)
         elif self._ended is not None:
             self._check_end(self._ended)
         return None
 
-    def on_handoff_failed(self, worker: Worker, failure: HandoffFailed) -> None:
+    def on_handoff_failed(self, worker: Worker, failure: messages.HandoffFailed) -> None:
         """The prefill worker still holds the blocks and wants another handoff."""
         if self.state is not RequestState.OPEN or self.attempts.between:
             return late(self._counts, "handoff_failed")
         pause_s = self.attempt.handoff_failed(worker, failure)
         if pause_s is not None:
-            self._timers.arm("rebind", self._loop.call_later(pause_s, self._rebind))
+            self._timers.later("rebind", pause_s, self.attempt.bind, self.fail)
         return None
 
-    def on_handed_over(self, worker: Worker, message: HandoffDone) -> None:
+    def on_handoff_waiting(self, worker: Worker, message: messages.HandoffWaiting) -> None:
+        """There is no room at its decode worker yet; it goes where there is some first."""
+        live = self.state is RequestState.OPEN and not self.attempts.between
+        if not live or not self.attempt.waits(worker, message.key.handoff):
+            return late(self._counts, "handoff_waiting")
+        return self._look_elsewhere()
+
+    def on_handed_over(self, worker: Worker, message: messages.HandoffDone) -> None:
         number, first_token = message.key.handoff, self.marks.first_token
         if self.state is not RequestState.OPEN or self.attempts.between:
             return late(self._counts, "resident")
         if not self.attempt.handed_over(worker, number, first_token):
             return late(self._counts, "resident")
-        return self._timers.disarm("handoff", "rebind")
+        return self._timers.disarm("rebind")
 
     def on_prefill_report(self, worker: Worker, report: PrefillReport) -> None:
         if worker is not self.attempt.prefill or self.attempt.report is not None:
@@ -158,48 +169,55 @@ class Request:
         """Where its only copy is lost, another attempt goes on, in its turn."""
         if self.state is RequestState.FINISHING:
             return self.on_freed(worker)
-        try:
-            return self.attempts.lost(worker, reason)
-        except CopyLost as error:
-            self.attempts.retire(error)
-            self._timers.disarm("handoff", "rebind", "missing")
-            spec, found = self.admitted.spec, error
-            return self._failovers.add(spec.priority, self.admitted.arrived, lambda: self._try_again(found))
+        return self._continuation.lost(worker, reason)
+
+    def on_preempted(self, worker: Worker, message: messages.Preempted) -> None:
+        """Its room on the worker was needed; another attempt goes on, in its turn."""
+        if self.state is not RequestState.OPEN or not self._continuation.preempted(worker, message.cached_tokens):
+            late(self._counts, "preempted")
 
     def leave(self, worker: Worker, why: str) -> None:
         """Another attempt goes on elsewhere, if the worker still does not move and another one can take it."""
-        attempts = self.attempts
-        if self.state is not RequestState.OPEN or attempts.between or attempts.number == ATTEMPTS:
-            return
-        others = all(self.admitted.model.usable(role) for role in worker.registration.roles)
-        leaves = others and worker.link.watch.stalled and self.attempt.needs(worker)
-        try:
-            if leaves and not self.attempt.rebound(worker):
-                self._start_next(f"{worker} stalled: {why}")
-        except BatonError as error:
-            log.info("not bound elsewhere", request_id=self.admitted.spec.request_id, why=str(error))
+        if self.state is RequestState.OPEN and not self.attempts.between:
+            self._continuation.leave(worker, why)
 
-    def _try_again(self, lost: CopyLost) -> None:
-        if self.state is RequestState.OPEN:
-            self._start_next(str(lost), lost)
+    # From `Continuation`.
 
-    def _start_next(self, why: str, lost: CopyLost | None = None) -> None:
-        """Where no other attempt can be made, the request ends with `lost`; without that the current one stays."""
-        label, ids = self.admitted.spec.request_id, self._output.ids
-        if ids and (reason := StopRule.of(self.admitted.spec).reason(ids[-1], len(ids))) is not None:
-            return self._finish(reason)  # only the news of its end was lost
-        try:
-            self.attempts.start_next(ids, why)
-        except BatonError as error:
-            log.info("not failed over", request_id=label, why=str(error))
-            return None if lost is None else self.fail(lost)
-        except Exception as error:
-            log.error("unexpected error in a failover", request_id=label, exc_info=error)
-            return self.fail(Internal("internal error; the router's log has the details"), cut=True)
+    @property
+    def open(self) -> bool:
+        return self.state is RequestState.OPEN
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The output so far."""
+        return self._output.ids
+
+    def halted(self) -> None:
+        """The current attempt is over, and the next one has not begun."""
+        self._timers.disarm("rebind", "missing")
+
+    def continued(self) -> None:
+        """Another attempt has begun."""
+        self.halted()
         self._output.forget_beyond()
-        self._timers.disarm("handoff", "rebind", "missing")
         self._ended = None
-        return None
+
+    def finish(self, reason: FinishReason) -> None:
+        """All tokens are out; may wait briefly for the prefill worker's report."""
+        rest = self._output.flush()
+        self._reason = reason if self._output.stop is None else FinishReason.STOP_STRING
+        self.state = RequestState.FINISHING
+        if rest is not None:
+            try:
+                self.stream.push(rest)
+            except ResourceExhausted as error:
+                return self.fail(error, cut=True)
+        self._timers.disarm("rebind", "missing")
+        if self.attempt.report is None and self.attempt.prefill in self.attempt.holding:
+            return self._timers.arm("report", self._loop.call_later(REPORT_WAIT_S, self._complete))
+        return self._complete()
+
+    # Inside.
 
     def _push(self, piece: Piece) -> bool:
         """False where the client is too far behind to take the tokens; the request is over then."""
@@ -222,18 +240,15 @@ class Request:
             accuracy = self.attempt.prefill.accuracy
             accuracy.observe(plan.raw_ttft_s, self.marks.ttft_ms / 1e3, plan.ttft_s, self._loop.time())
         self.attempt.computed(last=ends)
-        if self.attempt.state is AttemptState.HANDING_OFF:
-            self._timers.arm("handoff", awake.Timer(self.admitted.handoff_wait_s, self._on_handoff_deadline))
 
     def _decodes(self) -> None:
         self.attempt.decodes(self.marks.first_token)
-        self._timers.disarm("handoff", "rebind")
+        self._timers.disarm("rebind")
 
-    def _rebind(self) -> None:
-        try:
-            self.attempt.bind()
-        except BatonError as error:
-            self.fail(error)
+    def _look_elsewhere(self) -> None:
+        """Now and then, while the handoff waits for room."""
+        self.attempt.look_elsewhere()
+        self._timers.later("rebind", LOOK_AGAIN_S, self._look_elsewhere, self.fail)
 
     def _check_end(self, ended: Ended) -> None:
         if self._output.delivered < ended.output_tokens:
@@ -241,26 +256,12 @@ class Request:
             return self._timers.arm("missing", awake.Timer(MISSING_WAIT_S, lambda: self.fail(missing)))
         if ended.reason is None:
             return self.fail(Internal("the worker ended the sequence without a reason"))
-        return self._finish(ended.reason)
-
-    def _finish(self, reason: FinishReason) -> None:
-        """All tokens are out; may wait briefly for the prefill worker's report."""
-        rest = self._output.flush()
-        self._reason = reason if self._output.stop is None else FinishReason.STOP_STRING
-        self.state = RequestState.FINISHING
-        if rest is not None:
-            try:
-                self.stream.push(rest)
-            except ResourceExhausted as error:
-                return self.fail(error, cut=True)
-        self._timers.disarm("handoff", "rebind", "missing")
-        if self.attempt.report is None and self.attempt.prefill in self.attempt.holding:
-            return self._timers.arm("report", self._loop.call_later(REPORT_WAIT_S, self._complete))
-        return self._complete()
+        return self.finish(ended.reason)
 
     def _complete(self) -> None:
         assert self._reason is not None, "only a finished request completes"
         spec = self.admitted.spec
+        self.admitted.model.lengths.observe(self._output.delivered, complete=self._reason is not FinishReason.LENGTH)
         outcome = Outcome(
             reason=self._reason,
             stop=self._output.stop or "",
@@ -293,7 +294,3 @@ class Request:
         self._timers.clear()
         self.attempt.close()
         self._counts.add(f"requests_{how}")
-
-    def _on_handoff_deadline(self) -> None:
-        self._counts.add("handoffs_given_up")
-        self.fail(self.attempt.refusal(self.admitted.handoff_wait_s))

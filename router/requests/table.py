@@ -22,17 +22,20 @@ from baton.messages import (
     Freed,
     HandoffDone,
     HandoffFailed,
+    HandoffWaiting,
     LoadReport,
+    Preempted,
     PrefillReport,
     Started,
     Tokens,
 )
 from baton.spec import AttemptKey
 from baton.telemetry import Counts
+from router.requests.admitted import Admitted
 from router.requests.attempts import Attempts
 from router.requests.commands import Commands, late
 from router.requests.failover import Failovers
-from router.requests.placer import Admitted, Placer
+from router.requests.placer import Placer
 from router.requests.request import Request, RequestState
 from router.requests.stream import ClientStream
 from router.workers.worker import Worker
@@ -55,6 +58,8 @@ class Requests:
             Tokens: self._on_tokens,
             Started: partial(self._tell, "started", Request.on_started),
             HandoffFailed: partial(self._tell, "handoff_failed", Request.on_handoff_failed),
+            HandoffWaiting: partial(self._tell, "handoff_waiting", Request.on_handoff_waiting),
+            Preempted: partial(self._tell, "preempted", Request.on_preempted),
             HandoffDone: partial(self._tell, "resident", Request.on_handed_over),
             Ended: partial(self._tell, "ended", Request.on_ended),
             PrefillReport: self._on_report,

@@ -47,6 +47,19 @@ class Marks:
 
 
 @dataclass(frozen=True, slots=True)
+class FormerAttempt:
+    """An attempt that did not come to the end. It was left `ended_ms` after the request's arrival, when the client had
+    `tokens` of the output."""
+
+    prefill_worker: str
+    decode_worker: str
+    handoffs: int
+    tokens: int
+    ended_ms: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """The good end of a request, for its client. The workers' reports are None where they did not come."""
 
@@ -66,6 +79,9 @@ class Outcome:
     objectives: Objectives
     simulated: bool = False
     """No model computed it."""
+    former: tuple[FormerAttempt, ...] = ()
+    """The attempts before the last one."""
+    preemptions: int = 0
 
     @property
     def ttft_kept(self) -> bool | None:

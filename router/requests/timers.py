@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
+from baton.errors import BatonError
 from baton.rpc import awake
 
 
@@ -16,6 +18,17 @@ class Timers:
     def arm(self, name: str, timer: asyncio.TimerHandle | awake.Timer) -> None:
         self.disarm(name)
         self._timers[name] = timer
+
+    def later(self, name: str, seconds: float, act: Callable[[], None], failed: Callable[[BatonError], None]) -> None:
+        """Arms one that calls `act`, and `failed` with a BatonError that this raises."""
+
+        def run() -> None:
+            try:
+                act()
+            except BatonError as error:
+                failed(error)
+
+        self.arm(name, asyncio.get_running_loop().call_later(seconds, run))
 
     def disarm(self, *names: str) -> None:
         for name in names:

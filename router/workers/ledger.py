@@ -121,7 +121,7 @@ def _left_of_chunk(seconds: float, left_s: float, chunk_s: float) -> float:
 
 
 class DecodeLedger:
-    """Sequences bound to a decode worker: their blocks, and the tokens known when they were bound.
+    """Sequences bound to a decode worker: their likely blocks, and the tokens known when they were bound.
 
     Bound blocks count as taken until a report that came after the sequence was resident, which surely includes them.
     """
@@ -188,7 +188,8 @@ class DecodeLedger:
             self._unreported_blocks -= demand.blocks
 
     def reported(self, free_blocks: int, resident_tokens: int) -> None:
-        """`free_blocks` includes blocks that can be evicted, and those granted to sequences not resident yet."""
+        """`free_blocks` includes blocks that can be evicted, and those granted to sequences not resident yet; not those
+        that residents will likely take."""
         self._reported_free = free_blocks
         for attempt in [attempt for attempt, resident in self._unreported.items() if resident]:
             del self._unreported[attempt]

@@ -15,6 +15,7 @@ from baton.config import RoleName
 from baton.errors import Mismatch
 from baton.identity import fingerprint_difference
 from baton.model import ModelCard
+from router.placement.lengths import OutputLengths
 from router.text.tokenisation import Language
 from router.workers.worker import Worker
 
@@ -96,6 +97,7 @@ class ServedModel:
     workers: list[Worker] = field(default_factory=list)
     """By name."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lengths: OutputLengths = field(default_factory=OutputLengths)
     _usable: dict[RoleName, list[Worker]] = field(default_factory=dict)
     _rankings: dict[RoleName, Ranking] = field(default_factory=dict)
 

@@ -91,7 +91,7 @@ class Worker:
             self.cost, self.chunk_tokens = load.cost, load.chunk_tokens or self.chunk_tokens
         self.prefill.reported(load.waiting_tokens)
         # Granted blocks are in the ledger as bound: they would be taken off twice until the sequence is resident.
-        free = load.free_blocks + load.cached_blocks + load.granted_blocks
+        free = load.free_blocks + load.cached_blocks + load.granted_blocks - load.promised_blocks
         self.decode.reported(free, load.resident_tokens)
 
     def keepable(self, tpot_s: float | None) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from baton.spec import HandoffKey, Sampling, SequenceSpec
 from decode_worker.records import PromptHere, Resident
-from kvtransfer.blocks.admission import Room
+from kvtransfer.blocks.admission import Need, Room
 
 
 def test_steps_that_a_cancel_overtook_leave_no_negative_work() -> None:
@@ -16,7 +16,9 @@ def test_steps_that_a_cancel_overtook_leave_no_negative_work() -> None:
         attempt=bytes(16), request_id="r", prompt=prompt, sampling=Sampling(), max_tokens=8, router=nobody
     )
     here = PromptHere(Room((1, 2), 0), [], 0.0, 0.0)
-    resident = Resident(HandoffKey(spec.attempt, 0), spec, nobody, list(spec.prompt), 0.0, 27, prompt=here)
+    resident = Resident(
+        HandoffKey(spec.attempt, 0), spec, Need.of(spec), nobody, list(spec.prompt), 0.0, 0.0, 27, prompt=here
+    )
     assert resident.uncomputed == 0
     resident.computed = 12
     assert resident.uncomputed == 8

@@ -120,8 +120,7 @@ async def thaw_into_a_full_pool(w: Workers, spec: SequenceSpec, step: Step) -> N
     assert (found.quarantined, found.available) == (quarantined, BLOCKS - quarantined)
 
     guard = await guarded(w, found.available)
-    refused = await w.failed(await asked(w), "p1")
-    assert refused.reason == wire.REFUSAL_REASON_NO_CAPACITY
+    waiting = await asked(w)
     assert (await d0.report()).quarantined == quarantined, "time is no proof"
 
     w["p0"].signal(signal.SIGCONT)
@@ -130,6 +129,7 @@ async def thaw_into_a_full_pool(w: Workers, spec: SequenceSpec, step: Step) -> N
     await d0.until(lambda report: not report.quarantined, "to have the proof")
     await d0.ask("gate", True)
     await w.ended(guard, "d0")  # each of its steps has read all of its blocks
+    await w.ended(waiting, "d0")
     await w.router.attach_again(w["p0"])
     await w.carry_on(spec, "p0", "d0", 2)
 
@@ -144,9 +144,10 @@ async def guarded(w: Workers, blocks: int) -> SequenceSpec:
 
 
 async def asked(w: Workers) -> SequenceSpec:
-    """One more of p1's, for which there is no room."""
+    """One more of p1's, which waits for room."""
     spec = w.spec(20)
     await w.begin(spec, "p1", "d0")
+    await w.router.hears(w["p1"], "handoff_waiting", spec)
     return spec
 
 

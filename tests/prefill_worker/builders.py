@@ -30,8 +30,8 @@ def spec(prompt: int = 5, **fields: Any) -> SequenceSpec:
 
 
 def sequence(prompt: int = 5, computed: int = 0) -> Sequence:
-    """As the engine gets it."""
-    return Sequence.from_spec(spec(prompt), [0], computed)
+    """As the engine gets it, with more blocks than it will need."""
+    return Sequence.from_spec(spec(prompt), list(range(1000)), computed)
 
 
 def waiting(prompt: int = 5, **fields: Any) -> Prompt:

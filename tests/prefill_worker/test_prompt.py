@@ -30,7 +30,7 @@ class Closes:
 def bound(owner: Prompt) -> tuple[Outbound, Delivery]:
     key = HandoffKey(owner.key, 1)
     delivery = Delivery(key, [4, 5], 20, 16)
-    owner.outbound = Outbound(owner.spec, delivery)
+    owner.outbound = Outbound(owner.spec, delivery, 0.0)
     return owner.outbound, delivery
 
 

@@ -170,7 +170,7 @@ async def test_what_never_fits_is_refused_by_name(cluster: Cluster) -> None:
     spec = cluster.router.spec(4 * BLOCK, max_tokens=10)
     cluster.router.direct(node, spec)
     ended = await cluster.router.hears(node, "ended", spec)
-    assert (ended.status, ended.message) == (8, "the prompt needs 5 blocks, the pool has 4")
+    assert (ended.status, ended.message) == (8, "the sequence may need 5 blocks, the pool has 4")
 
 
 async def test_a_prompt_in_place_that_can_not_be_queued_ends_and_leaves_nothing(

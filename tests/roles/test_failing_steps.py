@@ -149,5 +149,5 @@ async def test_a_prompt_that_never_fits(cluster: Cluster) -> None:
     cluster.router.prefill(cluster.p, spec)
     ended = await cluster.router.hears(cluster.p, "ended", spec)
     assert ended.status == 8
-    assert ended.message == "the prompt needs 5 blocks, the pool has 4"
+    assert ended.message == "the sequence may need 5 blocks, the pool has 4"
     await cluster.serve(cluster.router.spec(4 * BLOCK))

@@ -35,7 +35,7 @@ async def refused(cluster: Cluster, spec: Any, count: int = 1) -> Any:
     return failed
 
 
-async def test_no_capacity_then_bound_anew(cluster: Cluster) -> None:
+async def test_without_room_it_waits_and_is_granted_when_there_is_some(cluster: Cluster) -> None:
     await cluster.add_prefill()
     await cluster.add_decode(blocks=6)
     first, second = cluster.router.spec(4 * BLOCK, max_tokens=BLOCK), cluster.router.spec(2 * BLOCK, max_tokens=3)
@@ -43,15 +43,13 @@ async def test_no_capacity_then_bound_anew(cluster: Cluster) -> None:
     await cluster.bound(first)
     await cluster.router.hears(cluster.d, "resident", first)
     await cluster.bound(second)
-    failed = await refused(cluster, second)
-    assert reason(failed) == "NO_CAPACITY"
-    assert "3 blocks are needed, 1 are available" in failed.message
-    assert failed.retry_after_ms > 0
+    waiting = await cluster.router.hears(cluster.p, "handoff_waiting", second)
+    assert (waiting.handoff, waiting.ahead) == (1, 0)
+    assert cluster.d.role.live["handoffs_waiting"] == 1
     cluster.d.engine.gate.set()
     await cluster.finished(first)
-    cluster.router.bind(cluster.p, second, cluster.d, 2)
     await cluster.finished(second)
-    assert cluster.router.heard(cluster.d, "resident", second)[0].handoff == 2
+    assert cluster.router.heard(cluster.d, "resident", second)[0].handoff == 1
 
 
 async def test_the_decode_worker_knows_how_long_ago_the_first_token_came(
@@ -116,10 +114,9 @@ async def test_no_sequence_slot(cluster: Cluster) -> None:
     await cluster.bound(first)
     await cluster.router.hears(cluster.d, "resident", first)
     await cluster.bound(second)
-    assert reason(await refused(cluster, second)) == "NO_CAPACITY"
+    await cluster.router.hears(cluster.p, "handoff_waiting", second)
     cluster.d.engine.gate.set()
     await cluster.finished(first)
-    cluster.router.bind(cluster.p, second, cluster.d, 2)
     await cluster.finished(second)
 
 

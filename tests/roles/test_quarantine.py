@@ -73,8 +73,7 @@ async def test_they_leave_all_slots_to_others(cluster: Cluster, monkeypatch: pyt
     cluster.router.prefill(p1, third)
     await cluster.router.hears(p1, "started", third)
     cluster.router.bind(p1, third, cluster.d)
-    failed = await cluster.router.hears(p1, "handoff_failed", third)
-    assert failed.message == "all 2 sequence slots are taken"
+    await cluster.router.hears(p1, "handoff_waiting", third)
     cluster.router.cancel(p1, third)
     assert cluster.d.pool.statistics().quarantined == 6
     cluster.d.engine.gate.set()

@@ -130,7 +130,7 @@ def refused(reason: str, **fields: object) -> wire.HandoffFailed:
 @pytest.fixture
 def config() -> RouterConfig:
     """Overridden by tests that need another."""
-    return RouterConfig(listen="127.0.0.1:0", name="router", handoff_wait_s=1.0)
+    return RouterConfig(listen="127.0.0.1:0", name="router")
 
 
 @pytest.fixture

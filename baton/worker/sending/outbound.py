@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from baton.rpc.awake import Timer
+from baton.rpc.convert import logprobs_to_wire, spec_to_wire
 from baton.spec import HandoffKey, RefusalReason, SequenceSpec, TokenLogprobs
+from baton.v1 import transfer_pb2 as wire
 from kvtransfer.handoffs.delivery import Delivery
+from kvtransfer.handoffs.messages import Ticket
 
 AGE_LIMIT_US = 3_600_000_000
 
@@ -32,11 +35,12 @@ class Closer(Protocol):
 @dataclass(slots=True)
 class Outbound:
     """An attempt's handoffs, one after another; `delivery` has the state of the current one. `routes` has the way of
-    each, because a close may be due long after the attempt was bound elsewhere. `deadline_at` is the request's, in
-    monotonic seconds."""
+    each, because a close may be due long after the attempt was bound elsewhere. In monotonic seconds, `received_at` is
+    when the spec came, `deadline_at` the request's deadline. `waiting`: the receiver has no room yet."""
 
     spec: SequenceSpec
     delivery: Delivery
+    received_at: float
     deadline_at: float | None = None
     first_token: int | None = None
     first_token_at: float | None = None
@@ -45,6 +49,7 @@ class Outbound:
     cost: TransferCost = field(default_factory=TransferCost)
     routes: dict[int, Closer] = field(default_factory=dict)
     timer: Timer | None = None
+    waiting: bool = False
 
     @property
     def key(self) -> HandoffKey:
@@ -61,9 +66,30 @@ class Outbound:
         """Until the request's deadline; always positive."""
         return None if self.deadline_at is None else max(0.001, self.deadline_at - time.monotonic())
 
+    def open_request(self) -> wire.OpenRequest:
+        """With what counts from when it is sent brought up to date."""
+        age_s = self.spec.age_s + time.monotonic() - self.received_at
+        spec = replace(self.spec, deadline_s=self.time_left_s, ttft_left_s=None, age_s=age_s)
+        return wire.OpenRequest(
+            attempt=self.key.attempt, handoff=self.key.handoff, spec=spec_to_wire(spec), transport=self.transport
+        )
+
+    def commit_request(self, ticket: Ticket, blocks: int, first_token: int) -> wire.CommitRequest:
+        logprobs = self.first_logprobs
+        return wire.CommitRequest(
+            attempt=self.key.attempt,
+            handoff=self.key.handoff,
+            generation=ticket.generation,
+            blocks=blocks,
+            first_token=first_token,
+            first_logprobs=None if logprobs is None else logprobs_to_wire(logprobs),
+            first_token_age_us=self.first_token_age_us,
+        )
+
     def bound_to(self, key: HandoffKey, closer: Closer) -> None:
         self.routes[key.handoff] = closer
         self.cost = TransferCost()
+        self.waiting = False
 
     def set_timer(self, timer: Timer | None) -> None:
         """Replaces the timer, so that at most one wait is bounded at a time."""
@@ -87,6 +113,9 @@ class OutboundEvents(Protocol):
     """Reports to the role that holds the blocks, on the event loop."""
 
     def granted(self, outbound: Outbound) -> None: ...
+
+    def waits(self, outbound: Outbound, ahead: int, expected_ms: float) -> None:
+        """The decode worker has no room yet; `ahead` sequences go first."""
 
     def released(self, outbound: Outbound) -> None:
         """The sequence is resident at the decode worker; the source blocks may be freed."""

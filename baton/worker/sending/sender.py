@@ -8,7 +8,6 @@ owed again when the stream breaks before the peer has answered a later renewal. 
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -17,10 +16,9 @@ from baton import errors
 from baton.rpc import awake
 from baton.rpc.convert import (
     handoff_from_wire,
-    logprobs_to_wire,
     refusal_from_wire,
     retry_after_from_wire,
-    spec_to_wire,
+    sane,
 )
 from baton.spec import AttemptKey, HandoffKey, ProcessRef, RefusalReason
 from baton.telemetry import Counts
@@ -96,18 +94,7 @@ class Sender:
         delivery = outbound.delivery
         ticket, blocks = delivery.ticket, delivery.take_commit()
         if blocks is not None and ticket is not None and outbound.first_token is not None:
-            logprobs = outbound.first_logprobs
-            self._stream.send(
-                commit=wire.CommitRequest(
-                    attempt=outbound.key.attempt,
-                    handoff=outbound.key.handoff,
-                    generation=ticket.generation,
-                    blocks=blocks,
-                    first_token=outbound.first_token,
-                    first_logprobs=None if logprobs is None else logprobs_to_wire(logprobs),
-                    first_token_age_us=outbound.first_token_age_us,
-                )
-            )
+            self._stream.send(commit=outbound.commit_request(ticket, blocks, outbound.first_token))
         if delivery.state is DeliveryState.COMMITTING and not delivery.in_flight and not outbound.timer:
             self._bound_wait(outbound, "no answer to the commit")  # writes under way have a deadline of their own
         outbound.close_ended()
@@ -160,6 +147,8 @@ class Sender:
         kind = frame.WhichOneof("body")
         if kind == "grant":
             self._granted(frame.grant)
+        elif kind == "waiting":
+            self._waits(handoff_from_wire(frame.waiting), frame.waiting)
         elif kind == "committed":
             self._committed(handoff_from_wire(frame.committed))
         elif kind == "refused":
@@ -187,9 +176,21 @@ class Sender:
             return
         if answer is GrantAnswer.ACCEPTED:
             outbound.set_timer(None)
+            outbound.waiting = False
             outbound.cost.cached_blocks = ticket.cached_blocks
             self._events.granted(outbound)
         self.advance(outbound)
+
+    def _waits(self, key: HandoffKey, message: wire.Waiting) -> None:
+        """From now on the wait is bounded by the request's deadline and the pair's lease."""
+        outbound = self._known(key)
+        if outbound is None or key != outbound.key or outbound.delivery.state is not DeliveryState.AWAITING_GRANT:
+            return
+        outbound.waiting = True
+        left_s = outbound.time_left_s
+        late = f"no room at {self.peer.name} before the request's deadline"
+        outbound.set_timer(None if left_s is None else self._timer(outbound, left_s, late))
+        self._events.waits(outbound, message.ahead, sane(message.expected_ms))
 
     def _committed(self, key: HandoffKey) -> None:
         outbound = self._known(key)
@@ -228,14 +229,7 @@ class Sender:
 
     def _open(self, outbound: Outbound) -> None:
         outbound.transport = self._stream.transport
-        key = outbound.key
-        request = wire.OpenRequest(
-            attempt=key.attempt,
-            handoff=key.handoff,
-            spec=spec_to_wire(replace(outbound.spec, deadline_s=outbound.time_left_s, ttft_left_s=None)),
-            transport=self._stream.transport,
-        )
-        self._stream.send(open=request)
+        self._stream.send(open=outbound.open_request())
 
     # -- `MoverEvents` -------------------------------------------------------------------------------------------
 
@@ -268,7 +262,10 @@ class Sender:
 
     def _bound_wait(self, outbound: Outbound, what: str) -> None:
         message = f"{what} from {self.peer.name} within {self._deadline_s:g} s"
-        outbound.set_timer(awake.Timer(self._deadline_s, partial(self._timed_out, outbound, outbound.key, message)))
+        outbound.set_timer(self._timer(outbound, self._deadline_s, message))
+
+    def _timer(self, outbound: Outbound, seconds: float, message: str) -> awake.Timer:
+        return awake.Timer(seconds, partial(self._timed_out, outbound, outbound.key, message))
 
     def _timed_out(self, outbound: Outbound, key: HandoffKey, message: str) -> None:
         if outbound.key == key and outbound.delivery.fail(message):
@@ -284,6 +281,7 @@ class Sender:
 
     def _forget(self, outbound: Outbound) -> None:
         outbound.set_timer(None)
+        outbound.waiting = False
         self._mover.remove(outbound)
         if self._outbound.get(outbound.key.attempt) is outbound:
             del self._outbound[outbound.key.attempt]

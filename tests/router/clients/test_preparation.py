@@ -70,7 +70,7 @@ async def test_prompts_chats_and_ids_reach_the_worker_the_same(cluster: Cluster,
             accepted, *_ = events = await cluster.generate(**{"sampling": gen.Sampling(seed=1), **fields})
             (spec,) = (c.prefill.spec for c in cluster.prefill.commands if c.WhichOneof("body") == "prefill")
             spec.ClearField("attempt")
-            for changing in ("deadline_ms", "ttft_left_ms"):
+            for changing in ("deadline_ms", "ttft_left_ms", "age_ms"):
                 spec.ClearField(changing)
             if not fields.get("request_id"):
                 spec.ClearField("request_id")

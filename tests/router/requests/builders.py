@@ -13,7 +13,8 @@ from baton.spec import Objectives, ProcessRef, RequestSpec, Sampling
 from baton.telemetry import Counts
 from kvtransfer.blocks.prefix import Digests
 from router.placement.snapshot import Demand, Queued
-from router.requests.placer import Admitted, Placer
+from router.requests.admitted import Admitted
+from router.requests.placer import Placer
 from router.text.detokenisation import OutputText
 from router.workers.link import WorkerLink
 from router.workers.prefixes import Prefixes, digests_of
@@ -73,5 +74,5 @@ def request(
     now = asyncio.get_running_loop().time()
     return Admitted(
         spec=spec, model=of, text=cast(OutputText, None), demand=Demand(8, tokens), digests=digests_of(CARD, prompt,
-        ""), arrived=now, deadline=now + 60, handoff_wait_s=10.0, refuses=refuses,
+        ""), arrived=now, deadline=now + 60, likely_tokens=max_tokens, refuses=refuses,
     )  # fmt: skip

@@ -69,7 +69,7 @@ class Bench:
         delivery = Delivery(HandoffKey(made.attempt, 1), range(blocks), 16 * blocks, 16)
         delivery.granted(Ticket(delivery.key, 1, b"t" * 16, tuple(range(100, 100 + blocks)), 0, "w"))
         delivery.computed(16 * (blocks if ready is None else ready))
-        outbound = Outbound(made, delivery)
+        outbound = Outbound(made, delivery, 0.0)
         self.mover.add(outbound)
         return outbound
 

@@ -14,8 +14,8 @@ from baton.cost import StepCost
 from baton.errors import ResourceExhausted, Unavailable
 from baton.telemetry import Counts
 from router.placement.offers import Way
-from router.requests import pools
-from router.requests.pools import PoolWatch, missing, serves
+from router.workers import pools
+from router.workers.pools import PoolWatch, missing, serves
 from router.workers.served_model import ServedModel
 from router.workers.worker import Worker
 from tests.router.requests.builders import CARD, model, placer, request, worker
