@@ -3,8 +3,8 @@
     starting -> ready -> stopping -> stopped      a failure while starting goes to stopping at once
 
 Every child dies with the thread that started it (PR_SET_PDEATHSIG), so enter a cluster in a thread that outlives it,
-as the main thread does. Workers that die are reported and not started again, which is an orchestrator's task. When
-the router dies, the cluster is over.
+as the main thread does. Workers that die are reported and not started again, which is an orchestrator's task; `add` is
+for that. When the router dies, the cluster is over.
 """
 
 from __future__ import annotations
@@ -140,6 +140,20 @@ class LocalCluster:
     async def wait(self) -> None:
         """Lasts as long as the router; then raises Unavailable with the cause of its end."""
         raise Unavailable(f"the router {await asyncio.shield(self._router_gone)}")
+
+    async def add(self, name: str, role: RoleName) -> Child:
+        """Starts one more worker of this role, and returns it once it is ready. Only inside the block, which ends the
+        worker like the others. Raises as entering does; a worker that is late by then is killed."""
+        index = sum(child.role == role for child in self._children)
+        worker = await self._spawn(name, role, self._flags_of(role, index))
+        try:
+            async with asyncio.timeout(self.config.start_s):
+                await worker.wait_ready()
+        except TimeoutError:
+            worker.kill()
+            raise Unavailable(f"{name} not ready within {self.config.start_s:g} s") from None
+        self._watchers.append(asyncio.create_task(self._watch(worker)))
+        return worker
 
     async def stop(self) -> None:
         """SIGTERM to the workers, then to the router; SIGKILL to the rest after `STOP_S`. Idempotent."""

@@ -136,6 +136,28 @@ async def test_a_dead_worker_is_reported_and_the_others_go_on() -> None:
         assert [child.running for child in cluster.processes] == [True, False, True]
 
 
+async def test_a_worker_that_is_added_ends_with_the_others() -> None:
+    before = children()
+    lines: list[str] = []
+    async with cluster_of("parent", lines) as cluster:
+        added = await cluster.add("decode-1", "decode")
+        assert cluster.processes[-1] is added
+        assert added.address
+        assert added.running
+        async with asyncio.timeout(WAIT_S):
+            while not any(line.startswith("(decode-1)") for line in lines):
+                await asyncio.sleep(0.01)
+        assert "--max-sequences 64" in next(line for line in lines if line.startswith("(decode-1)"))
+    assert children() == before
+
+
+async def test_a_worker_that_is_added_and_fails_says_why() -> None:
+    async with cluster_of("good") as cluster:
+        cluster.config = ClusterConfig(model="corrupt")
+        with pytest.raises(ConfigError, match=r"^decode-1: model\.gguf: truncated$"):
+            await cluster.add("decode-1", "decode")
+
+
 async def test_the_routers_death_ends_the_cluster() -> None:
     async with cluster_of("good") as cluster:
         os.kill(cluster.processes[0].pid, signal.SIGKILL)
