@@ -15,7 +15,7 @@ ifneq ($(shell test -x $(BIN)/python && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-nightly test-hostile soak test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-prefix bench-quality bench-burst bench-goodput bench-policy bench-promises cost-model profile clean
+.PHONY: help setup model demo test test-nightly test-hostile soak chaos test-gpu test-nccl test-nixl lint types format proto pins bench-overhead bench-engine bench-kv bench-handoff bench-router bench-prefix bench-quality bench-burst bench-goodput bench-policy bench-promises cost-model profile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ test-hostile: model ## what one request, pause or container may not do, with the
 
 soak: model ## 10,000 requests through one worker of each role: flat memory, no slowdown (minutes)
 	$(BIN)/python -m pytest -m nightly -s tests/cluster/test_soak.py $(ARGS)
+
+chaos: $(STAMP) ## kill and stop workers of a cluster under load, and check every stream; ARGS="--seed 7 --minutes 3"
+	$(BIN)/baton chaos $(ARGS)
 
 test-gpu: model ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

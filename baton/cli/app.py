@@ -13,7 +13,7 @@ from importlib.metadata import version as installed_version
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from baton.cli.commands import bench, demo, generate, inspection, model, roles, up
+from baton.cli.commands import bench, chaos, demo, generate, inspection, model, roles, up
 from baton.cli.exits import DEBUG, OK, USAGE, report
 
 
@@ -44,7 +44,7 @@ app = App(
     default_parameter=Parameter(negative_iterable=(), show_default=shown_default),
 )
 for group, commands in (
-    (CLUSTER, (up.up, roles.router, roles.prefill, roles.decode, demo.demo)),
+    (CLUSTER, (up.up, roles.router, roles.prefill, roles.decode, demo.demo, chaos.chaos)),
     (CLIENT, (generate.generate, generate.chat, generate.tokenize, bench.bench)),
     (OPERATIONS, (inspection.workers, inspection.models, inspection.status, inspection.explain, inspection.health)),
 ):
