@@ -91,7 +91,9 @@ async def aftermath(cluster: LocalCluster, killed: Sequence[Child]) -> Aftermath
 
 
 async def _look(cluster: LocalCluster, killed: Sequence[Child]) -> Aftermath:
-    left, statuses = [], []
+    left: list[str] = []
+    statuses: list[ProcessStatus] = []
+    known: set[str] = set()
     for child in cluster.processes:
         if child in killed:
             if child.running:
@@ -106,7 +108,6 @@ async def _look(cluster: LocalCluster, killed: Sequence[Child]) -> Aftermath:
                         known = {worker.name for worker in await client.workers(timeout=ASK_S) if worker.attached}
             except BatonError as error:
                 left.append(f"{child.name}: does not answer: {error}")
-                known = set()
     left += [line for status in statuses for line in leftovers(status)]
     living = {child.name for child in cluster.processes if child.running and child.role != ROUTER}
     left += [f"router: has no stream to {name}" for name in sorted(living - known)]

@@ -105,8 +105,8 @@ class ChaosLoad:
         await asyncio.gather(*(self._one_after_another(over) for _ in range(self._plan.at_once)))
 
     def candidates(self) -> list[Course]:
-        """The streams that are under way, in their order."""
-        return [self.courses[number - 1] for number in sorted(self._live)]
+        """The streams that are under way and that their client has not left, in their order."""
+        return [course for number in sorted(self._live) if not (course := self.courses[number - 1]).left]
 
     def leave(self, course: Course) -> bool:
         """The client leaves its stream now, wherever that is; False where it has just ended."""
