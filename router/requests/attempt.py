@@ -166,6 +166,8 @@ class Attempt:
         """Leaves the line of the decode worker for another one that has room. Raises as `bind`."""
         if (waited_for := self.decode) is None or self.state is AttemptState.DECODING:
             return
+        if len(self._admitted.model.usable("decode")) < 2:
+            return
         best, has_room = self._choose(waited_for.name)
         if has_room and best is not waited_for and self.rebound(waited_for):
             self._counts.add("handoffs_moved")
