@@ -119,8 +119,11 @@ class Attempts:
         self.renamed(former.key, self.current.key)
         if back_at is None:
             self._counts.add("failovers")
+            event = "failed over"
+        else:
+            event = "goes on after it was preempted"
         label, key = self._admitted.spec.request_id, self.current.key.hex()[:12]
-        log.info("goes on", request_id=label, attempt=key, to=worker.name, tokens=len(output), why=why)
+        log.info(event, request_id=label, attempt=key, to=worker.name, tokens=len(output), why=why)
         self.current.start()
 
     def _made(self, admitted: Admitted, worker: Worker, plan: Plan) -> Attempt:

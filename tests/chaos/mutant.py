@@ -18,22 +18,22 @@ from typing import Any
 from baton.cli.app import main
 from baton.spec import RequestSpec, SequenceSpec
 from kvtransfer.blocks.pool import BlockPool
-from router.requests.request import Request
+from router.requests.failover import Continuation
 
 EVERY = 10
 """Releases, of which one leaks."""
 
 
 def repeats() -> None:
-    start_next = Request._start_next
+    start_next = Continuation._start_next
 
-    def forgetful(self: Request, *arguments: Any, **named: Any) -> None:
-        ids = self._output._ids
+    def forgetful(self: Any, *arguments: Any, **named: Any) -> None:
+        ids = self._request._output._ids
         if ids:
             ids.pop()
         return start_next(self, *arguments, **named)
 
-    Request._start_next = forgetful  # type: ignore[method-assign]
+    Continuation._start_next = forgetful  # type: ignore[method-assign]
 
 
 def continued(change: Callable[[SequenceSpec], SequenceSpec]) -> None:
