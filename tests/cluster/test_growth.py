@@ -81,9 +81,10 @@ async def test_in_a_pool_that_is_too_small_all_end_right(pool_tokens: int) -> No
     """In the smaller one they take turns. In the larger one more get in than can end there, because nothing is known
     yet of how long they become, and some have to make room."""
     grown = {"sim_eos_after": 400, "sim_eos_spread": 100} if pool_tokens > TIGHT_TOKENS else {}
-    async with running(**settings(100, pool_tokens=32_768) | grown) as roomy:
+    fast = {"sim_speed": 20.0}  # memory is the subject, not time
+    async with running(**settings(100, pool_tokens=32_768) | grown | fast) as roomy:
         expected = await chats(roomy)
-    async with running(**settings(100, pool_tokens) | grown) as tight:
+    async with running(**settings(100, pool_tokens) | grown | fast) as tight:
         watched = await chats(tight)
     assert [c.token_ids for c in watched.completions] == [c.token_ids for c in expected.completions]
     preempted = sum(completion.timeline.preemptions for completion in watched.completions)
