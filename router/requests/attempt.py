@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from baton.errors import BatonError
 from baton.identity import mint_attempt
 from baton.messages import BindCommand, DirectCommand, HandoffFailed, PrefillCommand, PrefillReport
 from baton.spec import AttemptKey, HandoffKey
@@ -245,7 +246,10 @@ class Attempt:
             raise CopyLost(f"decode worker {worker} is lost: {reason}", 1.0, "decode_workers")
         self._give_place_back()
         self._counts.add("handoffs_failed_lost")
-        self.bind()
+        try:
+            self.bind()
+        except BatonError:  # those that are left may not take this attempt any more, but perhaps another one
+            raise CopyLost(f"decode worker {worker} is lost: {reason}", 1.0, "decode_workers") from None
 
     def cancel(self, reason: str) -> None:
         """Makes the workers that hold blocks forget the attempt."""

@@ -131,6 +131,8 @@ class Request:
         live = self.state is RequestState.OPEN and not self.attempts.between
         if not live or not self.attempt.waits(worker, message.key.handoff):
             return late(self._counts, "handoff_waiting")
+        label, decode = self.admitted.spec.request_id, str(self.attempt.decode)
+        log.info("waits for room", request_id=label, worker=decode, ahead=message.ahead, ms=round(message.expected_ms))
         return self._look_elsewhere()
 
     def on_handed_over(self, worker: Worker, message: messages.HandoffDone) -> None:
@@ -261,7 +263,6 @@ class Request:
     def _complete(self) -> None:
         assert self._reason is not None, "only a finished request completes"
         spec = self.admitted.spec
-        self.admitted.model.lengths.observe(self._output.delivered, complete=self._reason is not FinishReason.LENGTH)
         outcome = Outcome(
             reason=self._reason,
             stop=self._output.stop or "",
@@ -291,6 +292,9 @@ class Request:
 
     def _close(self, how: str) -> None:
         self.state = RequestState.OVER
+        if tokens := self._output.delivered:
+            complete = how == "finished" and self._reason is not FinishReason.LENGTH
+            self.admitted.model.lengths.observe(tokens, complete=complete)
         self._timers.clear()
         self.attempt.close()
         self._counts.add(f"requests_{how}")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from baton.config import RouterConfig
+from baton.v1 import generation_pb2 as gen
 from baton.v1 import worker_pb2 as wire
 from tests.router.conftest import Cluster, ids_of, refused
 
@@ -60,6 +61,42 @@ async def test_a_handoff_that_waits_goes_where_there_is_room(cluster: Cluster) -
     assert ids_of(events) == cluster.answer
     assert events[-1].finished.timeline.decode_worker == second.decode_worker.name
     assert cluster.counted("handoffs_moved") == 1
+
+
+async def test_where_the_worker_that_it_went_to_dies_it_may_come_back_to_the_first(cluster: Cluster) -> None:
+    """That one has a tombstone of the attempt, so that another attempt is needed."""
+    await cluster.add("d1", "decode")
+    call = aiter(cluster.call())
+    events = await waits(cluster, call)
+    await cluster.until(lambda: cluster.prefill.count("bind") == 2)
+    left, bound = (c.bind.decode_worker.name for c in cluster.prefill.commands if c.HasField("bind"))
+    await cluster.workers[bound].stop()
+    await cluster.until(lambda: cluster.prefill.count("prefill") == 2)
+    cluster.prefill.gates["bound"].set()
+    events += [event async for event in call]
+    assert ids_of(events) == cluster.answer
+    timeline = events[-1].finished.timeline
+    assert (timeline.decode_worker, timeline.attempts) == (left, 2)
+    await cluster.idle()
+
+
+@pytest.mark.parametrize("how", ["whole", "cut off", "left by its client"])
+async def test_how_long_outputs_become_is_learned(cluster: Cluster, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model,) = cluster.router.registry.models.values()
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr(model.lengths, "observe", lambda tokens, *, complete: seen.append((tokens, complete)))
+    if how == "left by its client":
+        cluster.decode.gate("step 2")
+        call = cluster.call()
+        events = aiter(call)
+        for _ in range(3):
+            await anext(events)
+        call.cancel()
+    else:
+        await cluster.generate(**{"stopping": gen.Stopping(max_tokens=2)} if how == "cut off" else {})
+    await cluster.until(lambda: seen)
+    assert seen == [(len(cluster.answer) if how == "whole" else 2, how == "whole")]
+    await cluster.idle()
 
 
 async def test_a_preempted_sequence_goes_on_with_what_came(cluster: Cluster) -> None:
