@@ -76,8 +76,8 @@ class DecodeHandoffs:
     ) -> None:
         """The ledger, which `residents` use too, appends each grant that it gives up to `aborted`."""
         self._residents, self._ledger, self._pending = residents, residents.ledger, residents.occupancy.pending
-        self._admission, self._counts = residents.admission, residents.counts
-        self._aborted, self._scheduler, self._writers = aborted, scheduler, writers
+        self._counts, self._scheduler = residents.counts, scheduler
+        self._aborted, self._writers = aborted, writers
         self._awaiting_proof: dict[HandoffKey, RouterSession] = {}
         self._times = HandoffTimes()
         self._woken_at = -math.inf

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import structlog
+
 from baton.cost import CostModel
 from baton.engine.api import Engine, Sequence
 from baton.errors import Internal
@@ -34,6 +36,8 @@ from decode_worker.records import PromptHere, Resident, ResidentState
 from decode_worker.scheduler import DecodeScheduler
 from kvtransfer.blocks.admission import Admission, Need, Room
 from kvtransfer.blocks.prefix import block_digests
+
+log = structlog.get_logger(__name__)
 
 
 class Residents:
@@ -118,6 +122,8 @@ class Residents:
 
     def _preempt(self, resident: Resident) -> None:
         self.counts.add("sequences_preempted")
+        about = {"request": resident.spec.request_id, "attempt": resident.key.attempt.hex()[:12]}
+        log.info("sequence preempted", **about, tokens=len(resident.tokens), times=resident.spec.preemptions + 1)
         self._stop(resident, Preempted(resident.key.attempt, 0))
 
     def on_step(self, report: StepReport) -> None:

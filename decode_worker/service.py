@@ -77,6 +77,7 @@ class DecodeRole:
             "residents": len(self._residents),
             "prompts_waiting": len(self._queue),
             "handoffs_waiting": len(self._line),
+            "stalled": len(self._residents.growth),
             "grants": statistics.granted + statistics.receiving,
             "aborting": statistics.aborting,
             "decode_tombstones": statistics.tombstones,

@@ -23,7 +23,7 @@ from prefill_worker.prompt import Prompt, PromptState
 from prefill_worker.scheduler import PrefillScheduler
 
 HOLD_S = 120.0
-"""How long a computed prompt is kept for a decode worker to take; the router gives up earlier, and says so."""
+"""How long a computed prompt is kept without a handoff under way; the router binds it again sooner."""
 TOMBSTONE_S = 120.0
 TOMBSTONES = 100_000
 """How long attempts that are over are remembered, and how many: beyond that, the oldest is forgotten early."""

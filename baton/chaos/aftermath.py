@@ -20,7 +20,7 @@ ASK_S, ASK_AGAIN_S = 5.0, 0.1
 LIVE: Mapping[str, tuple[str, ...]] = {
     "router": ("requests", "attempts", "cancelling"),
     "prefill": ("attempts", "deliveries"),
-    "decode": ("residents", "prompts_waiting", "handoffs_waiting", "grants", "aborting"),
+    "decode": ("residents", "prompts_waiting", "handoffs_waiting", "grants", "aborting", "stalled"),
 }
 """Live objects of which an idle process has none."""
 ALARMS = frozenset(

@@ -25,11 +25,10 @@ from baton.chaos.harm import Happening
 from baton.chaos.load import Course, Heard
 from baton.chaos.plan import LEAST_EVENTS
 from baton.errors import Internal, Unavailable
+from router.requests.attempts import ATTEMPTS
 
 LEAST_SHARE = 0.3
 """Of complete streams: those that lived through an event."""
-ATTEMPTS = 3
-"""Of a request, at most."""
 NOTICED_S = 1.0
 """How long the router may take for a worker that has just been killed to live."""
 POISON = re.compile(r"workers (\S+) and (\S+) died while they had this request")

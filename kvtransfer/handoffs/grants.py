@@ -68,9 +68,8 @@ class GrantLedger:
         now: float,
         deadline: float | None = None,
     ) -> Grant | Refusal:
-        """Reserve room for a sequence of at most `total_blocks`, whose prompt fills `prompt_blocks`, the last perhaps
-        in part; `digests` are those of its complete prompt blocks. A duplicate gets the same answer. `writer` is an
-        incarnation; `deadline` (monotonic seconds) may shorten the time to become resident."""
+        """Reserve `total_blocks` to begin with; the prompt, of these `digests`, fills `prompt_blocks`. A duplicate gets
+        the same answer. `writer` is an incarnation; `deadline` (monotonic seconds) bounds the time to be resident."""
         assert 1 <= prompt_blocks <= total_blocks, "a sequence is not shorter than its prompt"
         assert len(digests) <= prompt_blocks, "more digests than prompt blocks"
         if (known := self._entries.get(key)) is not None:

@@ -115,7 +115,7 @@ def test_what_is_left_over_fails_the_run() -> None:
     assert "left over: decode-0: held blocks: 1" in report.summary(found)
 
 
-NOTHING = dict.fromkeys(("residents", "prompts_waiting", "handoffs_waiting", "grants", "aborting"), 0)
+NOTHING = dict.fromkeys(("residents", "prompts_waiting", "handoffs_waiting", "grants", "aborting", "stalled"), 0)
 
 
 def status(**changes: object) -> ProcessStatus:
